@@ -1,0 +1,1 @@
+"""Sparse orthogonal networks from the first step."""

@@ -1,0 +1,17 @@
+"""What values stand on the edges: orthogonal, mirrored, normal and uniform blocks, and lifts to convolutions."""
+
+from .blocks import Blocks, delta_, normal_blocks, orthogonal_blocks, uniform_blocks
+from .mirrored import Mirror, mirror_blocks, mirror_topology
+from .orthogonal import haar
+
+__all__ = [
+    "Blocks",
+    "Mirror",
+    "delta_",
+    "haar",
+    "mirror_blocks",
+    "mirror_topology",
+    "normal_blocks",
+    "orthogonal_blocks",
+    "uniform_blocks",
+]

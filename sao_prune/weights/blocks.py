@@ -1,0 +1,87 @@
+"""Values for the blocks of a topology, one ``(blocks, r, c)`` tensor for each of its buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from ..topology import BlockTopology
+from .orthogonal import haar_like
+
+Blocks = tuple[Tensor, ...]
+
+
+def orthogonal_blocks(
+    topologies: Sequence[BlockTopology],
+    generators: Sequence[torch.Generator],
+    *,
+    gain: float = 1.0,
+    shared: bool = False,
+) -> list[Blocks]:
+    """Haar-orthogonal values for many topologies at once (thesis Algorithm 2).
+
+    Args:
+        topologies: one for each matrix.
+        generators: one for each matrix, so that a matrix's draw does not depend on which others are drawn.
+        gain: factor on every value, so every non-zero singular value of the matrix is ``gain``.
+        shared: SAO 2: all blocks of one shape in a matrix get the same values.
+
+    Returns:
+        For each topology a tuple of float32 ``(blocks, r, c)`` tensors in the order of ``topology.buckets``.
+
+    Example:
+        >>> import torch
+        >>> from sao_prune.topology import interleaved
+        >>> t = interleaved(6, 6, 2)
+        >>> w = t.scatter(orthogonal_blocks([t], [torch.Generator().manual_seed(0)])[0])
+        >>> torch.allclose(w @ w.T, torch.eye(6), atol=1e-6)
+        True
+    """
+    gaussians: list[Tensor] = []
+    for topology, generator in zip(topologies, generators):
+        for bucket in topology.buckets:
+            blocks, rows, cols = bucket.shape
+            gaussians.append(torch.randn(1 if shared else blocks, rows, cols, generator=generator))
+    values = iter(haar_like(gaussians))
+    out: list[Blocks] = []
+    for topology in topologies:
+        drawn = (next(values).expand(b.shape) if shared else next(values) for b in topology.buckets)
+        out.append(tuple(v if gain == 1.0 else v * gain for v in drawn))
+    return out
+
+
+def normal_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0) -> Blocks:
+    """Normal values with the variance of the orthogonal ones, ``gain^2 / max(r, c)`` (thesis RG-N)."""
+    return tuple(
+        torch.randn(b.shape, generator=generator) * (gain / sqrt(max(b.shape[1:]))) for b in topology.buckets
+    )
+
+
+def uniform_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0) -> Blocks:
+    """Uniform values with the variance of the orthogonal ones, ``gain^2 / max(r, c)`` (thesis RG-U)."""
+    return tuple(
+        (torch.rand(b.shape, generator=generator) * 2 - 1) * (gain * sqrt(3 / max(b.shape[1:])))
+        for b in topology.buckets
+    )
+
+
+def delta_(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Lift a matrix to a convolution: its centre tap, zeros elsewhere (thesis section 3.4.4.1, SAO-Delta).
+
+    Args:
+        weight: shape ``(m, n, *kernel)``, written in place; any number of kernel dimensions, none for a matrix.
+        matrix: shape ``(m, n)``.
+
+    Example:
+        >>> import torch
+        >>> delta_(torch.empty(1, 1, 3), torch.tensor([[5.0]])).tolist()
+        [[[0.0, 5.0, 0.0]]]
+    """
+    if weight.dim() == 2:
+        return weight.copy_(matrix)
+    weight.zero_()
+    weight[(slice(None), slice(None), *(k // 2 for k in weight.shape[2:]))] = matrix.to(weight)
+    return weight

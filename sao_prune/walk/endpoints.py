@@ -1,0 +1,59 @@
+"""The first and the last layer of a model: as timm names them, else by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+
+def first_and_last(
+    model: nn.Module, layers: Sequence[tuple[str, str]]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Paths of the modules that count as first and as last.
+
+    Args:
+        model: any module; timm models name their ends in ``pretrained_cfg`` and ``get_classifier``.
+        layers: ``(module path, class name)`` of every candidate, in order.
+
+    Example:
+        >>> first_and_last(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [("0", "Linear"), ("1", "Linear")])
+        (frozenset({'0'}), frozenset({'1'}))
+    """
+    paths = [path for path, _ in layers]
+    if not paths:
+        return frozenset(), frozenset()
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    first = _below(paths, _names(_entry(config, "first_conv")))
+    last = _below(paths, [*_names(_entry(config, "classifier")), *_classifier_paths(model)])
+    return frozenset(first or paths[:1]), frozenset(last or paths[-1:])
+
+
+def _entry(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+
+
+def _names(entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [entry] if entry else []
+    return [name for name in entry if isinstance(name, str) and name] if isinstance(entry, Iterable) else []
+
+
+def _classifier_paths(model: nn.Module) -> list[str]:
+    """Where the modules that `get_classifier` returns live in the model."""
+    getter = getattr(model, "get_classifier", None)
+    if not callable(getter):
+        return []
+    try:
+        classifier = getter()
+    except (AttributeError, TypeError, NotImplementedError):
+        return []
+    members = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    wanted = {id(m) for m in members if isinstance(m, nn.Module)}
+    return [path for path, module in model.named_modules() if id(module) in wanted and path]
+
+
+def _below(paths: list[str], names: Iterable[str]) -> list[str]:
+    prefixes = [f"{name}." for name in names]
+    return [path for path in paths if any(f"{path}.".startswith(prefix) for prefix in prefixes)]

@@ -1,0 +1,292 @@
+"""Where to prune: the weights of any model, in execution order, and why others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .endpoints import first_and_last
+from .trace import first_use_order
+
+Predicate = Callable[[str, nn.Module], bool]
+Selector = Sequence[str] | Predicate
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+_CELL_GATES = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
+_STANDARDISED = ("StdConv2d", "ScaledStdConv2d")
+_COMPUTED = "its {} is computed from other parameters (parametrization, weight or spectral norm)"
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """One weight tensor of a model, seen as ``parts`` matrices ``(m, n, *kernel)`` stacked along dimension 0.
+
+    Attributes:
+        module: path of the module that owns it, ``""`` for the model itself.
+        tensor: name of the parameter there, ``"weight"``, ``"in_proj_weight"``, ``"weight_hh_l0"``, ..
+        kind: class name of the module, or ``"Parameter"`` for a raw parameter.
+        shape: shape of the tensor.
+        parts: independent matrices in it: groups of a convolution, gates of an RNN, projections of attention.
+        transposed: whether dimension 0 holds the inputs, as in transposed convolutions.
+        aliases: other ``(module, tensor)`` names of the same parameter (tied weights).
+        reason: why it is left alone; ``None`` if it can be pruned.
+    """
+
+    module: str
+    tensor: str
+    kind: str
+    shape: tuple[int, ...]
+    parts: int = 1
+    transposed: bool = False
+    aliases: tuple[tuple[str, str], ...] = ()
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameter's full name in the model."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(m, n)``, outputs and inputs of each part."""
+        rows, cols = self.shape[0] // self.parts, self.shape[1]
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size, empty for a matrix."""
+        return self.shape[2:]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """A view of ``tensor`` as ``(parts, m, n, *kernel)``."""
+        stacked = tensor.unflatten(0, (self.parts, -1))
+        return stacked.transpose(1, 2) if self.transposed else stacked
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers to take.
+
+    Attributes:
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; ``None``
+            takes every layer. A pattern that names a parameter outside the known layers takes it as a matrix.
+        exclude: the same, for layers to leave alone.
+        skip_first: leave the first layer of the model dense.
+        skip_last: leave the last layer (the classifier) dense.
+        example_input: a tensor, tuple or dict to run once, so that layers come in the order of their execution;
+            without it they come in the order of their registration.
+    """
+
+    include: Selector | None = None
+    exclude: Selector = ()
+    skip_first: bool = True
+    skip_last: bool = True
+    example_input: Any = field(default=None, repr=False)
+
+
+def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableWeight]:
+    """Find every prunable weight of a model, and every other one of those layers with the reason it is left alone.
+
+    Linear, convolutions of 1 to 3 dimensions (grouped and transposed too), the projections of
+    `torch.nn.MultiheadAttention`, recurrent layers and cells, and raw parameters named in ``include``. Works on the
+    meta device and touches no weight.
+
+    Args:
+        model: any module.
+        selection: which layers to take.
+
+    Returns:
+        One record a weight, tied weights once; in execution order if ``selection.example_input`` is given.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: if a pattern matches nothing, or the example input does not run.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> [(w.name, w.reason) for w in walk(net)]
+        [('0.weight', 'first layer'), ('2.weight', None), ('4.weight', 'last layer')]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    selection = selection or Selection()
+    modules = dict(model.named_modules())
+    found = _merge_tied(modules, [*_known_weights(modules), *_raw_parameters(model, modules, selection.include)])
+    check_patterns("include", selection.include, found)
+    check_patterns("exclude", selection.exclude, found)
+    if selection.example_input is not None:
+        found = _in_execution_order(model, modules, found, selection.example_input)
+    first, last = first_and_last(model, [(w.module, w.kind) for w in found])
+    return [_judge(weight, modules, selection, first, last) for weight in found]
+
+
+def check_patterns(option: str, selector: Selector | Mapping[str, Any] | None, found: list[PrunableWeight]) -> None:
+    """Refuse a pattern that matches no layer, naming what there is.
+
+    Raises:
+        TypeError: for a bare string or for something that is neither patterns nor a predicate.
+        ValueError: for a pattern without a match.
+    """
+    if selector is None or callable(selector):
+        return
+    if isinstance(selector, str) or not isinstance(selector, Iterable):
+        raise TypeError(
+            f"{option} must be a list of glob patterns or a predicate (name, module) -> bool, got {selector!r}"
+        )
+    for pattern in selector:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{option} patterns must be strings, got {pattern!r}")
+        if not any(matches(pattern, weight) for weight in found):
+            names = ", ".join(w.module or w.tensor for w in found[:8]) + (", .." if len(found) > 8 else "")
+            raise ValueError(f"{option} pattern {pattern!r} matches none of the {len(found)} layers: {names}")
+
+
+def matches(pattern: str, weight: PrunableWeight) -> bool:
+    """Whether a glob pattern names the weight's module or the weight itself, by any of its names."""
+    names = [(weight.module, weight.tensor), *weight.aliases]
+    return any(
+        fnmatchcase(module, pattern) or fnmatchcase(f"{module}.{tensor}" if module else tensor, pattern)
+        for module, tensor in names
+    )
+
+
+def _selected(selector: Selector, weight: PrunableWeight, modules: Mapping[str, nn.Module]) -> bool:
+    if callable(selector):
+        return bool(selector(weight.module, modules[weight.module]))
+    return any(matches(pattern, weight) for pattern in selector)
+
+
+def _known_weights(modules: Mapping[str, nn.Module]) -> Iterator[PrunableWeight]:
+    for path, module in modules.items():
+        for tensor, parts in _weights_of(module):
+            weight = _parameter(module, tensor)
+            if weight is None:
+                if parametrize.is_parametrized(module, tensor) or hasattr(module, f"{tensor}_g"):
+                    reason = _COMPUTED.format(tensor)
+                    yield PrunableWeight(path, tensor, type(module).__name__, (), reason=reason)
+                continue
+            transposed = bool(getattr(module, "transposed", False)) and isinstance(module, nn.modules.conv._ConvNd)
+            lazy = isinstance(weight, nn.parameter.UninitializedTensorMixin)
+            found = PrunableWeight(
+                path, tensor, type(module).__name__, () if lazy else tuple(weight.shape), parts, transposed
+            )
+            yield replace(found, reason=_obstacle(module, weight, found))
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Names of the weight tensors of a module, and of how many stacked matrices each consists."""
+    if isinstance(module, nn.Linear):
+        yield "weight", 1
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        yield "weight", module.groups
+    elif isinstance(module, nn.MultiheadAttention):
+        yield "in_proj_weight", 3
+        yield from ((f"{letter}_proj_weight", 1) for letter in "qkv")
+    elif isinstance(module, nn.RNNBase):
+        gates = _GATES.get(module.mode, 1)
+        for name in module._flat_weights_names:
+            if name.startswith("weight_"):
+                yield name, 1 if name.startswith("weight_hr") else gates
+    elif isinstance(module, nn.RNNCellBase):
+        gates = next((g for cell, g in _CELL_GATES.items() if isinstance(module, cell)), 1)
+        yield "weight_ih", gates
+        yield "weight_hh", gates
+
+
+def _parameter(module: nn.Module, tensor: str) -> nn.Parameter | None:
+    """The parameter behind a name, also where torch's prune has put it under ``<name>_orig``."""
+    own = module._parameters.get(tensor)
+    return own if own is not None else module._parameters.get(f"{tensor}_orig")
+
+
+def _obstacle(module: nn.Module, weight: nn.Parameter, found: PrunableWeight) -> str | None:
+    if not found.shape:
+        return "not initialised yet (lazy): run the model once first"
+    if found.tensor not in module._parameters:
+        masked = f"{found.tensor}_mask" in module._buffers
+        return "already pruned" if masked else _COMPUTED.format(found.tensor)
+    if not weight.is_floating_point():
+        return f"not a floating-point weight ({weight.dtype})"
+    if len(found.shape) < 2 or found.shape[0] % found.parts:
+        return f"not a matrix: shape {found.shape}"
+    if any(c.__name__ in _STANDARDISED for c in type(module).__mro__):
+        return "its forward standardises the weight, so pruned zeros would come back"
+    if isinstance(module, nn.modules.conv._ConvNd) and found.parts > 1 and min(found.matrix) == 1:
+        return "depthwise: one channel a group"
+    if min(found.matrix) < 2:
+        return f"too small: {found.matrix[0]} x {found.matrix[1]}"
+    return None
+
+
+def _raw_parameters(
+    model: nn.Module, modules: Mapping[str, nn.Module], include: Selector | None
+) -> Iterator[PrunableWeight]:
+    if include is None or callable(include) or isinstance(include, str):
+        return
+    known = {id(p) for m in modules.values() for t, _ in _weights_of(m) if (p := _parameter(m, t)) is not None}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known or not any(fnmatchcase(name, p) for p in include if isinstance(p, str)):
+            continue
+        path, _, tensor = name.rpartition(".")
+        if parameter.dim() >= 2 and not isinstance(modules[path], nn.Embedding):
+            found = PrunableWeight(path, tensor.removesuffix("_orig"), "Parameter", tuple(parameter.shape))
+            yield replace(found, reason=_obstacle(modules[path], parameter, found))
+
+
+def _merge_tied(modules: Mapping[str, nn.Module], found: list[PrunableWeight]) -> list[PrunableWeight]:
+    """Keep the first of several names of one parameter; the others become its aliases."""
+    owner: dict[int, int] = {}
+    merged: list[PrunableWeight] = []
+    for weight in found:
+        parameter = _parameter(modules[weight.module], weight.tensor)
+        key = id(parameter if parameter is not None else object())
+        if parameter is not None and key in owner:
+            first = merged[owner[key]]
+            alias = (weight.module, weight.tensor)
+            merged[owner[key]] = replace(first, aliases=(*first.aliases, alias), reason=first.reason or weight.reason)
+        else:
+            if parameter is not None:
+                owner[key] = len(merged)
+            merged.append(weight)
+    return merged
+
+
+def _in_execution_order(
+    model: nn.Module, modules: Mapping[str, nn.Module], found: list[PrunableWeight], example_input: Any
+) -> list[PrunableWeight]:
+    parameters = [_parameter(modules[w.module], w.tensor) for w in found]
+    order = first_use_order(model, [p for p in parameters if p is not None], example_input)
+    rank = {key: position for position, key in enumerate(order)}
+    return [w for _, w in sorted(zip(parameters, found), key=lambda pair: rank.get(id(pair[0]), len(rank)))]
+
+
+def _judge(
+    weight: PrunableWeight,
+    modules: Mapping[str, nn.Module],
+    selection: Selection,
+    first: frozenset[str],
+    last: frozenset[str],
+) -> PrunableWeight:
+    if weight.reason is not None:
+        return weight
+    if selection.include is not None and not _selected(selection.include, weight, modules):
+        return replace(weight, reason="not included")
+    if selection.exclude and _selected(selection.exclude, weight, modules):
+        return replace(weight, reason="excluded")
+    if selection.skip_first and weight.module in first:
+        return replace(weight, reason="first layer")
+    if selection.skip_last and weight.module in last:
+        return replace(weight, reason="last layer")
+    return weight

@@ -40,12 +40,9 @@ class Budget:
     distribution: Distribution = "uniform"
 
     def __post_init__(self) -> None:
-        for option, value, allowed in (
-            ("fit", self.fit, get_args(Fit)),
-            ("distribution", self.distribution, get_args(Distribution)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+        for option, allowed in (("fit", get_args(Fit)), ("distribution", get_args(Distribution))):
+            if getattr(self, option) not in allowed:
+                raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}")
         given = {name: amount for name, amount in self._amounts().items() if amount is not None}
         if not given:
             raise ValueError("say how sparse: give sparsity=, degree= or groups=")
@@ -200,15 +197,10 @@ def _size(weight: PrunableWeight) -> int:
 
 def _exact(items: list[Allocation | PrunableWeight]) -> list[Allocation | PrunableWeight]:
     """Edge counts for each weight; what a small layer cannot meet, the next larger one takes over."""
-    order = sorted(
-        (i for i, a in enumerate(items) if isinstance(a, Allocation)),
-        key=lambda i: items[i].numel if isinstance(items[i], PrunableWeight) else items[i].weight.numel,  # type: ignore[union-attr]
-    )
+    allocations = [(index, item) for index, item in enumerate(items) if isinstance(item, Allocation)]
     out = list(items)
     owed = 0.0
-    for index in order:
-        item = items[index]
-        assert isinstance(item, Allocation)
+    for index, item in sorted(allocations, key=lambda pair: pair[1].weight.numel):
         rows, cols = item.weight.matrix
         per_edge = item.weight.parts * prod(item.weight.kernel)
         wanted = item.density * item.weight.numel + owed

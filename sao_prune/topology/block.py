@@ -123,9 +123,7 @@ class BlockTopology:
         """The blocks, gathered by shape, so that equal shapes are one batched operation."""
         row_start = self.row_sizes.cumsum(0) - self.row_sizes
         col_start = self.col_sizes.cumsum(0) - self.col_sizes
-        shapes, member = torch.unique(
-            torch.stack([self.row_sizes, self.col_sizes], 1), dim=0, return_inverse=True
-        )
+        shapes, member = torch.unique(torch.stack([self.row_sizes, self.col_sizes], 1), dim=0, return_inverse=True)
         buckets = []
         for index, (rows, cols) in enumerate(shapes.tolist()):
             sets = torch.nonzero(member == index).flatten()

@@ -27,9 +27,7 @@ def even_sizes(rows: int, cols: int, groups: int) -> tuple[Tensor, Tensor]:
         [[2, 2, 1], [3, 2, 2]]
     """
     if rows < 1 or cols < 1 or not 1 <= groups <= min(rows, cols):
-        raise ValueError(
-            f"a {rows} x {cols} layer takes from 1 to {max(min(rows, cols), 0)} groups, got {groups}"
-        )
+        raise ValueError(f"a {rows} x {cols} layer takes from 1 to {max(min(rows, cols), 0)} groups, got {groups}")
     number = torch.arange(groups)
     return rows // groups + (number < rows % groups), cols // groups + (number < cols % groups)
 

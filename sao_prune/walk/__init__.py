@@ -1,9 +1,20 @@
 """Where to prune: the weights of any model, and why others are left alone."""
 
-from .layers import Predicate, PrunableWeight, Selection, Selector, check_patterns, matches, walk
+from .layers import (
+    ALREADY_PRUNED,
+    Predicate,
+    PrunableWeight,
+    Selection,
+    Selector,
+    check_patterns,
+    matches,
+    walk,
+    weight_of,
+)
 from .trace import call
 
 __all__ = [
+    "ALREADY_PRUNED",
     "Predicate",
     "PrunableWeight",
     "Selection",
@@ -12,4 +23,5 @@ __all__ = [
     "check_patterns",
     "matches",
     "walk",
+    "weight_of",
 ]

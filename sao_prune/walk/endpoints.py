@@ -8,9 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def first_and_last(
-    model: nn.Module, layers: Sequence[tuple[str, str]]
-) -> tuple[frozenset[str], frozenset[str]]:
+def first_and_last(model: nn.Module, layers: Sequence[tuple[str, str]]) -> tuple[frozenset[str], frozenset[str]]:
     """Paths of the modules that count as first and as last.
 
     Args:

@@ -20,6 +20,7 @@ Selector = Sequence[str] | Predicate
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 _STANDARDISED = ("StdConv2d", "ScaledStdConv2d")
+ALREADY_PRUNED = "already pruned"
 _COMPUTED = "its {} is computed from other parameters (parametrization, weight or spectral norm)"
 
 
@@ -36,6 +37,7 @@ class PrunableWeight:
         transposed: whether dimension 0 holds the inputs, as in transposed convolutions.
         aliases: other ``(module, tensor)`` names of the same parameter (tied weights).
         reason: why it is left alone; ``None`` if it can be pruned.
+        last: whether it is the model's last layer.
     """
 
     module: str
@@ -46,6 +48,7 @@ class PrunableWeight:
     transposed: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
     reason: str | None = None
+    last: bool = False
 
     @property
     def name(self) -> str:
@@ -168,6 +171,26 @@ def _selected(selector: Selector, weight: PrunableWeight, modules: Mapping[str, 
     return any(matches(pattern, weight) for pattern in selector)
 
 
+def weight_of(module: nn.Module, tensor: str = "weight") -> PrunableWeight:
+    """The record of one weight of one module, as if the module were the whole model.
+
+    Raises:
+        TypeError: if ``module`` is no module.
+        ValueError: if it has no such weight, or one that cannot be pruned.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    names = [tensor]
+    found = [*_known_weights({"": module}), *_raw_parameters(module, {"": module}, names)]
+    for weight in found:
+        if weight.tensor == tensor:
+            if weight.reason not in (None, ALREADY_PRUNED):
+                raise ValueError(f"{weight.kind}.{tensor} cannot be pruned: {weight.reason}")
+            return replace(weight, reason=None)
+    known = ", ".join(w.tensor for w in found) or "none"
+    raise ValueError(f"{type(module).__name__} has no prunable weight {tensor!r}; it has: {known}")
+
+
 def _known_weights(modules: Mapping[str, nn.Module]) -> Iterator[PrunableWeight]:
     for path, module in modules.items():
         for tensor, parts in _weights_of(module):
@@ -178,7 +201,7 @@ def _known_weights(modules: Mapping[str, nn.Module]) -> Iterator[PrunableWeight]
                     yield PrunableWeight(path, tensor, type(module).__name__, (), reason=reason)
                 continue
             transposed = bool(getattr(module, "transposed", False)) and isinstance(module, nn.modules.conv._ConvNd)
-            lazy = isinstance(weight, nn.parameter.UninitializedTensorMixin)
+            lazy = isinstance(weight, nn.parameter.UninitializedParameter)
             found = PrunableWeight(
                 path, tensor, type(module).__name__, () if lazy else tuple(weight.shape), parts, transposed
             )
@@ -216,7 +239,7 @@ def _obstacle(module: nn.Module, weight: nn.Parameter, found: PrunableWeight) ->
         return "not initialised yet (lazy): run the model once first"
     if found.tensor not in module._parameters:
         masked = f"{found.tensor}_mask" in module._buffers
-        return "already pruned" if masked else _COMPUTED.format(found.tensor)
+        return ALREADY_PRUNED if masked else _COMPUTED.format(found.tensor)
     if not weight.is_floating_point():
         return f"not a floating-point weight ({weight.dtype})"
     if len(found.shape) < 2 or found.shape[0] % found.parts:
@@ -279,7 +302,8 @@ def _judge(
     first: frozenset[str],
     last: frozenset[str],
 ) -> PrunableWeight:
-    if weight.reason is not None:
+    weight = replace(weight, last=weight.module in last)
+    if weight.reason not in (None, ALREADY_PRUNED):
         return weight
     if selection.include is not None and not _selected(selection.include, weight, modules):
         return replace(weight, reason="not included")
@@ -287,6 +311,6 @@ def _judge(
         return replace(weight, reason="excluded")
     if selection.skip_first and weight.module in first:
         return replace(weight, reason="first layer")
-    if selection.skip_last and weight.module in last:
+    if selection.skip_last and weight.last:
         return replace(weight, reason="last layer")
     return weight

@@ -19,9 +19,7 @@ class _UseRecorder(TorchFunctionMode):
         self._watched = {id(t) for t in watched}
         self.order: list[int] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") != "__get__":
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self._watched:

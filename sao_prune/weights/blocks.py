@@ -53,19 +53,27 @@ def orthogonal_blocks(
     return out
 
 
-def normal_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0) -> Blocks:
-    """Normal values with the variance of the orthogonal ones, ``gain^2 / max(r, c)`` (thesis RG-N)."""
-    return tuple(
-        torch.randn(b.shape, generator=generator) * (gain / sqrt(max(b.shape[1:]))) for b in topology.buckets
-    )
+def normal_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0, taps: int = 1) -> Blocks:
+    """Normal values with the variance of the orthogonal ones, ``gain^2 / max(r, c)`` (thesis RG-N).
 
-
-def uniform_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0) -> Blocks:
-    """Uniform values with the variance of the orthogonal ones, ``gain^2 / max(r, c)`` (thesis RG-U)."""
+    With ``taps > 1`` every tap of a convolution's kernel gets its own value, in a last dimension.
+    """
     return tuple(
-        (torch.rand(b.shape, generator=generator) * 2 - 1) * (gain * sqrt(3 / max(b.shape[1:])))
+        torch.randn(_with_taps(b.shape, taps), generator=generator) * (gain / sqrt(max(b.shape[1:])))
         for b in topology.buckets
     )
+
+
+def uniform_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0, taps: int = 1) -> Blocks:
+    """Uniform values with the variance of the orthogonal ones; otherwise as `normal_blocks` (thesis RG-U)."""
+    return tuple(
+        (torch.rand(_with_taps(b.shape, taps), generator=generator) * 2 - 1) * (gain * sqrt(3 / max(b.shape[1:])))
+        for b in topology.buckets
+    )
+
+
+def _with_taps(shape: tuple[int, ...], taps: int) -> tuple[int, ...]:
+    return (*shape, taps) if taps > 1 else shape
 
 
 def delta_(weight: Tensor, matrix: Tensor) -> Tensor:
@@ -83,5 +91,8 @@ def delta_(weight: Tensor, matrix: Tensor) -> Tensor:
     if weight.dim() == 2:
         return weight.copy_(matrix)
     weight.zero_()
-    weight[(slice(None), slice(None), *(k // 2 for k in weight.shape[2:]))] = matrix.to(weight)
+    centre = weight
+    for size in weight.shape[2:]:
+        centre = centre.select(2, size // 2)
+    centre.copy_(matrix)
     return weight

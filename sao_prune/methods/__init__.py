@@ -1,0 +1,9 @@
+"""The methods: each a frozen dataclass of options that combines topologies and values, found by name."""
+
+from .base import Method, methods, register, resolve
+from .draw import Draw
+from .magnitude import GMP, LMP, LRP
+from .rg import RG
+from .sao import SAO
+
+__all__ = ["GMP", "LMP", "LRP", "RG", "SAO", "Draw", "Method", "methods", "register", "resolve"]

@@ -1,0 +1,106 @@
+"""What a pruning method is, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+from ..allocate import Allocation
+from ..seeds import named_generator
+from ..topology import BlockTopology, make_topology
+from .draw import Draw
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose which entries stay and what values they get; subclasses are frozen dataclasses of options.
+
+    Attributes:
+        name: what users call it.
+        structured: whether supports are block topologies, so that group counts apply.
+    """
+
+    name: ClassVar[str] = ""
+    structured: ClassVar[bool] = False
+
+    def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Decide for all weights at once, touching none.
+
+        Args:
+            allocations: what each weight is asked for, in the order of the model.
+            weights: the weights themselves, in the same order.
+            seed: base seed; every weight derives its own generator from it and its name.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how it draws")
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known by its ``name``."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def methods() -> tuple[str, ...]:
+    """Names of all methods that `sao_prune.apply` knows.
+
+    Example:
+        >>> import sao_prune
+        >>> {"sao", "rg", "gmp", "lmp", "lrp"} <= set(sao_prune.methods())
+        True
+    """
+    return tuple(sorted(_REGISTRY))
+
+
+def resolve(method: str | Method) -> Method:
+    """A method from its name or an instance with options.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str):
+        if method not in _REGISTRY:
+            raise ValueError(f"unknown method {method!r}; known: {', '.join(methods())}")
+        return _REGISTRY[method]()
+    hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) else ""
+    raise TypeError(f"method must be a name or an instance such as SAO(gain=1.1), got {method!r}{hint}")
+
+
+def choice(option: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse an option value that is not among the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+class TopologyDrawer:
+    """Makes block topologies for many weights; equal shapes share one unless ``unique``."""
+
+    def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
+        self._kind, self._seed, self._unique = kind, seed, unique
+        self._shared: dict[tuple[object, ...], BlockTopology] = {}
+
+    def __call__(
+        self, rows: int, cols: int, *, groups: int, nnz: int | None, name: tuple[object, ...]
+    ) -> BlockTopology:
+        key: tuple[object, ...] = (self._kind, rows, cols, groups, nnz)
+        if self._unique:
+            key = (*key, *name)
+        if key not in self._shared:
+            self._shared[key] = make_topology(
+                self._kind,
+                rows,
+                cols,
+                groups=groups if nnz is None else None,
+                nnz=nnz,
+                generator=named_generator(self._seed, "topology", *key),
+            )
+        return self._shared[key]

@@ -1,0 +1,127 @@
+"""SAO: exactly orthogonal values on a block topology."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ..allocate import Allocation
+from ..seeds import named_generator
+from ..topology import MAKERS, BlockTopology
+from ..weights import Mirror, mirror_blocks, mirror_topology, orthogonal_blocks
+from .base import Method, TopologyDrawer, choice, register
+from .draw import Draw
+
+
+@register
+@dataclass(frozen=True)
+class SAO(Method):
+    """Sparsity-aware orthogonal initialisation (thesis section 3.4).
+
+    Attributes:
+        variant: 1: every block its own values, layers of one shape share a topology; 2: as 1, and all blocks of a
+            layer share their values; 3: every layer its own topology (thesis section 3.4.3.1).
+        topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``.
+        gain: every non-zero singular value of every matrix; 1.1 in the thesis's MLP-N.
+        nonlinearity: ``"relu"`` gives mirrored (looks-linear) weights, with which a chain of ReLU layers is an
+            orthogonal linear map; ``None`` plain ones.
+        conv: how a matrix becomes a convolution: ``"delta"``, its centre tap (thesis section 3.4.4.1).
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> report = sao_prune.apply(
+        ...     layer, sparsity=0.75, method=sao_prune.SAO(gain=1.1), skip_first=False, skip_last=False
+        ... )
+        >>> values = torch.linalg.svdvals(layer[0].weight)
+        >>> bool((values - 1.1).abs().max() < 1e-5)
+        True
+    """
+
+    name: ClassVar[str] = "sao"
+    structured: ClassVar[bool] = True
+
+    variant: Literal[1, 2, 3] = 1
+    topology: str = "ramanujan"
+    gain: float = 1.0
+    nonlinearity: Literal["relu"] | None = None
+    conv: Literal["delta"] = "delta"
+
+    def __post_init__(self) -> None:
+        choice("variant", self.variant, (1, 2, 3))
+        choice("topology", self.topology, tuple(MAKERS))
+        choice("nonlinearity", self.nonlinearity, (None, "relu"))
+        choice("conv", self.conv, ("delta",))
+        check_gain(self.gain)
+
+    def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """One topology and one set of orthogonal blocks for every part of every weight."""
+        drawer = TopologyDrawer(self.topology, seed, unique=self.variant == 3)
+        mirrors = _mirrors(allocations) if self.nonlinearity == "relu" else [None] * len(allocations)
+        halves = [_half_topologies(a, m, drawer) for a, m in zip(allocations, mirrors)]
+        names = [(a.weight.name, part) for a in allocations for part in range(a.weight.parts)]
+        values = iter(
+            orthogonal_blocks(
+                [t for parts in halves for t in parts],
+                [named_generator(seed, "values", *name) for name in names],
+                gain=self.gain,
+                shared=self.variant == 2,
+            )
+        )
+        draws = []
+        for allocation, mirror, parts in zip(allocations, mirrors, halves):
+            blocks = tuple(next(values) for _ in parts)
+            if mirror is not None:
+                known = {id(t): mirror_topology(t, mirror) for t in parts}
+                parts = tuple(known[id(t)] for t in parts)
+                blocks = tuple(mirror_blocks(b, mirror) for b in blocks)
+            draws.append(Draw(allocation.weight, parts, blocks))
+        return draws
+
+
+def check_gain(gain: float) -> None:
+    """Refuse a gain that is no positive finite number."""
+    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not isfinite(gain) or gain <= 0:
+        raise ValueError(f"gain must be a positive finite number, got {gain!r}")
+
+
+def _mirrors(allocations: Sequence[Allocation]) -> list[Mirror | None]:
+    """The first layer takes plain inputs; the model's last layer, if it is pruned, gives plain outputs."""
+    roles: list[Mirror | None] = [Mirror.INNER] * len(allocations)
+    if allocations[-1].weight.last:
+        roles[-1] = Mirror.EXIT
+    roles[0] = None if len(allocations) == 1 and allocations[0].weight.last else Mirror.ENTRY
+    for allocation, role in zip(allocations, roles):
+        weight = allocation.weight
+        if role is None:
+            continue
+        if weight.parts > 1:
+            raise ValueError(
+                f"{weight.name} consists of {weight.parts} separate matrices, so its channels cannot be mirrored; "
+                "exclude it or use nonlinearity=None"
+            )
+        try:
+            role.half(*weight.matrix)
+        except ValueError as error:
+            raise ValueError(f"{weight.name}: {error}; exclude it or use nonlinearity=None") from None
+    return roles
+
+
+def _half_topologies(
+    allocation: Allocation, mirror: Mirror | None, drawer: TopologyDrawer
+) -> tuple[BlockTopology, ...]:
+    weight, groups, nnz = allocation.weight, allocation.groups, allocation.nnz
+    rows, cols = weight.matrix
+    if mirror is not None:
+        rows, cols = mirror.half(rows, cols)
+        groups = min(groups, rows, cols)
+        if nnz is not None:
+            nnz = max(round(nnz * rows * cols / (weight.matrix[0] * weight.matrix[1])), rows, cols)
+    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part)) for part in range(weight.parts))

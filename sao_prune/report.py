@@ -1,0 +1,164 @@
+"""What was done to a model: one record a layer, totals, and a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+
+class SparsityWarning(UserWarning):
+    """Layers whose achieved sparsity is more than one percentage point from the requested one."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One weight of the model.
+
+    Attributes:
+        name: full parameter name.
+        kind: class of its module.
+        shape: shape of the weight.
+        groups: blocks of each of its matrices; ``None`` where it is not made of blocks.
+        requested: requested sparsity; ``None`` where it is unknown or the layer was left alone.
+        nnz: weights that stay.
+        total: weights in all.
+        reason: why the layer was left alone; ``None`` if it is pruned.
+        note: anything else worth knowing.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    groups: int | None
+    requested: float | None
+    nnz: int
+    total: int
+    reason: str | None = None
+    note: str = ""
+
+    @property
+    def achieved(self) -> float:
+        """Share of zeros."""
+        return 1 - self.nnz / self.total if self.total else 0.0
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the layer is pruned."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers of a model and their totals; prints as a table.
+
+    Attributes:
+        layers: the records, in the order of the walk.
+        parameters: parameters of the whole model before pruning, biases and norms included.
+        title: heading of the table.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    parameters: int
+    title: str = ""
+
+    @property
+    def pruned(self) -> tuple[LayerRecord, ...]:
+        """The records of the pruned layers."""
+        return tuple(layer for layer in self.layers if layer.pruned)
+
+    @property
+    def skipped(self) -> tuple[LayerRecord, ...]:
+        """The records of the layers left alone."""
+        return tuple(layer for layer in self.layers if not layer.pruned)
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved share of zeros over the pruned layers."""
+        total = sum(layer.total for layer in self.pruned)
+        return 1 - self.nnz / total if total else 0.0
+
+    @property
+    def requested(self) -> float | None:
+        """Requested share of zeros over the pruned layers, if known."""
+        total = sum(layer.total for layer in self.pruned)
+        asked = [layer.requested for layer in self.pruned]
+        if not total or any(r is None for r in asked):
+            return None
+        return sum(layer.total * (layer.requested or 0.0) for layer in self.pruned) / total
+
+    @property
+    def nnz(self) -> int:
+        """Weights that stay in the pruned layers."""
+        return sum(layer.nnz for layer in self.pruned)
+
+    @property
+    def remaining(self) -> int:
+        """Parameters of the whole model that stay."""
+        return self.parameters - sum(layer.total - layer.nnz for layer in self.pruned)
+
+    def off_target(self, tolerance: float = 0.01) -> tuple[LayerRecord, ...]:
+        """Pruned layers whose sparsity differs from the requested one by more than ``tolerance``."""
+        return tuple(
+            layer
+            for layer in self.pruned
+            if layer.requested is not None and abs(layer.achieved - layer.requested) > tolerance
+        )
+
+    def warning(self) -> str | None:
+        """The text of a `SparsityWarning` if any layer is off target."""
+        off = self.off_target()
+        if not off:
+            return None
+        named = ", ".join(
+            f"{layer.name} ({_percent(layer.requested)} -> {_percent(layer.achieved)})" for layer in off[:6]
+        )
+        more = f" and {len(off) - 6} more" if len(off) > 6 else ""
+        return (
+            f"{len(off)} of {len(self.pruned)} layers cannot have the requested sparsity to within a percentage point: "
+            f"{named}{more}; fit='exact' comes closer, or give them a sparsity of their own"
+        )
+
+    def table(self) -> Table:
+        """The report as a rich table."""
+        table = Table(title=self.title or None, caption=self.summary(), title_justify="left", caption_justify="left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("kind")
+        table.add_column("shape", justify="right")
+        for column in ("groups", "requested", "achieved", "weights"):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                layer.kind,
+                " x ".join(map(str, layer.shape)) or "-",
+                str(layer.groups) if layer.groups else "-",
+                _percent(layer.requested),
+                _percent(layer.achieved) if layer.pruned else "-",
+                f"{layer.nnz:,}",
+                layer.note if layer.pruned else f"kept dense: {layer.reason}",
+                style=None if layer.pruned else "dim",
+            )
+        return table
+
+    def summary(self) -> str:
+        """One line of totals."""
+        asked = self.requested
+        wanted = f" (requested {_percent(asked)})" if asked is not None else ""
+        return (
+            f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense; sparsity of the pruned layers "
+            f"{_percent(self.sparsity)}{wanted}; {self.remaining:,} of {self.parameters:,} parameters stay"
+        )
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3f} %"

@@ -1,0 +1,38 @@
+"""Seeds: one base seed, and an independent generator for everything that has a name."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+import torch.distributed as dist
+
+Seed = int | torch.Generator | None
+
+
+def base_seed(seed: Seed) -> int:
+    """One integer from whatever a user may pass; the global generator is read, never advanced.
+
+    Args:
+        seed: an integer; a generator, which gives its next number; or ``None`` for `torch.initial_seed`, which in a
+            distributed run is taken from rank 0, so that every rank draws the same (all ranks must then call).
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
+    if seed is None:
+        value = [torch.initial_seed()]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(value, src=0)
+        return value[0]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}")
+    return seed
+
+
+def named_generator(base: int, *name: object) -> torch.Generator:
+    """A CPU generator that depends on the base seed and the name alone, not on what else is drawn."""
+    digest = blake2b(repr((base, *name)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from .allocate import Allocation, Amount, Budget, Distribution, Fit, allocate
 from .methods import RG, SAO, Draw, Method, resolve
-from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach, unwatch_children, watch_children
+from .prune import MaskPruning, RamanujanPruning, SAOPruning, refresh, settle, unwatch_children, watch_children
 from .report import LayerRecord, Report, SparsityWarning
 from .seeds import Seed, base_seed
 from .topology import BlockTopology
@@ -234,7 +234,7 @@ def _hook_class(method: Method) -> type[MaskPruning]:
 class _Snapshot:
     """Parameters, buffers and hooks of a module, to put back after a failure."""
 
-    _FIELDS = ("_parameters", "_buffers", "_forward_pre_hooks")
+    _FIELDS = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -252,30 +252,42 @@ class _Snapshot:
 
 
 def _attach_all(modules: dict[str, nn.Module], draws: Sequence[Draw], hook: type[MaskPruning]) -> None:
-    """Prune every drawn weight and its aliases; on any failure put everything back and raise."""
-    snapshots: dict[str, _Snapshot] = {}
-    backups: list[tuple[Tensor, Tensor]] = []
+    """Prune every drawn weight and its aliases; on any failure put everything back and raise.
+
+    Values are written last, when nothing is left that can fail; an interrupt waits until all are written.
+    """
+    masks = [draw.mask(_tensor(modules, draw.weight)) for draw in draws]
+    names = [((draw.weight.module, draw.weight.tensor), *draw.weight.aliases) for draw in draws]
+    snapshots = {path: _Snapshot(modules[path]) for owners in names for path, _ in owners}
     try:
-        for draw in draws:
-            module, name = modules[draw.weight.module], draw.weight.tensor
-            for path, _ in ((draw.weight.module, name), *draw.weight.aliases):
-                snapshots.setdefault(path, _Snapshot(modules[path]))
-            if not draw.keeps_values:
-                original = getattr(module, name).data
-                backups.append((original, original.clone()))
-            attach(module, draw, hook)
-            for path, alias in draw.weight.aliases:
-                hook.apply_mask_to(modules[path], alias, getattr(module, f"{name}_mask"))
+        for owners, mask in zip(names, masks):
+            for path, tensor in owners:
+                hook.register(modules[path], tensor, mask)
+                if path:
+                    watch_children(modules[path.rpartition(".")[0]])
     except BaseException:
         for snapshot in snapshots.values():
             snapshot.restore()
-        for original, backup in backups:
-            original.copy_(backup)
         raise
-    for draw in draws:
-        for path in (draw.weight.module, *(alias for alias, _ in draw.weight.aliases)):
-            if path:
-                watch_children(modules[path.rpartition(".")[0]])
+    pending = list(zip(draws, names))
+    try:
+        while pending:
+            _fill(modules, *pending[-1])
+            pending.pop()
+    except KeyboardInterrupt:
+        for draw, owners in pending:
+            _fill(modules, draw, owners)
+        raise
+
+
+def _fill(modules: dict[str, nn.Module], draw: Draw, owners: Sequence[tuple[str, str]]) -> None:
+    """Write a draw's values and show the masked weight under all its names."""
+    draw.write_(getattr(modules[draw.weight.module], f"{draw.weight.tensor}_orig").data)
+    for path, tensor in owners:
+        if draw.keeps_values:
+            refresh(modules[path])
+        else:
+            settle(modules[path], tensor)
 
 
 def _pruned_tensors(model: nn.Module) -> list[tuple[nn.Module, str]]:

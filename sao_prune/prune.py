@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod, PruningContainer, global_unstructured, is_pruned
+from torch.nn.utils.prune import BasePruningMethod, global_unstructured, is_pruned
 from torch.nn.utils.prune import remove as remove
 
 from .allocate import Budget, allocate
@@ -85,16 +85,24 @@ class MaskPruning(BasePruningMethod):
         setattr(module, self._tensor_name, self.apply_mask(module))
 
     @classmethod
-    def apply_mask_to(cls, module: nn.Module, name: str, mask: Tensor) -> MaskPruning:
+    def register(cls, module: nn.Module, name: str, mask: Tensor) -> None:
         """Prune one tensor of a module with a given mask.
 
         Where it was pruned before, the masks are joined and the hooks gathered in torch's own `PruningContainer`.
+        Else this does what `BasePruningMethod.apply` does, without its passes over the weight; ``<name>`` itself is
+        left to `refresh`.
         """
-        method = BasePruningMethod.apply.__func__(cls, module, name, mask=mask)  # type: ignore[attr-defined]
-        for part in method if isinstance(method, PruningContainer) else (method,):
-            if isinstance(part, MaskPruning):
-                part._mask = None
-        return method
+        if any(isinstance(h, BasePruningMethod) and h._tensor_name == name for h in module._forward_pre_hooks.values()):
+            joined = super().apply(module, name, mask=mask)
+            joined[-1]._mask = None
+            return
+        method = cls()
+        method._tensor_name = name
+        original = module._parameters.pop(name)
+        module.register_parameter(f"{name}_orig", original)
+        module.register_buffer(f"{name}_mask", mask)
+        setattr(module, name, original.detach())
+        module.register_forward_pre_hook(method)
 
 
 class SAOPruning(MaskPruning):
@@ -272,10 +280,9 @@ def global_kernel_l1(parameters: Iterable[tuple[nn.Module, str]], amount: float)
 def attach(module: nn.Module, draw: Draw, method: type[MaskPruning] = MaskPruning) -> None:
     """Put a draw's mask and values on one module."""
     name = draw.weight.tensor
-    method.apply_mask_to(module, name, draw.mask(getattr(module, name)))
-    if not draw.keeps_values:
-        draw.write_(getattr(module, f"{name}_orig").data)
-        refresh(module)
+    method.register(module, name, draw.mask(getattr(module, name)))
+    draw.write_(getattr(module, f"{name}_orig").data)
+    refresh(module)
 
 
 def refresh(module: nn.Module) -> None:
@@ -283,6 +290,12 @@ def refresh(module: nn.Module) -> None:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             setattr(module, hook._tensor_name, hook.apply_mask(module))
+
+
+def settle(module: nn.Module, name: str) -> None:
+    """`refresh` for values that were just drawn: they are zero off the mask, so the product is the weight itself."""
+    original: Tensor = getattr(module, f"{name}_orig")
+    setattr(module, name, original.view_as(original).as_subclass(MaskedWeight))
 
 
 class RefreshChildren:

@@ -1,6 +1,7 @@
 """What values stand on the edges: orthogonal, mirrored, normal and uniform blocks, and lifts to convolutions."""
 
 from .blocks import Blocks, delta_, normal_blocks, orthogonal_blocks, uniform_blocks
+from .eco import eco_blocks, frequencies_from_kernel, kernel_from_frequencies
 from .mirrored import Mirror, mirror_blocks, mirror_topology
 from .orthogonal import haar
 
@@ -8,7 +9,10 @@ __all__ = [
     "Blocks",
     "Mirror",
     "delta_",
+    "eco_blocks",
+    "frequencies_from_kernel",
     "haar",
+    "kernel_from_frequencies",
     "mirror_blocks",
     "mirror_topology",
     "normal_blocks",

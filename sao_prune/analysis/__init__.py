@@ -1,0 +1,37 @@
+"""Instruments: is a network connected, is it isometric, and what does it cost to store."""
+
+from .graph import (
+    RamanujanGap,
+    adjacency_eigenvalues,
+    component_count,
+    components,
+    is_connected,
+    ramanujan_gap,
+    spectrum,
+)
+from .masks import SpectrumTooLargeError
+from .reach import depth_to_full_reachability, least_depth, reachability
+from .similarity import KSResult, ks_test
+from .spectra import JacobianSpectrum, jacobian_spectrum, singular_values
+from .track import IsometryRecord, track_isometry
+
+__all__ = [
+    "IsometryRecord",
+    "JacobianSpectrum",
+    "KSResult",
+    "RamanujanGap",
+    "SpectrumTooLargeError",
+    "adjacency_eigenvalues",
+    "component_count",
+    "components",
+    "depth_to_full_reachability",
+    "is_connected",
+    "jacobian_spectrum",
+    "ks_test",
+    "least_depth",
+    "ramanujan_gap",
+    "reachability",
+    "singular_values",
+    "spectrum",
+    "track_isometry",
+]

@@ -9,6 +9,7 @@ Example:
 
 from . import prune
 from .allocate import Budget
+from .checkpoint import CheckpointError, load, save
 from .methods import GMP, LMP, LRP, RG, SAO, Method, methods
 from .model import apply, plan, remove, report
 from .report import LayerRecord, Report, SparsityWarning
@@ -25,6 +26,7 @@ __all__ = [
     "SAO",
     "BlockTopology",
     "Budget",
+    "CheckpointError",
     "LayerRecord",
     "Method",
     "NotBlockStructuredError",
@@ -33,10 +35,12 @@ __all__ = [
     "Selection",
     "SparsityWarning",
     "apply",
+    "load",
     "methods",
     "plan",
     "prune",
     "remove",
     "report",
+    "save",
     "walk",
 ]

@@ -151,7 +151,10 @@ def _check_amount(unit: str, value: object) -> None:
 
 def _allocate_one(weight: PrunableWeight, unit: str, amount: float, fit: Fit) -> Allocation:
     rows, cols = weight.matrix
-    density = {"sparsity": 1 - amount, "degree": amount / max(rows, cols), "groups": 1 / amount}[unit]
+    if unit == "sparsity":
+        density = 1 - amount
+    else:
+        density = amount / max(rows, cols) if unit == "degree" else 1 / amount
     density = min(density, 1.0)
     return Allocation(weight, density, _nearest_groups(rows, cols, density, regular=fit == "regular"))
 

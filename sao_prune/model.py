@@ -231,7 +231,7 @@ def _hook_class(method: Method) -> type[MaskPruning]:
     return SAOPruning if isinstance(method, SAO) else RamanujanPruning if isinstance(method, RG) else MaskPruning
 
 
-class _Snapshot:
+class Snapshot:
     """Parameters, buffers and hooks of a module, to put back after a failure."""
 
     _FIELDS = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
@@ -258,7 +258,7 @@ def _attach_all(modules: dict[str, nn.Module], draws: Sequence[Draw], hook: type
     """
     masks = [draw.mask(_tensor(modules, draw.weight)) for draw in draws]
     names = [((draw.weight.module, draw.weight.tensor), *draw.weight.aliases) for draw in draws]
-    snapshots = {path: _Snapshot(modules[path]) for owners in names for path, _ in owners}
+    snapshots = {path: Snapshot(modules[path]) for owners in names for path, _ in owners}
     try:
         for owners, mask in zip(names, masks):
             for path, tensor in owners:

@@ -98,7 +98,7 @@ class MaskPruning(BasePruningMethod):
             return
         method = cls()
         method._tensor_name = name
-        original = module._parameters.pop(name)
+        original: nn.Parameter = module._parameters.pop(name)  # type: ignore[assignment]
         module.register_parameter(f"{name}_orig", original)
         module.register_buffer(f"{name}_mask", mask)
         setattr(module, name, original.detach())

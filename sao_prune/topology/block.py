@@ -152,7 +152,8 @@ class BlockTopology:
     def scatter(self, blocks: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         """Write block values, one ``(blocks, r, c)`` tensor a bucket, into an ``(m, n)`` matrix; zeros elsewhere."""
         if out is None:
-            out = blocks[0].new_empty(self.shape)
+            like = blocks[0] if blocks else torch.empty(0)
+            out = like.new_empty(self.shape)
         out.zero_()
         flat = out.view(-1)
         for index, values in zip(self.flat_index, blocks):

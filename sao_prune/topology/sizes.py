@@ -33,10 +33,12 @@ def even_sizes(rows: int, cols: int, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_sizes(rows: int, cols: int, nnz: int) -> tuple[Tensor, Tensor]:
-    """Set sizes with ``sum |R_i| |C_i|`` as close to ``nnz`` as integers allow, every block semi-orthogonal.
+    """Set sizes with ``sum |R_i| |C_i|`` at or very near ``nnz``, every block semi-orthogonal.
 
     All sets but one stay even; the last one shrinks until the others hold about ``nnz`` edges, and what is missing
-    is made up by moving nodes between pairs of equal sets (a move of ``k`` rows and ``k`` columns adds ``2 k^2``).
+    is made up by moving nodes between pairs of sets (among equal ones a move of ``k`` rows and ``k`` columns adds
+    ``2 k^2``). A square layer's blocks are square, so its count has the parity of its side, and above one half there
+    are few partitions to choose from.
 
     Raises:
         ValueError: unless ``max(rows, cols) <= nnz <= rows * cols``.

@@ -1,0 +1,72 @@
+"""What a model does on an example input: which layers it calls, with what, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..walk import call
+from .base import BlockModule
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Inputs of the first call of each layer and the number of its calls, by the id of the module."""
+
+    output: Any = None
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    count: dict[int, int] = field(default_factory=dict)
+
+
+def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: Any) -> Calls:
+    """Run a model once in eval mode without gradients; every module's mode and the random state are kept.
+
+    Raises:
+        ValueError: if the model fails on the example input.
+    """
+    inputs: dict[int, Tensor] = {}
+    count: dict[int, int] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            # Only shape, type and memory order matter: keep no activation alive.
+            inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
+        count[id(module)] = count.get(id(module), 0) + 1
+
+    training = {module: module.training for module in model.modules()}
+    hooks = [module.register_forward_pre_hook(note) for module in watched]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = call(model, example_input)
+    except Exception as error:
+        raise ValueError(f"the model does not run on the example input: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return Calls(output, inputs, count)
+
+
+def to_channels_last(model: nn.Module) -> list[Tensor]:
+    """Lay the dense 2-D convolution weights out channels last, in place; returns those that were not so before."""
+    changed: list[Tensor] = []
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Conv2d) and not isinstance(module, BlockModule) and weight is not None:
+            if weight.is_contiguous(memory_format=torch.channels_last):
+                continue
+            changed.append(weight)
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return changed
+
+
+def to_contiguous(weights: Sequence[Tensor]) -> None:
+    """Undo `to_channels_last`."""
+    for weight in weights:
+        weight.data = weight.data.contiguous()

@@ -1,0 +1,84 @@
+"""A linear layer that holds and computes only its blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
+
+from ..topology import BlockTopology
+from ..weights import orthogonal_blocks
+from .base import BlockModule, Execution, stack_blocks
+from .matmul import block_matmul, plain_block_matmul
+from .order import is_plain
+
+
+class BlockLinear(BlockModule):
+    """``y = x W^T + b`` for a block weight ``W``: one batched product between two channel orders.
+
+    Its cost is that of a dense layer divided by the number of blocks. Inputs have shape ``(..., n)``, outputs
+    ``(..., m)``. The result follows the input's memory order unless ``features_first`` says otherwise.
+
+    Args:
+        topology: which outputs see which inputs, shape ``(m, n)``.
+        bias: whether to add one.
+        seed: a generator for the orthogonal initial values.
+
+    Example:
+        >>> import torch
+        >>> from sao_prune.topology import interleaved
+        >>> layer = BlockLinear(interleaved(8, 12, 4))
+        >>> layer(torch.ones(2, 5, 12)).shape, tuple(layer.blocks.shape), tuple(layer.weight.shape)
+        (torch.Size([2, 5, 8]), (4, 2, 3), (8, 12))
+    """
+
+    in_features: int
+    out_features: int
+    features_first: bool | None = None
+    execution = Execution()
+
+    def __init__(
+        self, topology: BlockTopology, bias: bool = True, *, seed: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = topology.shape
+        generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        blocks = orthogonal_blocks([topology], [generator])[0]
+        self.set_topology(topology, nn.Parameter(stack_blocks(topology, blocks)))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_features)) if bias else None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(m, n)``."""
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(..., n)`` to ``(..., m)``."""
+        if self.execution.dense:
+            return F.linear(x, self.weight, self.bias)
+        parameters = self._parameters
+        weight, bias = parameters["blocks"], parameters["bias"]
+        assert weight is not None
+        packing = self._packing or self.packing
+        if packing.slots is not None or weight.dim() != 3:
+            weight = self.packed_weight()
+        if is_plain() or isinstance(x, Proxy):
+            y = plain_block_matmul(x, weight, bias, packing)
+            return y
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if x.dim() == 2:
+            return block_matmul(x, weight, bias, packing, self.features_first)
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"expected inputs of shape (..., {self.in_features}), got {tuple(x.shape)}")
+        flat = block_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
+        return flat.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape, bias, blocks and execution."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocks={self.topology.groups}, execution={self.execution}"
+        )

@@ -1,0 +1,133 @@
+"""Block-diagonal matrix products between two channel orders, forwards and backwards, without a wasted copy.
+
+A batch ``(N, n)`` may lie in memory row after row or column after column ("features first"). BLAS takes both, and in
+the second a strided channel order is a mere view; a transposition costs as much as the product, so none is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .order import Kind, Order, is_features_first, take
+from .packing import Packing, fill
+
+
+def _is_view(order: Order, features_first: bool) -> bool:
+    """Whether BLAS can read or write the channels in this order as they lie."""
+    return order.kind is Kind.IDENTITY or (features_first and order.kind is Kind.STRIDED and order.dims[2] == 1)
+
+
+def _split(x: Tensor, groups: int, strided: bool) -> Tensor:
+    """``(N, groups * width)`` as ``(groups, width, N)``: a view."""
+    batch, width = x.shape[0], x.shape[1] // groups
+    if is_features_first(x):
+        columns = x.t()
+        return columns.view(width, groups, batch).transpose(0, 1) if strided else columns.view(groups, width, batch)
+    return x.view(batch, groups, width).permute(1, 2, 0)
+
+
+def _product(a: Tensor, b: Tensor, strided: bool, features_first: bool) -> Tensor:
+    """``a @ b`` of shape ``(groups, width, N)``, written as ``(N, groups * width)``."""
+    groups, width, batch = a.shape[0], a.shape[1], b.shape[2]
+    channels = groups * width
+    y = b.new_empty_strided((batch, channels), (1, batch) if features_first else (channels, 1))
+    if strided:
+        torch.bmm(a, b, out=y.t().view(width, groups, batch).transpose(0, 1))
+    elif features_first:
+        torch.bmm(a, b, out=y.t().view(groups, width, batch))
+    else:
+        torch.bmm(b.mT, a.mT, out=y.view(batch, groups, width).transpose(0, 1))
+    return y
+
+
+class _BlockProduct(torch.autograd.Function):
+    """The product alone; ``strided`` tells of input and output channels whether set ``i`` is ``i, i+g, i+2g, ..``."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        strided: tuple[bool, bool],
+        features_first: bool,
+    ) -> Tensor:
+        y = _product(weight, _split(x, weight.shape[0], strided[0]), strided[1], features_first)
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(x, weight)
+        ctx.strided = strided  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+        strided: tuple[bool, bool] = ctx.strided  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():
+            return _differentiable_backward(x, weight, grad, strided, needs)
+        groups = weight.shape[0]
+        # A strided set is a view of a features-first gradient only; that of a sum, for one, is expanded.
+        if not is_features_first(grad):
+            grad = grad.t().contiguous().t() if strided[1] else grad.contiguous()
+        outer = _split(grad, groups, strided[1])
+        grad_x = grad_weight = grad_bias = None
+        if needs[0]:
+            grad_x = _product(weight.mT, outer, strided[0], is_features_first(x))
+        if needs[1]:
+            grad_weight = torch.bmm(outer, _split(x, groups, strided[0]).mT)
+        if needs[2]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _differentiable_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, strided: tuple[bool, bool], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The same gradients from operations that can be differentiated again."""
+    groups = weight.shape[0]
+    outer, inner = _split(grad.contiguous(), groups, strided[1]), _split(x, groups, strided[0])
+    grad_x = torch.bmm(weight.mT, outer)
+    grad_x = grad_x.permute(2, 1, 0) if strided[0] else grad_x.permute(2, 0, 1)
+    grads = grad_x.reshape(x.shape), torch.bmm(outer, inner.mT), grad.sum(0)
+    return *(g if n else None for g, n in zip(grads, needs)), None, None
+
+
+def block_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing, features_first: bool | None = None
+) -> Tensor:
+    """``x @ W^T + bias`` for the block matrix ``W`` that ``packing`` lays out.
+
+    Args:
+        x: shape ``(N, n)``, in either memory order.
+        weight: the packed matrices, shape ``(groups, rows, cols)``.
+        bias: shape ``(m,)`` or ``None``.
+        packing: channel orders.
+        features_first: memory order of the result; ``None``: that of ``x``.
+
+    Returns:
+        Shape ``(N, m)``.
+    """
+    inputs, outputs = packing.inputs, packing.outputs
+    came_features_first = is_features_first(x)
+    features_first = came_features_first if features_first is None else features_first and x.shape[0] > 1
+    if not came_features_first and not x.is_contiguous():
+        x = x.contiguous()
+    in_view, out_view = _is_view(inputs, came_features_first), _is_view(outputs, features_first)
+    if not in_view:
+        x = take(x, inputs)
+    if not out_view and bias is not None:
+        bias = fill(bias, outputs.index, packing.groups * packing.rows)
+    strided = in_view and inputs.kind is Kind.STRIDED, out_view and outputs.kind is Kind.STRIDED
+    y: Tensor = _BlockProduct.apply(x, weight, bias, strided, features_first)
+    return y if out_view else take(y, outputs)
+
+
+def plain_block_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
+    """`block_matmul` in ordinary operations, for compilers, exporters and function transforms; ``x`` is ``(.., n)``."""
+    operand = packing.inputs.last(x).unflatten(-1, (packing.groups, packing.cols))
+    y = torch.einsum("...gc,grc->...gr", operand, weight).flatten(-2)
+    y = packing.outputs.last(y)
+    return y if bias is None else y + bias

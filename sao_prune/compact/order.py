@@ -1,0 +1,149 @@
+"""The order in which a block layer reads or writes its channels, and the cheapest way to take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Kind(Enum):
+    """How an order is taken: nothing to do, a reshape and a transpose, or an index."""
+
+    IDENTITY = "identity"
+    STRIDED = "strided"
+    INDEX = "index"
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """``y[i] = x[index[i]]`` along the channels.
+
+    Args:
+        index: source channel of every position, shape ``(length,)``; int64.
+        inverse: position of every source channel, shape ``(source,)``. Where ``index`` repeats a channel (padding),
+            the position whose weights are not zero.
+        kind: what ``index`` turned out to be.
+        dims: for a strided order ``(a, b, run)``: ``index = arange(n).view(a, b, run).transpose(0, 1)``.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    kind: Kind
+    dims: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, index: Tensor, inverse: Tensor) -> Order:
+        """Recognise identity and strided orders."""
+        dims = _strides(index) if len(index) == len(inverse) else None
+        if dims is None:
+            return cls(index, inverse, Kind.INDEX, (0, 0, 0))
+        kind = Kind.IDENTITY if dims[0] == 1 or dims[1] == 1 else Kind.STRIDED
+        return cls(index, inverse, kind, dims)
+
+    @property
+    def reverse(self) -> Order:
+        """The order that undoes this one, padding dropped."""
+        a, b, run = self.dims
+        return Order(self.inverse, self.index, self.kind, (b, a, run))
+
+    def to(self, device: torch.device) -> Order:
+        """The same order with its indices on another device."""
+        return Order(self.index.to(device), self.inverse.to(device), self.kind, self.dims)
+
+    def first(self, x: Tensor) -> Tensor:
+        """Take the order along the first dimension of ``(channels, batch)``."""
+        if self.kind is Kind.INDEX:
+            return x.index_select(0, self.index)
+        if self.kind is Kind.IDENTITY:
+            return x
+        return x.reshape(*self.dims, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+
+    def last(self, x: Tensor) -> Tensor:
+        """Take the order along the last dimension of ``(batch, channels)``."""
+        if self.kind is Kind.INDEX:
+            return x.index_select(-1, self.index)
+        if self.kind is Kind.IDENTITY:
+            return x
+        return x.reshape(*x.shape[:-1], *self.dims).transpose(-3, -2).reshape(x.shape)
+
+    def channels(self, x: Tensor) -> Tensor:
+        """Take the order along dimension 1 of ``(batch, channels, *space)``; the memory format is kept."""
+        if self.kind is Kind.IDENTITY:
+            return x
+        if x.dim() == 2:
+            return self.first(x.t()).t() if is_features_first(x) else self.last(x)
+        if is_channels_last(x):
+            return self.last(x.movedim(1, -1)).movedim(-1, 1)
+        if self.kind is Kind.INDEX:
+            return x.index_select(1, self.index)
+        a, b, run = self.dims
+        shape = x.shape[0], a, b, run, *x.shape[2:]
+        return x.reshape(shape).transpose(1, 2).reshape(x.shape)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``(batch, channels, *space)`` has its channels innermost in memory."""
+    return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def is_features_first(x: Tensor) -> bool:
+    """Whether ``(batch, channels)`` lies in memory column after column."""
+    return x.stride(0) == 1 and x.stride(1) == x.shape[0] and x.shape[0] > 1
+
+
+def _strides(index: Tensor) -> tuple[int, int, int] | None:
+    """``(a, b, run)`` when ``index`` is ``arange(n).view(a, b, run).transpose(0, 1)`` flattened."""
+    n = len(index)
+    natural = torch.arange(n)
+    steps = torch.nonzero(index != natural).flatten()
+    if len(steps) == 0:
+        return 1, 1, n
+    run = int(steps[0])
+    step = int(index[run]) if run else 0
+    if run == 0 or step <= 0 or step % run or n % step:
+        return None
+    a, b = n // step, step // run
+    return (a, b, run) if torch.equal(index, natural.view(a, b, run).transpose(0, 1).flatten()) else None
+
+
+class _Take(torch.autograd.Function):
+    """`Order.channels` whose backward is the inverse order: a gather, where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, order: Order) -> Tensor:
+        ctx.order = order  # type: ignore[attr-defined]
+        return order.channels(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return take(grad, ctx.order.reverse), None  # type: ignore[attr-defined]
+
+
+def take(x: Tensor, order: Order) -> Tensor:
+    """Reorder the channels of ``(batch, channels, *space)``.
+
+    Exact for gradients only where the repeated (padding) positions of the order receive none, as block layers ensure.
+
+    Example:
+        >>> order = Order.of(torch.tensor([0, 2, 1, 3]), torch.tensor([0, 2, 1, 3]))
+        >>> order.kind, take(torch.arange(4.0).view(1, 4, 1), order).flatten().tolist()
+        (<Kind.STRIDED: 'strided'>, [0.0, 2.0, 1.0, 3.0])
+    """
+    if order.kind is Kind.IDENTITY:
+        return x
+    if is_plain():
+        return order.channels(x)
+    return _Take.apply(x, order)  # type: ignore[no-any-return]
+
+
+def is_plain() -> bool:
+    """Whether only ordinary differentiable operations may be used: under a compiler, functorch or forward-mode AD."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

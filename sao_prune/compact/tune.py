@@ -1,0 +1,194 @@
+"""How each block layer runs: by fixed rules, or by timing the ways it can run on inputs of the model's own shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import BlockModule, Execution
+from .calls import Calls
+from .conv import BlockConv2d, _BlockConv
+
+Tune = Literal["train", "infer"] | None
+
+_NARROWEST = 8
+_WIDEST = 64
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that could be compact, and its block form, not yet put in place."""
+
+    name: str
+    module: nn.Module
+    block: BlockModule
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer is to run; no execution means that it is better left as it is, for ``reason``."""
+
+    execution: Execution | None
+    ratio: float | None = None
+    reason: str | None = None
+
+
+def choose(candidates: Sequence[Candidate], calls: Calls | None, tune: Tune) -> dict[str, Choice]:
+    """Choose the execution of every candidate layer; of equal layers only the first is timed."""
+    if tune is None or calls is None:
+        return {c.name: Choice(default_execution(c.block)) for c in candidates}
+    timings: dict[Hashable, _Timings] = {}
+    keys = {c.name: _key(c, calls) for c in candidates}
+    for candidate in candidates:
+        key = keys[candidate.name]
+        if key not in timings:
+            timings[key] = _time_layer(candidate, calls.inputs[id(candidate.module)], tune)
+    layouts = [
+        sum(timings[keys[c.name]].best(layout)[1] * calls.count[id(c.module)] for c in candidates)
+        for layout in (False, True)
+    ]
+    channels_last = layouts[1] < layouts[0]
+    return {c.name: timings[keys[c.name]].choice(channels_last) for c in candidates}
+
+
+def default_execution(block: BlockModule) -> Execution:
+    """The rule without timing: blocks as they are; convolutions merge up to 8 channels a group, channels last."""
+    if not isinstance(block, _BlockConv):
+        return Execution()
+    return Execution(merge=_merge_to(block, _NARROWEST), channels_last=isinstance(block, BlockConv2d))
+
+
+def _merge_to(block: BlockModule, width: int) -> int:
+    """How many blocks to merge for ``width`` rows and columns: a power of two."""
+    rows, cols = (int(sizes.max()) for sizes in (block.topology.row_sizes, block.topology.col_sizes))
+    merge = 1
+    while merge * min(rows, cols) < width and merge * 2 <= block.topology.groups:
+        merge *= 2
+    return merge
+
+
+def _executions(block: BlockModule) -> list[Execution]:
+    """The ways a layer can run, likely good ones first."""
+    if not isinstance(block, _BlockConv):
+        return [Execution(), Execution(dense=True)]
+    first = _merge_to(block, _NARROWEST)
+    merges = [first]
+    merges += [m for m in (first * 2, first // 2, first // 4) if 1 <= m <= block.topology.groups]
+    layouts = [False, True] if isinstance(block, BlockConv2d) else [False]
+    found = [Execution(merge=m, channels_last=layout) for layout in layouts for m in dict.fromkeys(merges)]
+    return found + [Execution(dense=True, channels_last=layout) for layout in layouts]
+
+
+class _Timings:
+    """Seconds of each execution of one layer, and of the layer as it was."""
+
+    def __init__(self, dense: float, current: float, blocks: dict[Execution, float]) -> None:
+        self.dense, self.current, self.blocks = dense, current, blocks
+
+    def best(self, channels_last: bool) -> tuple[Execution, float]:
+        """The fastest execution in a memory format; layers without formats take part in both."""
+        formats = {e.channels_last for e in self.blocks}
+        wanted = channels_last if len(formats) > 1 else next(iter(formats))
+        return min(((e, t) for e, t in self.blocks.items() if e.channels_last == wanted), key=lambda item: item[1])
+
+    def choice(self, channels_last: bool) -> Choice:
+        """The fastest, unless the layer as it was is faster still."""
+        execution, seconds = self.best(channels_last)
+        if seconds > self.current:
+            ratio = self.dense / self.current
+            return Choice(None, ratio, f"faster as it is ({execution} takes {seconds / self.current:.2f}x the time)")
+        return Choice(execution, self.dense / seconds)
+
+
+def _key(candidate: Candidate, calls: Calls) -> Hashable:
+    """What decides a layer's timings: its shape, topology, geometry and input."""
+    block, x = candidate.block, calls.inputs[id(candidate.module)]
+    packing = block.packing
+    orders = packing.inputs.kind, packing.inputs.dims, packing.outputs.kind, packing.outputs.dims
+    geometry = tuple(
+        str(getattr(block, name, None)) for name in ("stride", "padding", "dilation", "padding_mode", "groups")
+    )
+    masked = "weight_mask" in candidate.module._buffers
+    shape = packing.groups, packing.rows, packing.cols, packing.slots is None, block.weight_shape
+    weight = block.blocks
+    return type(block), shape, orders, geometry, x.shape, x.stride(), x.dtype, weight.dtype, weight.device, masked
+
+
+def _time_layer(candidate: Candidate, like: Tensor, tune: Literal["train", "infer"]) -> _Timings:
+    """Time the layer and its block form in each execution, in turn, so that disturbances hit all alike."""
+    module, block = candidate.module, candidate.block
+    stock = _stock(block)
+    runs: dict[object, Callable[[], object]] = {"dense": _run(stock, _input(like, block, False), tune)}
+    if "weight_mask" in module._buffers:
+        runs["current"] = _run(module, _input(like, block, False), tune)
+    forms: dict[Execution, BlockModule] = {}
+    for execution in _executions(block):
+        form = block.__class__.__new__(block.__class__)
+        form.__dict__.update(block.__dict__)
+        form.run_as(execution)
+        forms[execution] = form
+        runs[execution] = _run(form, _input(like, block, execution.channels_last), tune)
+    seconds = _race(runs, block.blocks.device)
+    return _Timings(seconds["dense"], seconds.get("current", seconds["dense"]), {e: seconds[e] for e in forms})
+
+
+def _stock(block: BlockModule) -> nn.Module:
+    from .swap import dense_form
+
+    return dense_form(block, masked=False)
+
+
+def _input(like: Tensor, block: BlockModule, channels_last: bool) -> Tensor:
+    x = torch.randn(like.shape, dtype=like.dtype, device=block.blocks.device)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _run(module: nn.Module, x: Tensor, tune: Literal["train", "infer"]) -> Callable[[], object]:
+    if tune == "infer":
+
+        def infer() -> object:
+            with torch.no_grad():
+                return module(x)
+
+        return infer
+    leaves = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+    with torch.no_grad():
+        gradient = torch.randn_like(module(x))
+
+    def train() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(module(x), leaves, gradient)
+
+    return train
+
+
+def _race(runs: dict[object, Callable[[], object]], device: torch.device) -> dict[object, float]:
+    """Least seconds of each, which other work on the machine disturbs least; the slow ones run only once."""
+    seconds: dict[object, list[float]] = {}
+    for key, run in runs.items():
+        run()
+        seconds[key] = [_clock(run, device)]
+    for _ in range(_REPEATS - 1):
+        best = min(min(s) for s in seconds.values())
+        for key, run in runs.items():
+            if key in ("dense", "current") or min(seconds[key]) < 4 * best:
+                seconds[key].append(_clock(run, device))
+    return {key: min(values) for key, values in seconds.items()}
+
+
+def _clock(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start

@@ -246,7 +246,8 @@ def _check_fit(
 
 def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> None:
     owners = [(name, *name.rpartition(".")[::2]) for name in names]
-    snapshots = {path: Snapshot(modules[path]) for _, path, _ in owners}
+    owned = {path for _, path, _ in owners}
+    snapshots = [Snapshot(modules[path]) for path in owned | {path.rpartition(".")[0] for path in owned}]
     try:
         for name, path, tensor in owners:
             weight = getattr(modules[path], tensor)
@@ -254,6 +255,6 @@ def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], n
             if path:
                 watch_children(modules[path.rpartition(".")[0]])
     except BaseException:
-        for snapshot in snapshots.values():
+        for snapshot in snapshots:
             snapshot.restore()
         raise

@@ -69,7 +69,7 @@ def plan(
     records = [
         _planned(item, chosen.structured) if isinstance(item, Allocation) else _left_alone(item) for item in items
     ]
-    return _report(model, records, f"plan: {chosen.name}")
+    return _report(model, records, f"plan: {chosen.name}", warn=chosen.layerwise)
 
 
 def apply(
@@ -123,7 +123,7 @@ def apply(
     _attach_all(modules, draws, _hook_class(chosen))
     by_name = {draw.weight.name: draw for draw in draws}
     records = [_done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else _left_alone(i) for i in items]
-    return _report(model, records, f"applied: {chosen.name}")
+    return _report(model, records, f"applied: {chosen.name}", warn=chosen.layerwise)
 
 
 def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
@@ -258,7 +258,8 @@ def _attach_all(modules: dict[str, nn.Module], draws: Sequence[Draw], hook: type
     """
     masks = [draw.mask(_tensor(modules, draw.weight)) for draw in draws]
     names = [((draw.weight.module, draw.weight.tensor), *draw.weight.aliases) for draw in draws]
-    snapshots = {path: Snapshot(modules[path]) for owners in names for path, _ in owners}
+    owned = {path for owners in names for path, _ in owners}
+    snapshots = [Snapshot(modules[path]) for path in owned | {path.rpartition(".")[0] for path in owned}]
     try:
         for owners, mask in zip(names, masks):
             for path, tensor in owners:
@@ -266,7 +267,7 @@ def _attach_all(modules: dict[str, nn.Module], draws: Sequence[Draw], hook: type
                 if path:
                     watch_children(modules[path.rpartition(".")[0]])
     except BaseException:
-        for snapshot in snapshots.values():
+        for snapshot in snapshots:
             snapshot.restore()
         raise
     pending = list(zip(draws, names))

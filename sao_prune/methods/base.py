@@ -21,10 +21,12 @@ class Method:
     Attributes:
         name: what users call it.
         structured: whether supports are block topologies, so that group counts apply.
+        layerwise: whether every layer is held to its own share of the budget.
     """
 
     name: ClassVar[str] = ""
     structured: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = True
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Decide for all weights at once, touching none.

@@ -81,6 +81,7 @@ class GMP(Method):
     """Global magnitude pruning: one threshold over all pruned layers, weights and kernels by L1 norm."""
 
     name: ClassVar[str] = "gmp"
+    layerwise: ClassVar[bool] = False
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Keep the top units of all weights together, until the budget of weights is spent."""
@@ -91,7 +92,7 @@ class GMP(Method):
         if len(set(taps)) == 1:
             keep = keep_top(flat, budget // taps[0])
         else:
-            sizes = torch.cat([torch.full((s.numel(),), t) for s, t in zip(scores, taps)]).to(flat.device)
+            sizes = torch.cat([torch.full((s.numel(),), t, device=s.device) for s, t in zip(scores, taps)])
             order = torch.sort(flat, descending=True, stable=True).indices
             keep = torch.zeros_like(flat, dtype=torch.bool)
             keep[order[sizes[order].cumsum(0) <= budget]] = True
@@ -111,10 +112,10 @@ class LRP(Method):
         draws = []
         for allocation in allocations:
             weight = allocation.weight
-            units = torch.zeros(weight.parts, *weight.matrix, dtype=torch.bool)
+            units = torch.zeros(weight.parts, *weight.matrix, dtype=torch.bool, device="cpu")
             count = round(allocation.density * units.numel())
             generator = named_generator(seed, "random", weight.name)
-            units.view(-1)[torch.randperm(units.numel(), generator=generator)[:count]] = True
+            units.view(-1)[torch.randperm(units.numel(), generator=generator, device="cpu")[:count]] = True
             draws.append(Draw(weight, units=units))
         return draws
 

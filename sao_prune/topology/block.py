@@ -130,8 +130,8 @@ class BlockTopology:
             buckets.append(
                 Bucket(
                     sets,
-                    self.row_order[row_start[sets, None] + torch.arange(rows)],
-                    self.col_order[col_start[sets, None] + torch.arange(cols)],
+                    self.row_order[row_start[sets, None] + torch.arange(rows, device="cpu")],
+                    self.col_order[col_start[sets, None] + torch.arange(cols, device="cpu")],
                 )
             )
         return tuple(buckets)
@@ -142,7 +142,7 @@ class BlockTopology:
         cols = self.shape[1]
         return tuple((b.rows[:, :, None] * cols + b.cols[:, None, :]).flatten() for b in self.buckets)
 
-    def mask(self, dtype: torch.dtype = torch.bool, device: torch.device | str | None = None) -> Tensor:
+    def mask(self, dtype: torch.dtype = torch.bool, device: torch.device | str = "cpu") -> Tensor:
         """The ``(m, n)`` matrix of ones where an edge is and zeros elsewhere."""
         out = torch.zeros(self.shape[0] * self.shape[1], dtype=dtype, device=device)
         for index in self.flat_index:
@@ -152,7 +152,7 @@ class BlockTopology:
     def scatter(self, blocks: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         """Write block values, one ``(blocks, r, c)`` tensor a bucket, into an ``(m, n)`` matrix; zeros elsewhere."""
         if out is None:
-            like = blocks[0] if blocks else torch.empty(0)
+            like = blocks[0] if blocks else torch.empty(0, device="cpu")
             out = like.new_empty(self.shape)
         out.zero_()
         flat = out.view(-1)
@@ -167,7 +167,7 @@ class BlockTopology:
 
     def spectrum(self) -> Tensor:
         """Singular values of the mask, descending: ``sqrt(|R_i| |C_i|)`` a block, then zeros (thesis 4.1.1)."""
-        values = torch.zeros(min(self.shape), dtype=torch.float64)
+        values = torch.zeros(min(self.shape), dtype=torch.float64, device="cpu")
         values[: self.groups] = (self.row_sizes * self.col_sizes).double().sqrt().sort(descending=True).values
         return values
 
@@ -215,7 +215,7 @@ class BlockTopology:
                 "that see others; block execution needs a mask from SAO or RG (or one with the same structure)"
             )
         if not bool(edges.any()):
-            return cls(torch.full((mask.shape[0],), -1), torch.full((mask.shape[1],), -1))
+            return cls(first_col.new_full((mask.shape[0],), -1), first_col.new_full((mask.shape[1],), -1))
         return cls(row_set, col_set)
 
     def __eq__(self, other: object) -> bool:
@@ -233,15 +233,15 @@ class BlockTopology:
 
 def _canonical(row_set: Tensor, col_set: Tensor) -> tuple[Tensor, Tensor]:
     """Number the sets that have both rows and columns by their first row; all else becomes -1."""
-    labels = int(max(row_set.max(), col_set.max(), torch.tensor(-1))) + 1
+    labels = max(int(row_set.max()), int(col_set.max()), -1) + 1
     if labels == 0:
         return row_set.clamp(max=-1, min=-1), col_set.clamp(max=-1, min=-1)
     rows = row_set.numel()
-    first = torch.full((labels,), rows)
+    first = row_set.new_full((labels,), rows)
     seen = row_set >= 0
-    first.scatter_reduce_(0, row_set[seen], torch.arange(rows)[seen], "amin")
+    first.scatter_reduce_(0, row_set[seen], torch.arange(rows, device="cpu")[seen], "amin")
     has_cols = torch.bincount(col_set[col_set >= 0], minlength=labels) > 0
     alive = (first < rows) & has_cols
     rank = torch.argsort(torch.argsort(torch.where(alive, first, rows)))
-    rank = torch.cat([torch.where(alive, rank, -1), torch.tensor([-1])])
+    rank = torch.cat([torch.where(alive, rank, -1), row_set.new_full((1,), -1)])
     return rank[row_set.clamp(min=-1)], rank[col_set.clamp(min=-1)]

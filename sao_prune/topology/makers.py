@@ -14,20 +14,20 @@ Maker = Callable[[Tensor, Tensor, "torch.Generator | None"], BlockTopology]
 
 
 def _contiguous(sizes: Tensor) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    return torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
 
 
 def _strided(sizes: Tensor) -> Tensor:
     """Deal the nodes to the sets in turn: ``0, 1, .., g-1, 0, 1, ..``; a full set is passed over."""
     sets = _contiguous(sizes)
-    rank = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes)[sets]
+    rank = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes)[sets]
     return sets[torch.argsort(rank * len(sizes) + sets)]
 
 
 def _random(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    return _contiguous(sizes)[torch.randperm(int(sizes.sum()), generator=generator)]
+    return _contiguous(sizes)[torch.randperm(int(sizes.sum()), generator=generator, device="cpu")]
 
 
 def ramanujan_sets(row_sizes: Tensor, col_sizes: Tensor, generator: torch.Generator | None) -> BlockTopology:

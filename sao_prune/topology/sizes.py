@@ -28,7 +28,7 @@ def even_sizes(rows: int, cols: int, groups: int) -> tuple[Tensor, Tensor]:
     """
     if rows < 1 or cols < 1 or not 1 <= groups <= min(rows, cols):
         raise ValueError(f"a {rows} x {cols} layer takes from 1 to {max(min(rows, cols), 0)} groups, got {groups}")
-    number = torch.arange(groups)
+    number = torch.arange(groups, device="cpu")
     return rows // groups + (number < rows % groups), cols // groups + (number < cols % groups)
 
 
@@ -59,7 +59,7 @@ def exact_sizes(rows: int, cols: int, nnz: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1024)
 def _exact_sizes(rows: int, cols: int, nnz: int) -> tuple[Tensor, Tensor]:
     fewest = -(-rows * cols // nnz)
-    best = (torch.tensor([rows]), torch.tensor([cols]))
+    best = even_sizes(rows, cols, 1)
     error = rows * cols - nnz
     for groups in range(max(2, fewest - 1), min(fewest + 2, rows) + 1):
         for t, u in _odd_sets(rows, cols, groups, nnz):
@@ -68,7 +68,7 @@ def _exact_sizes(rows: int, cols: int, nnz: int) -> tuple[Tensor, Tensor]:
             missing = abs(nnz - t * u - int((r * c).sum()))
             if missing < error:
                 error = missing
-                best = torch.cat([r, torch.tensor([t])]), torch.cat([c, torch.tensor([u])])
+                best = torch.cat([r, r.new_tensor([t])]), torch.cat([c, c.new_tensor([u])])
             if error == 0:
                 return best
     return best
@@ -83,8 +83,8 @@ def _even_nnz(rows: Tensor, cols: Tensor, groups: int) -> Tensor:
 
 def _odd_sets(rows: int, cols: int, groups: int, nnz: int) -> list[tuple[int, int]]:
     """The most promising ``t x u`` shapes of one odd set beside ``groups - 1`` nearly even ones."""
-    t = torch.arange(1, rows - groups + 2)[:, None]
-    u = (t * cols // rows) + torch.arange(-_WINDOW, _WINDOW + 1)
+    t = torch.arange(1, rows - groups + 2, device="cpu")[:, None]
+    u = (t * cols // rows) + torch.arange(-_WINDOW, _WINDOW + 1, device="cpu")
     legal = (u >= t) & (u <= t + cols - rows)
     missing = nnz - t * u - _even_nnz(rows - t, cols - u, groups - 1)
     left = missing.clamp(min=0)

@@ -8,24 +8,31 @@ from typing import Any
 from torch import nn
 
 
-def first_and_last(model: nn.Module, layers: Sequence[tuple[str, str]]) -> tuple[frozenset[str], frozenset[str]]:
+def first_and_last(model: nn.Module, layers: Sequence[tuple[str, int | None]]) -> tuple[frozenset[str], frozenset[str]]:
     """Paths of the modules that count as first and as last.
+
+    Where the first in order is a convolution that reads the image, all that read as many channels are first: a
+    model may have several encoders or scales.
 
     Args:
         model: any module; timm models name their ends in ``pretrained_cfg`` and ``get_classifier``.
-        layers: ``(module path, class name)`` of every candidate, in order.
+        layers: ``(module path, image channels)`` of every candidate, in order; ``None`` for one that reads no image.
 
     Example:
-        >>> first_and_last(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [("0", "Linear"), ("1", "Linear")])
+        >>> first_and_last(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [("0", None), ("1", None)])
         (frozenset({'0'}), frozenset({'1'}))
     """
     paths = [path for path, _ in layers]
+    channels = dict(layers)
     if not paths:
         return frozenset(), frozenset()
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     first = _below(paths, _names(_entry(config, "first_conv")))
     last = _below(paths, [*_names(_entry(config, "classifier")), *_classifier_paths(model)])
-    return frozenset(first or paths[:1]), frozenset(last or paths[-1:])
+    if not first:
+        read = channels[paths[0]]
+        first = paths[:1] if read is None else [path for path in paths if channels[path] == read]
+    return frozenset(first), frozenset(last or paths[-1:])
 
 
 def _entry(config: Any, key: str) -> Any:

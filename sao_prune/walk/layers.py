@@ -19,7 +19,7 @@ Selector = Sequence[str] | Predicate
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
-_STANDARDISED = ("StdConv2d", "ScaledStdConv2d")
+_STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 ALREADY_PRUNED = "already pruned"
 _COMPUTED = "its {} is computed from other parameters (parametrization, weight or spectral norm)"
 
@@ -131,7 +131,7 @@ def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableW
     check_patterns("exclude", selection.exclude, found)
     if selection.example_input is not None:
         found = _in_execution_order(model, modules, found, selection.example_input)
-    first, last = first_and_last(model, [(w.module, w.kind) for w in found])
+    first, last = first_and_last(model, [(w.module, _image_channels(modules[w.module])) for w in found])
     return [_judge(weight, modules, selection, first, last) for weight in found]
 
 
@@ -226,6 +226,13 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, int]]:
         gates = next((g for cell, g in _CELL_GATES.items() if isinstance(module, cell)), 1)
         yield "weight_ih", gates
         yield "weight_hh", gates
+
+
+def _image_channels(module: nn.Module) -> int | None:
+    """Input channels of a convolution that can read an image: up to four, for colour and depth, made into more."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.groups > 1:
+        return None
+    return module.in_channels if module.in_channels <= 4 and module.in_channels < module.out_channels else None
 
 
 def _parameter(module: nn.Module, tensor: str) -> nn.Parameter | None:

@@ -20,6 +20,20 @@ def test_first_and_last_of_a_plain_model():
     assert table(net, skip_first=False) == {"0.weight": None, "2.weight": None, "4.weight": "last layer"}
 
 
+def test_every_encoder_of_the_image_starts_with_a_first_layer():
+    net = nn.ModuleDict(
+        {name: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)) for name in ("features", "context")}
+    )
+    reasons = table(net)
+    assert reasons["features.0.weight"] == reasons["context.0.weight"] == "first layer"
+    assert reasons["features.1.weight"] is None
+    assert set(table(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)))).values()) == {
+        "first layer",
+        None,
+        "last layer",
+    }
+
+
 @pytest.mark.parametrize(
     ("module", "tensor", "parts", "matrix", "kernel"),
     [
@@ -50,12 +64,16 @@ def test_reasons():
     class StdConv2d(nn.Conv2d):
         pass
 
+    class ScaledStdConv2dSame(nn.Conv2d):
+        pass
+
     net = nn.ModuleDict(
         {
             "depthwise": nn.Conv2d(8, 8, 3, groups=8),
             "tiny": nn.Linear(8, 1),
             "lazy": nn.LazyLinear(4),
             "standardised": StdConv2d(4, 4, 3),
+            "standardised_same": ScaledStdConv2dSame(4, 4, 3),
             "parametrized": parametrizations.orthogonal(nn.Linear(4, 4)),
             "spectral": spectral_norm(nn.Linear(4, 4)),
         }
@@ -65,6 +83,7 @@ def test_reasons():
     assert reasons["tiny"] == "too small: 1 x 8"
     assert "lazy" in reasons["lazy"]
     assert "standardises" in reasons["standardised"]
+    assert "standardises" in reasons["standardised_same"]
     assert "computed from other parameters" in reasons["parametrized"]
     assert "computed from other parameters" in reasons["spectral"]
 

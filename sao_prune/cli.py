@@ -1,0 +1,95 @@
+"""The command ``sao-prune``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="sao-prune",
+    help="Sparse orthogonal networks: compare methods under identical conditions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a shipped one.")] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for the run's own folder.")] = Path("runs"),
+    data_dir: Annotated[Path, typer.Option(help="Folder with data sets.")] = Path("data"),
+    download: Annotated[bool, typer.Option("--download", help="Fetch a missing data set into --data-dir.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, .. [default: CUDA where there is one]")] = None,
+) -> None:
+    """Train every method of a recipe under identical conditions; goes on where an earlier run stopped."""
+    _need_laboratory()
+    from .lab.data import DataSource
+    from .lab.display import make_display
+    from .lab.recipe import find_recipe
+    from .lab.sweep import RunOptions, run_recipe
+
+    console = Console()
+    path = find_recipe(recipe)
+    options = RunOptions(out, DataSource(data_dir, download), device)
+    with make_display(console) as display:
+        folder = run_recipe(path, options, display)
+    _show(folder, console)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run.")] = Path("runs/digits"),
+) -> None:
+    """Table, figures and report.md of a run, finished or not."""
+    _need_laboratory()
+    _show(folder, Console())
+
+
+def main() -> NoReturn:
+    """Run the command: 0 if all went well, 2 after an error of the user's, told in one line, 130 if interrupted."""
+    try:
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        from .lab.errors import LabError
+
+        # Wrong usage of the command line: typer brings its own copy of click's errors, which have this method.
+        usage = getattr(error, "format_message", None)
+        if usage is None and not isinstance(error, LabError):
+            raise
+        print(f"sao-prune: {' '.join(str(usage() if usage else error).split())}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _show(folder: Path, console: Console) -> None:
+    from .lab.report import print_report, write_report
+
+    summary = write_report(folder, lambda text: console.print(text, markup=False, soft_wrap=True))
+    print_report(summary, console)
+    console.print(f"report, table and figures: {folder}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _need_laboratory() -> None:
+    """The laboratory's own dependencies, asked for before any work.
+
+    Raises:
+        LabError: naming what is missing and how to get it.
+    """
+    from .lab.errors import LabError
+
+    needed = {"timm": "timm", "yaml": "PyYAML", "matplotlib": "matplotlib"}
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        raise LabError(f"the laboratory needs {', '.join(missing)}: pip install 'sao-prune[lab]'")

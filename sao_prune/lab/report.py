@@ -1,0 +1,157 @@
+"""The report of a run: a table on the terminal, and report.md, results.csv and figures beside the results."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .figures import draw_accuracy, draw_spectra
+from .results import write_atomically
+from .summary import Row, Summary, summarise
+
+
+def write_report(folder: Path, warn: Callable[[str], None]) -> Summary:
+    """Write ``report.md``, ``results.csv``, ``accuracy.png`` and ``jacobian.png`` into a run's folder.
+
+    Raises:
+        ResultsError: if the folder holds no results.
+    """
+    summary = summarise(folder, warn)
+    figures = [
+        name
+        for name, draw in (("accuracy.png", draw_accuracy), ("jacobian.png", draw_spectra))
+        if draw(summary, folder / name)
+    ]
+    write_atomically(folder / "results.csv", _csv(summary))
+    write_atomically(folder / "report.md", _markdown(summary, figures))
+    return summary
+
+
+def print_report(summary: Summary, console: Console) -> None:
+    """The table, and below it what a reader must know about its rows."""
+    table = Table(title=escape(heading(summary)), title_justify="left", caption=escape(caption(summary)))
+    table.caption_justify = "left"
+    table.add_column("method")
+    for name in _COLUMNS[1:]:
+        table.add_column(name, justify="right")
+    for row in summary.rows:
+        table.add_row(*(escape(text) for text in _texts(row)))
+    console.print(table)
+    for line in remarks(summary):
+        console.print(escape(f"- {line}"), highlight=False, soft_wrap=True)
+
+
+def heading(summary: Summary) -> str:
+    """The comparison's title."""
+    return summary.recipe.title or summary.recipe.name
+
+
+def caption(summary: Summary) -> str:
+    """How the numbers came about, in two sentences."""
+    recipe = summary.recipe
+    train = recipe.train
+    rates = ", ".join(f"{lr:g}" for lr in recipe.lr.grid)
+    chosen = (
+        f"lr of each method chosen from {rates} on a held-out {recipe.data.holdout:.0%} of the training set"
+        if len(recipe.lr.grid) > 1
+        else f"lr {rates}"
+    )
+    return (
+        f"Accuracy on the test set after {train.epochs} epochs, mean and standard deviation over "
+        f"{len(recipe.seeds)} seeds; sparsity is that of the pruned layers; seconds of training a run (median). "
+        f"For a seed every method has the same initial dense weights, batches and order; {chosen}."
+    )
+
+
+def remarks(summary: Summary) -> list[str]:
+    """What is unfinished, and the notes of the rows."""
+    lines = []
+    if summary.done < summary.cells:
+        lines.append(f"unfinished: {summary.done} of {summary.cells} cells are done; the same `sao-prune run` goes on")
+    return lines + [f"{row.arm.title}: {note}" for row in summary.rows for note in row.notes]
+
+
+_COLUMNS = ("method", "sparsity %", "accuracy %", "lowest .. highest", "lr", "non-zero", "seconds")
+
+
+def _texts(row: Row) -> list[str]:
+    mean, spread = row.mean, row.spread
+    accuracy = "-" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    extent = f"{100 * min(row.accuracies):.2f} .. {100 * max(row.accuracies):.2f}" if row.accuracies else "-"
+    return [
+        row.arm.title,
+        "-" if row.sparsity is None else f"{100 * row.sparsity:.3f}",
+        accuracy,
+        extent,
+        "-" if row.lr is None else f"{row.lr:g}",
+        "-" if row.nonzero is None else f"{row.nonzero:,}",
+        "-" if row.seconds is None else f"{row.seconds:.1f}",
+    ]
+
+
+def _markdown(summary: Summary, figures: list[str]) -> str:
+    lines = [f"# {heading(summary)}", "", caption(summary), ""]
+    lines += ["| " + " | ".join(_COLUMNS) + " |", "|---" + "|---:" * (len(_COLUMNS) - 1) + "|"]
+    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in _texts(row)) + " |" for row in summary.rows]
+    lines += [""] + [f"- {line}" for line in remarks(summary)]
+    lines += [f"- made with {environment}" for environment in summary.environments]
+    for name in figures:
+        lines += ["", f"![{_FIGURES[name]}]({name})"]
+    lines += [
+        "",
+        "To run it again: `sao-prune run recipe.yaml`, with the recipe in this folder. Every training is a line of "
+        "`results.jsonl`; the table above is also in `results.csv`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_FIGURES = {
+    "accuracy.png": "Accuracy on the test set over epochs: mean over seeds and lowest to highest",
+    "jacobian.png": "Singular values of the Jacobian from the input to every layer, at initialisation",
+}
+
+
+def _csv(summary: Summary) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "method",
+            "network",
+            "sparsity",
+            "accuracy_mean",
+            "accuracy_sd",
+            "accuracy_min",
+            "accuracy_max",
+            "seeds",
+            "lr",
+            "nonzero",
+            "parameters",
+            "seconds_median",
+        ]
+    )
+    for row in summary.rows:
+        found = row.accuracies
+        extent = [min(found), max(found)] if found else [None, None]
+        writer.writerow(
+            [
+                row.arm.title,
+                row.arm.network,
+                row.sparsity,
+                row.mean,
+                row.spread,
+                *extent,
+                len(found),
+                row.lr,
+                row.nonzero,
+                row.parameters,
+                row.seconds,
+            ]
+        )
+    return text.getvalue()

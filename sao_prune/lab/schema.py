@@ -1,0 +1,187 @@
+"""YAML into frozen dataclasses, with the file, line and key in every complaint."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import RecipeError
+
+T = TypeVar("T")
+Scalar = bool | int | float | str
+
+
+def rule(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
+    """A dataclass field with limits on its value (on each value, for a tuple).
+
+    Args:
+        limits: ``above``/``below`` (exclusive), ``least``/``most`` (inclusive), ``choices`` (a collection).
+    """
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def read_yaml(path: Path, cls: type[T]) -> T:
+    """Read a YAML file as the frozen dataclass ``cls``.
+
+    Field types may be scalars, ``tuple[X, ...]`` (one value counts as a tuple of one), ``Mapping[str, Scalar]``, other
+    dataclasses, and any of these ``| None``. A class with an attribute ``shorthand`` may be written as that field's
+    value alone; one with a method ``problem()`` may return ``(key, complaint)`` about the object as a whole.
+
+    Raises:
+        RecipeError: naming file, line and key, for a file that cannot be read, is not YAML or does not fit ``cls``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        raise RecipeError(f"{path}: the file is empty")
+    return typing.cast(T, _Reader(path).dataclass(root, cls, ""))
+
+
+_Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    path: Path
+
+    def fail(self, node: yaml.Node, key: str, message: str) -> typing.NoReturn:
+        where = f"{key}: " if key else ""
+        raise RecipeError(f"{self.path}:{node.start_mark.line + 1}: {where}{message}")
+
+    def dataclass(self, node: yaml.Node, cls: Any, key: str) -> Any:
+        shorthand = getattr(cls, "shorthand", None)
+        if shorthand and isinstance(node, yaml.ScalarNode):
+            pairs: _Pairs = {shorthand: (node, node)}
+        else:
+            pairs = self.pairs(node, key)
+        hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, (key_node, value_node) in pairs.items():
+            inner = f"{key}.{name}" if key else name
+            if name not in fields:
+                self.fail(key_node, inner, unknown("key", name, fields))
+            values[name] = self.value(value_node, hints[name], inner)
+            for value in values[name] if isinstance(values[name], tuple) else (values[name],):
+                if value is not None:
+                    self.check(value_node, inner, value, fields[name].metadata)
+        missing = [
+            name
+            for name, f in fields.items()
+            if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            self.fail(node, key, f"missing {', '.join(missing)}")
+        made = cls(**values)
+        problem = made.problem() if hasattr(made, "problem") else None
+        if problem is not None:
+            name, message = problem
+            self.fail(pairs[name][0] if name in pairs else node, f"{key}.{name}" if key else name, message)
+        return made
+
+    def pairs(self, node: yaml.Node, key: str) -> _Pairs:
+        if not isinstance(node, yaml.MappingNode):
+            self.fail(node, key, f"expected keys and values, got {_say(node)}")
+        found: _Pairs = {}
+        for key_node, value_node in node.value:
+            name = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+            if not name:
+                self.fail(key_node, key, "a key must be a plain word")
+            if name in found:
+                self.fail(key_node, f"{key}.{name}" if key else name, "given twice")
+            found[name] = (key_node, value_node)
+        return found
+
+    def value(self, node: yaml.Node, hint: Any, key: str) -> Any:
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (typing.Union, types.UnionType) and type(None) in args:
+            if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+                return None
+            return self.value(node, next(a for a in args if a is not type(None)), key)
+        if origin is tuple:
+            items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+            if not items:
+                self.fail(node, key, "an empty list")
+            return tuple(self.value(item, args[0], key) for item in items)
+        if origin is Mapping:
+            return {name: self.scalar(v, None, f"{key}.{name}") for name, (_, v) in self.pairs(node, key).items()}
+        if dataclasses.is_dataclass(hint):
+            return self.dataclass(node, hint, key)
+        return self.scalar(node, hint, key)
+
+    def scalar(self, node: yaml.Node, kind: type | None, key: str) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            self.fail(node, key, f"expected {_KINDS.get(kind, 'one value')}, got {_say(node)}")
+        value = _plain(node)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind is str and node.style is None and isinstance(value, int | float) and not isinstance(value, bool):
+            value = node.value
+        wrong = value is None or (kind is not None and type(value) is not kind)
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
+            self.fail(node, key, f"expected {_KINDS.get(kind, 'a value')}, got {node.value!r}")
+        return value
+
+    def check(self, node: yaml.Node, key: str, value: Any, limits: Mapping[str, Any]) -> None:
+        choices = limits.get("choices")
+        if choices is not None and value not in choices:
+            self.fail(node, key, unknown("value", value, choices))
+        wants = []
+        if "above" in limits and not value > limits["above"]:
+            wants.append(f"above {limits['above']}")
+        if "least" in limits and not value >= limits["least"]:
+            wants.append(f"at least {limits['least']}")
+        if "below" in limits and not value < limits["below"]:
+            wants.append(f"below {limits['below']}")
+        if "most" in limits and not value <= limits["most"]:
+            wants.append(f"at most {limits['most']}")
+        if wants:
+            self.fail(node, key, f"must be {' and '.join(wants)}, got {value}")
+
+
+def unknown(what: str, given: object, allowed: typing.Iterable[str]) -> str:
+    """``unknown key 'epoch'; did you mean 'epochs'? (allowed: ...)``."""
+    names = list(allowed)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}{hint} (allowed: {', '.join(names)})"
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def _plain(node: yaml.ScalarNode) -> Scalar | None:
+    value = yaml.SafeLoader("").construct_object(node)
+    # YAML 1.1 reads 1e-3 (no dot) as text; nobody means that.
+    if isinstance(value, str) and node.style is None:
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value if isinstance(value, bool | int | float | str | None) else str(node.value)
+
+
+def _say(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"

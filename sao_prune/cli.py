@@ -12,7 +12,7 @@ from rich.console import Console
 
 app = typer.Typer(
     name="sao-prune",
-    help="Sparse orthogonal networks: compare methods under identical conditions.",
+    help="Sparse orthogonal networks: plan them, train them under identical conditions, compare.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -20,6 +20,30 @@ app = typer.Typer(
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A timm or torchvision name; timm/NAME or torchvision/NAME to choose.")],
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros in the pruned layers, in [0, 1).")] = None,
+    degree: Annotated[float | None, typer.Option(help="Edges of a node on a layer's smaller side.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Blocks of a layer.")] = None,
+    method: Annotated[str, typer.Option(help="A name from sao_prune.methods().")] = "sao",
+    fit: Annotated[str, typer.Option(help="nearest, regular or exact.")] = "nearest",
+    distribution: Annotated[str, typer.Option(help="uniform or erk.")] = "uniform",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob pattern of layers to leave dense; repeatable.")
+    ] = None,
+) -> None:
+    """Show what would be pruned in an architecture, layer by layer; needs no memory for its weights."""
+    from .lab.planning import plan_by_name
+
+    options = {"degree": degree, "groups": groups, "fit": fit, "distribution": distribution, "exclude": exclude or ()}
+    result, warning = plan_by_name(model, sparsity, method, options)  # type: ignore[arg-type]
+    console = Console()
+    console.print(result.table())
+    if warning:
+        Console(stderr=True).print(f"[yellow]warning:[/] {warning}", highlight=False)
 
 
 @app.command()

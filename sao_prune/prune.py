@@ -92,7 +92,7 @@ class MaskPruning(BasePruningMethod):
         Else this does what `BasePruningMethod.apply` does, without its passes over the weight; ``<name>`` itself is
         left to `refresh`.
         """
-        if any(isinstance(h, BasePruningMethod) and h._tensor_name == name for h in module._forward_pre_hooks.values()):
+        if is_pruned_tensor(module, name):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
             return
@@ -280,9 +280,19 @@ def global_kernel_l1(parameters: Iterable[tuple[nn.Module, str]], amount: float)
 def attach(module: nn.Module, draw: Draw, method: type[MaskPruning] = MaskPruning) -> None:
     """Put a draw's mask and values on one module."""
     name = draw.weight.tensor
+    fresh = not is_pruned_tensor(module, name)
     method.register(module, name, draw.mask(getattr(module, name)))
     draw.write_(getattr(module, f"{name}_orig").data)
-    refresh(module)
+    if fresh and not draw.keeps_values:
+        settle(module, name)
+    else:
+        refresh(module)
+
+
+def is_pruned_tensor(module: nn.Module, name: str) -> bool:
+    """Whether a pruning hook is on this very tensor."""
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(hook, BasePruningMethod) and hook._tensor_name == name for hook in hooks)
 
 
 def refresh(module: nn.Module) -> None:

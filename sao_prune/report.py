@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import StringIO
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -123,23 +124,28 @@ class Report:
 
     def table(self) -> Table:
         """The report as a rich table."""
-        table = Table(title=self.title or None, caption=self.summary(), title_justify="left", caption_justify="left")
+        table = Table(
+            title=self.title or None,
+            caption=self.summary(),
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1),
+            pad_edge=False,
+        )
         table.add_column("layer", overflow="fold")
-        table.add_column("kind")
-        table.add_column("shape", justify="right")
-        for column in ("groups", "requested", "achieved", "weights"):
-            table.add_column(column, justify="right")
-        table.add_column("")
+        for column in ("shape", "groups", "asked %", "got %", "weights"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("", overflow="fold")
         for layer in self.layers:
             table.add_row(
                 layer.name,
-                layer.kind,
-                " x ".join(map(str, layer.shape)) or "-",
+                "x".join(map(str, layer.shape)) or "-",
                 str(layer.groups) if layer.groups else "-",
-                _percent(layer.requested),
-                _percent(layer.achieved) if layer.pruned else "-",
+                "-" if layer.requested is None else f"{100 * layer.requested:.3f}",
+                f"{100 * layer.achieved:.3f}" if layer.pruned else "-",
                 f"{layer.nnz:,}",
-                layer.note if layer.pruned else f"kept dense: {layer.reason}",
+                layer.note if layer.pruned else f"dense: {layer.reason}",
                 style=None if layer.pruned else "dim",
             )
         return table
@@ -154,7 +160,7 @@ class Report:
         )
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=140, color_system=None)
+        console = Console(file=StringIO(), width=120, color_system=None)
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())

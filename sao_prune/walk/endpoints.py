@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+
+# torchvision names no output layers, and has models with several: auxiliary classifiers, detectors, segmentation.
+_TORCHVISION_OUTPUTS = (
+    "aux1.fc2",
+    "aux2.fc2",
+    "AuxLogits.fc",
+    "rpn.head.cls_logits",
+    "rpn.head.bbox_pred",
+    "roi_heads.box_predictor.*",
+    "roi_heads.mask_predictor.mask_fcn_logits",
+    "roi_heads.keypoint_predictor.kps_score_lowres",
+    "head.classification_head.cls_logits",
+    "head.regression_head.bbox_*",
+    "head.*_head.module_list.?",
+    "head.*_head.module_list.?.1",
+    "aux_classifier.4",
+    "classifier.low_classifier",
+    "classifier.high_classifier",
+)
 
 
 def first_and_last(model: nn.Module, layers: Sequence[tuple[str, int | None]]) -> tuple[frozenset[str], frozenset[str]]:
@@ -29,6 +49,9 @@ def first_and_last(model: nn.Module, layers: Sequence[tuple[str, int | None]]) -
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     first = _below(paths, _names(_entry(config, "first_conv")))
     last = _below(paths, [*_names(_entry(config, "classifier")), *_classifier_paths(model)])
+    if type(model).__module__.startswith("torchvision.models."):
+        ends = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in _TORCHVISION_OUTPUTS)]
+        last = list({*last, *ends, paths[-1]})
     if not first:
         read = channels[paths[0]]
         first = paths[:1] if read is None else [path for path in paths if channels[path] == read]

@@ -254,7 +254,7 @@ def _obstacle(module: nn.Module, weight: nn.Parameter, found: PrunableWeight) ->
     if any(c.__name__ in _STANDARDISED for c in type(module).__mro__):
         return "its forward standardises the weight, so pruned zeros would come back"
     if isinstance(module, nn.modules.conv._ConvNd) and found.parts > 1 and min(found.matrix) == 1:
-        return "depthwise: one channel a group"
+        return "depthwise"
     if min(found.matrix) < 2:
         return f"too small: {found.matrix[0]} x {found.matrix[1]}"
     return None

@@ -2,8 +2,9 @@
 
 from .base import Method, methods, register, resolve
 from .draw import Draw
+from .eoi import EOI
 from .magnitude import GMP, LMP, LRP
 from .rg import RG
 from .sao import SAO
 
-__all__ = ["GMP", "LMP", "LRP", "RG", "SAO", "Draw", "Method", "methods", "register", "resolve"]
+__all__ = ["EOI", "GMP", "LMP", "LRP", "RG", "SAO", "Draw", "Method", "methods", "register", "resolve"]

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..allocate import Allocation
 from ..seeds import named_generator
-from ..topology import BlockTopology, make_topology
+from ..topology import BlockTopology, make_support, make_topology
 from .draw import Draw
 
 
@@ -20,13 +21,16 @@ class Method:
 
     Attributes:
         name: what users call it.
-        structured: whether supports are block topologies, so that group counts apply.
         layerwise: whether every layer is held to its own share of the budget.
     """
 
     name: ClassVar[str] = ""
-    structured: ClassVar[bool] = False
     layerwise: ClassVar[bool] = True
+
+    @property
+    def structured(self) -> bool:
+        """Whether supports are block topologies, so that group counts apply."""
+        return False
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Decide for all weights at once, touching none.
@@ -106,3 +110,29 @@ class TopologyDrawer:
                 generator=named_generator(self._seed, "topology", *key),
             )
         return self._shared[key]
+
+
+class SupportDrawer:
+    """Makes supports that are plain masks; equal shapes share one unless ``unique`` or the kind minds the place."""
+
+    def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
+        self._kind, self._seed, self._unique = kind, seed, unique or kind == "radix"
+        self._shared: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(self, allocation: Allocation, place: int) -> Tensor:
+        """One mask a part, ``(parts, m, n)``."""
+        weight = allocation.weight
+        rows, cols = weight.matrix
+        masks = []
+        for part in range(weight.parts):
+            key: tuple[object, ...] = (self._kind, rows, cols, allocation.density)
+            key = (*key, weight.name, part) if self._unique else key
+            if key not in self._shared:
+                generator = named_generator(self._seed, "topology", *key)
+                try:
+                    mask = make_support(self._kind, rows, cols, allocation.density, place=place, generator=generator)
+                except ValueError as error:
+                    raise ValueError(f"{weight.name}: {error}") from None
+                self._shared[key] = mask
+            masks.append(self._shared[key])
+        return torch.stack(masks)

@@ -22,7 +22,8 @@ class Draw:
         blocks: values, one tuple a part with a tensor a bucket: ``(blocks, r, c)`` for the centre tap alone, or
             ``(blocks, r, c, taps)`` for every tap of the kernel. Empty keeps the weight's own values.
         units: for other supports, a boolean ``(parts, m, n)`` tensor.
-        matrices: values for other supports, ``(parts, m, n)``; ``None`` keeps the weight's own.
+        matrices: values for other supports, ``(parts, m, n)`` for the centre tap alone or with every tap,
+            ``(parts, m, n, *kernel)``; ``None`` keeps the weight's own.
     """
 
     weight: PrunableWeight
@@ -64,7 +65,11 @@ class Draw:
             if self.blocks:
                 _write(target, self.topologies[part], self.blocks[part])
             elif self.matrices is not None:
-                delta_(target, self.matrices[part])
+                values = self.matrices[part]
+                if values.dim() == target.dim():
+                    target.copy_(values)
+                else:
+                    delta_(target, values)
 
 
 def _write(target: Tensor, topology: BlockTopology, blocks: Blocks | None) -> None:

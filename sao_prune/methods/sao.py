@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..allocate import Allocation
 from ..seeds import named_generator
-from ..topology import MAKERS, BlockTopology
-from ..weights import Mirror, mirror_blocks, mirror_topology, orthogonal_blocks
-from .base import Method, TopologyDrawer, choice, register
+from ..topology import MAKERS, SUPPORTS, BlockTopology
+from ..weights import (
+    Blocks,
+    Mirror,
+    approximate_isometry,
+    eco_blocks,
+    mirror_blocks,
+    mirror_topology,
+    orthogonal_blocks,
+)
+from .base import Method, SupportDrawer, TopologyDrawer, choice, register
 from .draw import Draw
 
 
@@ -25,11 +34,16 @@ class SAO(Method):
     Attributes:
         variant: 1: every block its own values, layers of one shape share a topology; 2: as 1, and all blocks of a
             layer share their values; 3: every layer its own topology (thesis section 3.4.3.1).
-        topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``.
+        topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``; or a support that is not made of blocks, so
+            cannot be exactly orthogonal nor run compactly: ``"expander"``, ``"radix"``, ``"product"``.
         gain: every non-zero singular value of every matrix; 1.1 in the thesis's MLP-N.
         nonlinearity: ``"relu"`` gives mirrored (looks-linear) weights, with which a chain of ReLU layers is an
             orthogonal linear map; ``None`` plain ones.
-        conv: how a matrix becomes a convolution: ``"delta"``, its centre tap (thesis section 3.4.4.1).
+        conv: how a matrix becomes a convolution: ``"delta"``, its centre tap (thesis section 3.4.4.1); ``"eco"``, a
+            matrix for every frequency (section 3.4.4.2). The layer keeps its padding, stride and dilation, with which
+            an ECO kernel is only nearly orthogonal; `sao_prune.nn.convert_eco` makes it exact.
+        weights: ``"exact"``, orthogonal blocks; ``"approximate"``, the most isometric values on the mask that an
+            optimiser finds; ``"auto"``, exact where the topology allows it.
 
     Raises:
         ValueError: for an option out of range.
@@ -46,35 +60,49 @@ class SAO(Method):
     """
 
     name: ClassVar[str] = "sao"
-    structured: ClassVar[bool] = True
 
     variant: Literal[1, 2, 3] = 1
     topology: str = "ramanujan"
     gain: float = 1.0
     nonlinearity: Literal["relu"] | None = None
-    conv: Literal["delta"] = "delta"
+    conv: Literal["delta", "eco"] = "delta"
+    weights: Literal["auto", "exact", "approximate"] = "auto"
 
     def __post_init__(self) -> None:
         choice("variant", self.variant, (1, 2, 3))
-        choice("topology", self.topology, tuple(MAKERS))
+        choice("topology", self.topology, (*MAKERS, *SUPPORTS))
         choice("nonlinearity", self.nonlinearity, (None, "relu"))
-        choice("conv", self.conv, ("delta",))
+        choice("conv", self.conv, ("delta", "eco"))
+        choice("weights", self.weights, ("auto", "exact", "approximate"))
         check_gain(self.gain)
+        if self.weights == "exact" and not self.structured:
+            raise ValueError(
+                f"no values on topology={self.topology!r} are exactly orthogonal; use weights='approximate' or a "
+                f"block topology ({', '.join(MAKERS)})"
+            )
+        if self._approximate and (self.variant == 2 or self.nonlinearity is not None or self.conv != "delta"):
+            raise ValueError(
+                "approximate values are found for each matrix on its own: they go with variant 1 or 3, conv='delta' "
+                "and nonlinearity=None"
+            )
+
+    @property
+    def structured(self) -> bool:
+        """Whether supports are block topologies."""
+        return self.topology in MAKERS
+
+    @property
+    def _approximate(self) -> bool:
+        return self.weights == "approximate" or not self.structured
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """One topology and one set of orthogonal blocks for every part of every weight."""
+        if not self.structured:
+            return self._draw_irregular(allocations, seed)
         drawer = TopologyDrawer(self.topology, seed, unique=self.variant == 3)
         mirrors = _mirrors(allocations) if self.nonlinearity == "relu" else [None] * len(allocations)
         halves = [_half_topologies(a, m, drawer) for a, m in zip(allocations, mirrors)]
-        names = [(a.weight.name, part) for a in allocations for part in range(a.weight.parts)]
-        values = iter(
-            orthogonal_blocks(
-                [t for parts in halves for t in parts],
-                [named_generator(seed, "values", *name) for name in names],
-                gain=self.gain,
-                shared=self.variant == 2,
-            )
-        )
+        values = iter(self._values(allocations, halves, seed))
         draws = []
         for allocation, mirror, parts in zip(allocations, mirrors, halves):
             blocks = tuple(next(values) for _ in parts)
@@ -83,6 +111,36 @@ class SAO(Method):
                 parts = tuple(known[id(t)] for t in parts)
                 blocks = tuple(mirror_blocks(b, mirror) for b in blocks)
             draws.append(Draw(allocation.weight, parts, blocks))
+        return draws
+
+    def _values(
+        self, allocations: Sequence[Allocation], topologies: Sequence[tuple[BlockTopology, ...]], seed: int
+    ) -> list[Blocks]:
+        """Block values of every part of every weight, in their order."""
+        flat = [t for parts in topologies for t in parts]
+        kernels = [a.weight.kernel for a in allocations for _ in range(a.weight.parts)]
+        names = [(a.weight.name, part) for a in allocations for part in range(a.weight.parts)]
+        generators = [named_generator(seed, "values", *name) for name in names]
+        if self._approximate:
+            return [
+                t.gather(approximate_isometry(t.mask(), g, gain=self.gain).matrix) for t, g in zip(flat, generators)
+            ]
+        shared = self.variant == 2
+        if self.conv == "delta":
+            return orthogonal_blocks(flat, generators, gain=self.gain, shared=shared)
+        return eco_blocks(flat, kernels, generators, gain=self.gain, shared=shared)
+
+    def _draw_irregular(self, allocations: Sequence[Allocation], seed: int) -> list[Draw]:
+        """Supports that are plain masks, with the most isometric values on them."""
+        drawer = SupportDrawer(self.topology, seed, unique=self.variant == 3)
+        draws = []
+        for place, allocation in enumerate(allocations):
+            units, name = drawer(allocation, place), allocation.weight.name
+            matrices = [
+                approximate_isometry(mask, named_generator(seed, "values", name, part), gain=self.gain).matrix
+                for part, mask in enumerate(units)
+            ]
+            draws.append(Draw(allocation.weight, units=units, matrices=torch.stack(matrices)))
         return draws
 
 

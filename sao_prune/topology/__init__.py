@@ -1,17 +1,26 @@
-"""Which edges exist: block topologies and their makers."""
+"""Which edges exist: block topologies and their makers, and other supports."""
 
 from .block import BlockTopology, Bucket, NotBlockStructuredError
+from .expander import expander
 from .makers import MAKERS, interleaved, make_topology, ramanujan
+from .product import product
+from .radix import radix
 from .sizes import even_sizes, exact_sizes
+from .supports import SUPPORTS, make_support
 
 __all__ = [
     "MAKERS",
+    "SUPPORTS",
     "BlockTopology",
     "Bucket",
     "NotBlockStructuredError",
     "even_sizes",
     "exact_sizes",
+    "expander",
     "interleaved",
+    "make_support",
     "make_topology",
+    "product",
+    "radix",
     "ramanujan",
 ]

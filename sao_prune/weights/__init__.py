@@ -1,16 +1,21 @@
 """What values stand on the edges: orthogonal, mirrored, normal and uniform blocks, and lifts to convolutions."""
 
+from .approximate import ApproximateIsometry, approximate_isometry
 from .blocks import Blocks, delta_, normal_blocks, orthogonal_blocks, uniform_blocks
 from .eco import eco_blocks, frequencies_from_kernel, kernel_from_frequencies
+from .givens import givens_matrix
 from .mirrored import Mirror, mirror_blocks, mirror_topology
 from .orthogonal import haar
 
 __all__ = [
+    "ApproximateIsometry",
     "Blocks",
     "Mirror",
+    "approximate_isometry",
     "delta_",
     "eco_blocks",
     "frequencies_from_kernel",
+    "givens_matrix",
     "haar",
     "kernel_from_frequencies",
     "mirror_blocks",

@@ -27,6 +27,8 @@ def free_frequencies(kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         >>> [len(free_frequencies((k, k))[0]) for k in (1, 2, 3, 4, 5)]
         [1, 4, 5, 10, 13]
     """
+    if not kernel:
+        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     index = torch.arange(prod(kernel)).view(kernel)
     dims = tuple(range(len(kernel)))
     partner = index.flip(dims).roll((1,) * len(kernel), dims)

@@ -1,0 +1,75 @@
+"""Supports that are plain masks, not blocks, found by name: expander, radix, product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd, log2
+
+import torch
+from torch import Tensor
+
+from .expander import expander
+from .product import max_halvings, product
+from .radix import radix
+
+SupportMaker = Callable[[int, int, float, int, "torch.Generator | None"], Tensor]
+
+
+def _expander(rows: int, cols: int, density: float, place: int, generator: torch.Generator | None) -> Tensor:
+    return expander(rows, cols, round(density * rows * cols), generator)
+
+
+def _radix(rows: int, cols: int, density: float, place: int, generator: torch.Generator | None) -> Tensor:
+    size = gcd(rows, cols)
+    return radix(rows, cols, min(max(round(density * size), 1), size), place)
+
+
+def _product(rows: int, cols: int, density: float, place: int, generator: torch.Generator | None) -> Tensor:
+    wanted = round(-log2(density))
+    most = max_halvings(rows, cols)
+    if wanted > 0 and most == 0:
+        raise ValueError(
+            f"a product support halves both sides, but {rows} x {cols} has an odd one; "
+            "leave the layer out or choose another topology"
+        )
+    return product(rows, cols, min(wanted, most), generator)
+
+
+SUPPORTS: dict[str, SupportMaker] = {"expander": _expander, "radix": _radix, "product": _product}
+
+
+def make_support(
+    kind: str,
+    rows: int,
+    cols: int,
+    density: float,
+    *,
+    place: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A support of a named kind, as near to a density as the kind allows.
+
+    Args:
+        kind: ``"expander"`` (any density that can be connected), ``"radix"`` (multiples of ``1 / gcd(m, n)``) or
+            ``"product"`` (powers of a half).
+        rows: outputs ``m``.
+        cols: inputs ``n``.
+        density: share of edges, in (0, 1].
+        place: number of the layer in its chain; only RadiX-Net minds.
+        generator: where random supports come from; without one, `torch.initial_seed` decides.
+
+    Returns:
+        Boolean mask, shape ``(rows, cols)``.
+
+    Raises:
+        ValueError: for an unknown kind, or a density out of range or out of the kind's reach.
+
+    Example:
+        >>> make_support("radix", 8, 8, 0.25).sum().item()
+        16
+    """
+    if kind not in SUPPORTS:
+        raise ValueError(f"unknown support {kind!r}; known: {', '.join(sorted(SUPPORTS))}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density is a share in (0, 1], got {density}")
+    return SUPPORTS[kind](rows, cols, density, place, generator)

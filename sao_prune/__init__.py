@@ -10,7 +10,7 @@ Example:
 from . import prune
 from .allocate import Budget
 from .checkpoint import CheckpointError, load, save
-from .methods import GMP, LMP, LRP, RG, SAO, Method, methods
+from .methods import EOI, GMP, LMP, LRP, RG, SAO, Method, methods
 from .model import apply, plan, remove, report
 from .report import LayerRecord, Report, SparsityWarning
 from .topology import BlockTopology, NotBlockStructuredError
@@ -19,6 +19,7 @@ from .walk import PrunableWeight, Selection, walk
 __version__ = "0.1.0"
 
 __all__ = [
+    "EOI",
     "GMP",
     "LMP",
     "LRP",

@@ -10,6 +10,7 @@ Example:
 from . import prune
 from .allocate import Budget
 from .checkpoint import CheckpointError, load, save
+from .compact import compact, expand
 from .methods import EOI, GMP, LMP, LRP, RG, SAO, Method, methods
 from .model import apply, plan, remove, report
 from .report import LayerRecord, Report, SparsityWarning
@@ -36,6 +37,8 @@ __all__ = [
     "Selection",
     "SparsityWarning",
     "apply",
+    "compact",
+    "expand",
     "load",
     "methods",
     "plan",

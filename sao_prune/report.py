@@ -130,22 +130,21 @@ class Report:
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
-            padding=(0, 1),
+            collapse_padding=True,
             pad_edge=False,
         )
         table.add_column("layer", overflow="fold")
-        for column in ("shape", "groups", "asked %", "got %", "weights"):
+        for column in ("shape", "groups", "sparsity %", "weights"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("", overflow="fold")
         for layer in self.layers:
             table.add_row(
-                layer.name,
+                layer.name.removesuffix(".weight"),
                 "x".join(map(str, layer.shape)) or "-",
                 str(layer.groups) if layer.groups else "-",
-                "-" if layer.requested is None else f"{100 * layer.requested:.3f}",
-                f"{100 * layer.achieved:.3f}" if layer.pruned else "-",
+                _sparsity(layer),
                 f"{layer.nnz:,}",
-                layer.note if layer.pruned else f"dense: {layer.reason}",
+                layer.note if layer.pruned else f"{layer.reason}",
                 style=None if layer.pruned else "dim",
             )
         return table
@@ -164,6 +163,14 @@ class Report:
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _sparsity(layer: LayerRecord) -> str:
+    """What was achieved, after what was asked where the two differ."""
+    if not layer.pruned:
+        return "-"
+    asked, got = f"{100 * (layer.requested or 0):.3f}", f"{100 * layer.achieved:.3f}"
+    return got if layer.requested is None or asked == got else f"{asked} -> {got}"
 
 
 def _percent(value: float | None) -> str:

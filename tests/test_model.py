@@ -79,8 +79,8 @@ def test_report_says_what_was_done():
     nonzero = sum(int(m.sum()) for n, m in model.named_buffers() if n.endswith("_mask"))
     assert report.nnz == nonzero
     text = str(report)
-    assert "stem.weight" in text
-    assert "dense: first layer" in text
+    assert "stem " in text
+    assert "first layer" in text
     assert sao_prune.report(model).nnz == nonzero
 
 

@@ -49,7 +49,7 @@ class Draw:
 
     def mask(self, like: Tensor) -> Tensor:
         """A fresh mask of the shape, dtype and device of ``like``, the weight itself."""
-        mask = torch.zeros(self.weight.shape, dtype=like.dtype, device=like.device)
+        mask = torch.zeros_like(like, requires_grad=False)
         for part, target in enumerate(self.weight.matrices(mask)):
             if self.units is not None:
                 unit = self.units[part].to(target)

@@ -79,7 +79,7 @@ def test_reasons():
         }
     )
     reasons = {w.module: w.reason for w in walk(net, Selection(**ALL))}
-    assert reasons["depthwise"] == "depthwise: one channel a group"
+    assert reasons["depthwise"] == "depthwise"
     assert reasons["tiny"] == "too small: 1 x 8"
     assert "lazy" in reasons["lazy"]
     assert "standardises" in reasons["standardised"]

@@ -101,7 +101,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         CheckpointError: if it cannot be read, or names what does not fit.
     """
     state = _read(Path(path))
-    modules = dict(model.named_modules())
+    # A module that is used twice has its entries under both paths, as state_dict has them.
+    modules = dict(model.named_modules(remove_duplicate=False))
     theirs = {k[:-5] for k in state if k.endswith("_mask") and f"{k[:-5]}_orig" in state}
     ours = _pruned_names(modules)
     to_prune = sorted(theirs - ours)
@@ -250,6 +251,8 @@ def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], n
     snapshots = [Snapshot(modules[path]) for path in owned | {path.rpartition(".")[0] for path in owned}]
     try:
         for name, path, tensor in owners:
+            if f"{tensor}_mask" in modules[path]._buffers:
+                continue
             weight = getattr(modules[path], tensor)
             MaskPruning.register(modules[path], tensor, state[f"{name}_mask"].to(weight, copy=True))
             if path:

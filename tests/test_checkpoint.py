@@ -113,6 +113,25 @@ class Evil:
         return os.mkdir, ("evil-was-here",)
 
 
+def test_a_module_that_is_used_twice(tmp_path, ending):
+    def shared():
+        block = nn.Linear(8, 8)
+        return nn.Sequential(nn.Linear(8, 8), block, nn.Tanh(), block, nn.Linear(8, 4))
+
+    model, fresh, other, dense = shared(), shared(), shared(), shared()
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.apply(other, groups=4, seed=1)
+    x = torch.randn(3, 8)
+    path = sao_prune.save(model, tmp_path / f"m{ending}")
+    for target in (fresh, other):
+        sao_prune.load(target, path)
+        assert torch.equal(target(x), model(x))
+        assert target[1] is target[3]
+    sao_prune.load(fresh, sao_prune.save(dense, tmp_path / f"d{ending}"))
+    dense[1].weight.data *= fresh[1].weight_mask
+    assert torch.allclose(fresh(x), dense(x))
+
+
 def test_a_hostile_checkpoint_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": make().state_dict(), "extra": Evil()}, "m.pt")

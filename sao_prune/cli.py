@@ -64,8 +64,12 @@ def run(
     console = Console()
     path = find_recipe(recipe)
     options = RunOptions(out, DataSource(data_dir, download), device)
-    with make_display(console) as display:
-        folder = run_recipe(path, options, display)
+    try:
+        with make_display(console) as display:
+            folder = run_recipe(path, options, display)
+    except KeyboardInterrupt:
+        print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     _show(folder, console)
 
 
@@ -83,7 +87,6 @@ def main() -> NoReturn:
     try:
         status = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         from .lab.errors import LabError

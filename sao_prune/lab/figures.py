@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from .summary import Row, Summary
 
-# Okabe and Ito's colours: told apart with any colour vision; dashes and markers tell them apart without colour.
+Values = NDArray[np.float64]
+Member = tuple[int, Row]
+
+# Okabe and Ito's colours can be told apart with any colour vision; dashes and markers help without colour.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -21,119 +26,142 @@ _DASHES: tuple[Any, ...] = (
     (0, (6, 2)),
     (0, (4, 1.5, 1, 1.5)),
     (0, (2, 1.5)),
-    (0, (7, 2, 1, 2, 1, 2)),
+    (0, (7, 2, 1, 2)),
     (0, (1, 1.2)),
 )
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 
-# Singular values below this are drawn on the lower edge: the signal is gone either way.
+# Singular values below this leave the figure through its lower edge: the signal is gone either way.
 _FLOOR = 1e-12
 
 
 def draw_accuracy(summary: Summary, path: Path) -> bool:
-    """Accuracy over epochs: mean over seeds as a line, lowest to highest as a band. False if there is none yet."""
+    """Accuracy over epochs, a panel for every network and amount: mean over seeds, lowest to highest as a band.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     rows = [row for row in summary.rows if row.curves]
     if not rows:
         return False
-    figure, panels = _panels(summary, rows, "Accuracy on the test set over training")
-    for axes, members in panels:
+    groups = [(title, members) for title, members in _groups(summary, rows) if members]
+    figure, panels = _grid(len(groups), columns=2, size=(7.0, 4.2), margin=0.8)
+    figure.suptitle(f"{_name(summary)}\naccuracy over training: mean over seeds, lowest to highest shaded", fontsize=11)
+    for axes, (title, members) in zip(panels, groups):
         for style, row in members:
-            length = max(len(curve) for curve in row.curves)
-            # A diverged run stops early: it keeps its last accuracy.
-            curves = 100 * np.array([[*curve, *[curve[-1]] * (length - len(curve))] for curve in row.curves])
-            epochs = np.arange(1, length + 1)
-            label = f"{row.arm.method.title}  {curves[:, -1].mean():.1f} %"
+            curves = _padded(row.curves)
+            label = f"{row.arm.method.title}: {curves[:, -1].mean():.1f} %"
+            epochs = np.arange(1, curves.shape[1] + 1)
             _line(axes, epochs, curves.mean(0), (curves.min(0), curves.max(0)), style, label)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("accuracy on the test set (%)")
-        axes.set_ylim(0, 102)
-        axes.set_xlim(0.8, summary.recipe.train.epochs + 0.2)
-    _finish(figure, [axes for axes, _ in panels], path)
+        axes.set(title=title, xlabel="epoch", ylabel="accuracy on the test set (%)", ylim=(0, 102))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, handlelength=3)
+    _save(figure, panels, path)
     return True
 
 
 def draw_spectra(summary: Summary, path: Path) -> bool:
-    """Singular values of the input-to-layer Jacobian at initialisation: mean line, smallest to largest as a band."""
+    """Singular values of the input-to-layer Jacobian at initialisation, a panel for every arm.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     rows = [row for row in summary.rows if row.spectrum is not None]
     if not rows:
         return False
-    figure, panels = _panels(
-        summary, rows, "Singular values of the Jacobian from the input to layer k, at initialisation"
+    titles = [method.title for method in summary.recipe.methods]
+    figure, panels = _grid(len(rows), columns=4, size=(2.9, 2.5), margin=0.9, share=True)
+    figure.suptitle(
+        f"{_name(summary)}\nJacobian from the input to layer k, at initialisation: "
+        "mean singular value, smallest to largest shaded",
+        fontsize=11,
     )
-    for axes, members in panels:
-        for style, row in members:
-            assert row.spectrum is not None
-            mean, low, high = (
-                np.maximum(np.array(row.spectrum[key], dtype=float), _FLOOR) for key in ("mean", "smallest", "largest")
-            )
-            _line(axes, np.array(row.spectrum["depth"]), mean, (low, high), style, row.arm.method.title)
+    for axes, row in zip(panels, rows):
+        assert row.spectrum is not None
+        mean, low, high = (
+            np.maximum(np.array(row.spectrum[key]), _FLOOR / 1e3) for key in ("mean", "smallest", "largest")
+        )
+        style = titles.index(row.arm.method.title)
+        _line(axes, np.array(row.spectrum["depth"]), mean, (low, high), style, row.arm.title)
+        axes.axhline(1, color="#888888", linewidth=0.8, zorder=1)
+        axes.set_title(row.arm.title, fontsize=10)
         axes.set_yscale("log")
-        axes.set_xlabel("layer k")
-        axes.set_ylabel("singular value")
-        axes.set_ylim(bottom=_FLOOR)
-    _finish(figure, [axes for axes, _ in panels], path)
+    ceiling = max(max(row.spectrum["largest"]) for row in rows if row.spectrum is not None)
+    panels[0].set_ylim(_FLOOR, max(10.0, 3 * ceiling))
+    figure.supxlabel("layer k", fontsize=10)
+    figure.supylabel("singular value", fontsize=10)
+    _save(figure, panels, path)
     return True
 
 
-Member = tuple[int, Row]
+def _name(summary: Summary) -> str:
+    return summary.recipe.title or summary.recipe.name
 
 
-def _panels(summary: Summary, rows: Sequence[Row], title: str) -> tuple[Figure, list[tuple[Axes, list[Member]]]]:
-    """One panel for every network and amount of the grid; dense is in each panel of its network."""
-    methods = [method.title for method in summary.recipe.methods]
-    groups = [(options, amount) for options in summary.recipe.network.grid() for amount in summary.recipe.prune.grid()]
-    columns = min(len(groups), 3)
-    lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(5.2 * columns + 2.4, 4.3 * lines + 0.5), dpi=150, layout="constrained")
+def _groups(summary: Summary, rows: Sequence[Row]) -> list[tuple[str, list[Member]]]:
+    """Rows of one network and one amount together, with dense in each group of its network; a style goes with each."""
+    titles = [method.title for method in summary.recipe.methods]
+    groups = []
+    for options in summary.recipe.network.grid():
+        for amount in summary.recipe.prune.grid():
+            members = [
+                (titles.index(row.arm.method.title), row)
+                for row in rows
+                if row.arm.network_options == options and row.arm.prune in ({}, amount)
+            ]
+            varying = ", ".join(summary.recipe.varying(options, amount))
+            groups.append((varying, members))
+    return groups
+
+
+def _padded(curves: Sequence[Sequence[float]]) -> Values:
+    """Per cent, one row a run; a run that diverged, and so stopped early, keeps its last accuracy."""
+    longest = max(len(curve) for curve in curves)
+    return 100 * np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves])
+
+
+def _grid(
+    count: int, columns: int, size: tuple[float, float], margin: float, share: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, each of ``size`` inches, with room for titles above and beside them."""
+    columns = min(count, columns)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns + margin, size[1] * lines + margin), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}\n{summary.recipe.title or summary.recipe.name}", fontsize=11)
-    panels = []
-    for index, (options, amount) in enumerate(groups):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        members = [
-            (methods.index(row.arm.method.title), row)
-            for row in rows
-            if row.arm.network_options == options and row.arm.prune in ({}, amount)
-        ]
-        if len(groups) > 1:
-            axes.set_title(next(iter(_subtitle(members))), fontsize=10)
-        panels.append((axes, members))
+    panels: list[Axes] = []
+    for index in range(count):
+        shared = panels[0] if share and panels else None
+        axes = figure.add_subplot(lines, columns, index + 1, sharex=shared, sharey=shared)
+        if share:
+            axes.tick_params(labelleft=index % columns == 0, labelbottom=index + columns >= count)
+        panels.append(axes)
     return figure, panels
 
 
-def _subtitle(members: Sequence[Member]) -> Iterator[str]:
-    for _, row in reversed(members):
-        yield row.arm.title.partition(", ")[2]
-    yield ""
-
-
-def _line(
-    axes: Axes, x: np.ndarray, y: np.ndarray, band: tuple[np.ndarray, np.ndarray], style: int, label: str
-) -> None:
+def _line(axes: Axes, x: NDArray[Any], y: Values, band: tuple[Values, Values], style: int, label: str) -> None:
     colour = _COLOURS[style % len(_COLOURS)]
-    every = max(1, len(x) // 8)
-    # Lines that lie on one another still show: each has its markers at places of its own.
+    # Lines that lie on one another still show: their markers stand at different places.
+    gap = max(1, len(x) // 40)
+    marks = (style % 5 * gap, 5 * gap) if len(x) > 5 else 1
+    axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0, zorder=2)
     axes.plot(
         x,
         y,
         color=colour,
         linestyle=_DASHES[style % len(_DASHES)],
-        linewidth=1.8,
         marker=_MARKERS[style % len(_MARKERS)],
-        markersize=5,
-        markevery=(style % every if every > 1 else 0, every),
+        markevery=marks,
+        markersize=4.5,
+        linewidth=1.7,
         label=label,
         zorder=3,
     )
-    axes.fill_between(x, *band, color=colour, alpha=0.13, linewidth=0, zorder=2)
 
 
-def _finish(figure: Figure, panels: Sequence[Axes], path: Path) -> None:
+def _save(figure: Figure, panels: Sequence[Axes], path: Path) -> None:
     for axes in panels:
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9, handlelength=3)
     figure.savefig(path)

@@ -7,6 +7,7 @@ import zlib
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
         raise DataError(
             f"{path}: the header promises {prod(shape)} values, the file holds {len(raw) - header}; fetch it again"
         )
-    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).reshape(shape)
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -152,10 +152,10 @@ class Recipe:
         for options in self.network.grid():
             for method in self.methods:
                 for amount in [{}] if method.is_dense else self.prune.grid():
-                    title = ", ".join([method.title, *self._varying(options, amount)])
+                    title = ", ".join([method.title, *self.varying(options, amount)])
                     yield Arm(self.data.name, self.network.name, options, self.gain, method, amount, title)
 
-    def _varying(self, options: Mapping[str, Scalar], amount: Mapping[str, Scalar]) -> Iterator[str]:
+    def varying(self, options: Mapping[str, Scalar], amount: Mapping[str, Scalar]) -> Iterator[str]:
         """What tells an arm from the others of its method."""
         if len(self.network.grid()) > 1:
             yield f"N = {options['depth']}"

@@ -37,9 +37,9 @@ def print_report(summary: Summary, console: Console) -> None:
     """The table, and below it what a reader must know about its rows."""
     table = Table(title=escape(heading(summary)), title_justify="left", caption=escape(caption(summary)))
     table.caption_justify = "left"
-    table.add_column("method")
+    table.add_column(_COLUMNS[0], overflow="fold", min_width=6)
     for name in _COLUMNS[1:]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in summary.rows:
         table.add_row(*(escape(text) for text in _texts(row)))
     console.print(table)
@@ -63,8 +63,8 @@ def caption(summary: Summary) -> str:
         else f"lr {rates}"
     )
     return (
-        f"Accuracy on the test set after {train.epochs} epochs, mean and standard deviation over "
-        f"{len(recipe.seeds)} seeds; sparsity is that of the pruned layers; seconds of training a run (median). "
+        f"Accuracy on the test set after {train.epochs} epochs: mean, standard deviation and range over "
+        f"{len(recipe.seeds)} seeds. Sparsity is that of the pruned layers, time that of one training (median). "
         f"For a seed every method has the same initial dense weights, batches and order; {chosen}."
     )
 
@@ -77,13 +77,13 @@ def remarks(summary: Summary) -> list[str]:
     return lines + [f"{row.arm.title}: {note}" for row in summary.rows for note in row.notes]
 
 
-_COLUMNS = ("method", "sparsity %", "accuracy %", "lowest .. highest", "lr", "non-zero", "seconds")
+_COLUMNS = ("method", "sparsity %", "accuracy %", "range", "lr", "non-zero", "time s")
 
 
 def _texts(row: Row) -> list[str]:
     mean, spread = row.mean, row.spread
     accuracy = "-" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-    extent = f"{100 * min(row.accuracies):.2f} .. {100 * max(row.accuracies):.2f}" if row.accuracies else "-"
+    extent = f"{100 * min(row.accuracies):.2f}–{100 * max(row.accuracies):.2f}" if row.accuracies else "-"
     return [
         row.arm.title,
         "-" if row.sparsity is None else f"{100 * row.sparsity:.3f}",

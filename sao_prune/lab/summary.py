@@ -88,7 +88,7 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
 def _row(recipe: Recipe, arm: Arm, lr: float | None, done: list[Record], spectrum: Record | None) -> Row:
     first = done[0] if done else (spectrum or {}).get("result", {})
     diverged = sum(result["status"] != "ok" for result in done)
-    notes = sorted({result["note"] for result in done if result["note"]})
+    notes = [first["note"]] if first.get("note") else []
     if diverged:
         notes.append(f"{diverged} of {len(done)} runs diverged")
     if 0 < len(done) < len(recipe.seeds):

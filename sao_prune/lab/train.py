@@ -58,7 +58,8 @@ def train(
         optimizer,
         sched=spec.schedule.name,
         num_epochs=spec.epochs,
-        decay_milestones=list(spec.schedule.milestones or ()),
+        # timm counts one epoch ahead of torch's MultiStepLR, whose meaning recipes and papers have.
+        decay_milestones=[milestone + 1 for milestone in spec.schedule.milestones or ()],
         decay_rate=spec.schedule.factor,
         warmup_epochs=spec.schedule.warmup_epochs,
         warmup_lr=lr / 100,

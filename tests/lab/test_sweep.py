@@ -1,0 +1,198 @@
+"""A whole comparison: fair, complete, resumable and reported."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sao_prune.lab.choice import choose_lr, final_cells, selection_cells
+from sao_prune.lab.data import load_dataset
+from sao_prune.lab.errors import LabError, ResultsError
+from sao_prune.lab.recipe import load_recipe
+from sao_prune.lab.report import write_report
+from sao_prune.lab.results import ResultsLog
+from sao_prune.lab.summary import summarise
+from sao_prune.lab.sweep import RunOptions, Sweep, run_recipe
+
+Micro = Callable[..., Path]
+CELLS = 4 * (1 + 2 + 2)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def without_clock(record: dict) -> dict:
+    result = {key: value for key, value in record["result"].items() if key != "seconds"}
+    return {"key": record["key"], "cell": record["cell"], "result": result}
+
+
+def test_end_to_end(micro: Micro, tmp_path: Path, display) -> None:
+    folder = run_recipe(micro(), RunOptions(tmp_path / "runs"), display)
+    assert display.done == display.total
+    assert Counter(line["cell"]["kind"] for line in lines(folder)) == {"spectrum": 4, "select": 8, "final": 8}
+    summary = write_report(folder, pytest.fail)
+    assert (summary.done, summary.cells) == (CELLS, CELLS)
+    dense, sao, *_ = summary.rows
+    assert dense.sparsity == 0
+    assert sao.sparsity == 0.75
+    assert sao.nonzero == sao.parameters - 0.75 * (1024 * 512 + 512 * 256 + 256 * 256)
+    assert dense.mean > 0.8
+    assert sao.mean > 0.8
+    for name in ("accuracy.png", "jacobian.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    table = list(csv.DictReader((folder / "results.csv").open()))
+    assert [row["method"] for row in table] == ["Dense", "SAO", "RG-S", "GMP-S"]
+    assert float(table[1]["accuracy_mean"]) == pytest.approx(sao.mean)
+    assert "| SAO | 75.000 |" in (folder / "report.md").read_text()
+
+    before = (folder / "results.jsonl").read_bytes()
+    run_recipe(micro(), RunOptions(tmp_path / "runs"), display)
+    assert (folder / "results.jsonl").read_bytes() == before
+
+
+def test_all_methods_start_from_the_same_dense_network(micro: Micro, tmp_path: Path, display) -> None:
+    recipe = load_recipe(micro(("gmp-s]", "gmp-s, lmp-s, lrp-s, rg-n]")))
+    with ResultsLog(tmp_path / "results.jsonl", pytest.fail) as log:
+        sweep = Sweep(recipe, load_dataset("digits"), log, display)
+        networks = {}
+        for arm in recipe.arms():
+            networks[arm.method.name] = sweep._network(arm.cell("final", 1, lr=0.1, train=recipe.train))[0]
+    dense = networks["dense"].state_dict()
+    for name, model in networks.items():
+        state = model.state_dict()
+        assert torch.equal(state["head.weight"], dense["head.weight"])
+        for key in dense:
+            if key.endswith("bias"):
+                assert torch.equal(state[key], dense[key])
+            if name in ("rg-s", "gmp-s", "lmp-s", "lrp-s") and f"{key}_orig" in state:
+                assert torch.equal(state[f"{key}_orig"] * state[f"{key}_mask"], dense[key] * state[f"{key}_mask"])
+
+
+def test_learning_rates_are_chosen_on_the_held_out_part_only(micro: Micro, tmp_path: Path, display) -> None:
+    recipe = load_recipe(micro())
+    arm = next(recipe.arms())
+    records = {}
+    for lr, cells in selection_cells(recipe, arm).items():
+        for cell in cells:
+            assert (cell.kind, cell.holdout) == ("select", 0.2)
+            records[cell.key] = {"result": {"status": "ok", "accuracy": lr, "loss": 1.0}}
+    assert choose_lr(recipe, arm, {}) is None
+    assert choose_lr(recipe, arm, records) == 0.1
+    assert [cell.holdout for cell in final_cells(recipe, arm, 0.1)] == [None, None]
+
+    best = selection_cells(recipe, arm)[0.1][0].key
+    records[best]["result"].update(status="diverged", loss=None)
+    assert choose_lr(recipe, arm, records) == 0.01
+    for record in records.values():
+        record["result"].update(status="ok", accuracy=0.5, loss=1.0)
+    assert choose_lr(recipe, arm, records) == 0.01
+    records[best]["result"].update(loss=0.5)
+    assert choose_lr(recipe, arm, records) == 0.1
+
+
+def test_a_grid_of_one_is_not_searched(micro: Micro) -> None:
+    recipe = load_recipe(micro(("[0.1, 0.01]", "0.1")))
+    arm = next(recipe.arms())
+    assert selection_cells(recipe, arm) == {}
+    assert choose_lr(recipe, arm, {}) == 0.1
+
+
+def test_a_diverged_cell_is_a_result(micro: Micro, tmp_path: Path, display) -> None:
+    path = micro(("[0.1, 0.01]", "1e30"), ("[dense, sao, rg-s, gmp-s]", "dense"), ("tanh", "relu"))
+    folder = run_recipe(path, RunOptions(tmp_path), display)
+    assert display.done == display.total
+    finals = [line["result"] for line in lines(folder) if line["cell"]["kind"] == "final"]
+    assert [result["status"] for result in finals] == ["diverged"] * 2
+    assert all(0 <= result["accuracy"] <= 0.3 for result in finals)
+    assert "2 of 2 runs diverged" in write_report(folder, pytest.fail).rows[0].notes
+
+
+def test_kill_9_loses_at_most_the_cell_in_flight(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
+    path = micro(("epochs: 2", "epochs: 5"), ("[dense, sao, rg-s, gmp-s]", "[dense, sao]"))
+    folder = tmp_path / "runs" / "micro"
+    command = [sys.executable, "-c", "from sao_prune.cli import main; main()", "run", str(path), "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, str(folder.parent)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "results.jsonl").exists() or (folder / "results.jsonl").read_bytes().count(b"\n") < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    survived = (folder / "results.jsonl").read_bytes()
+    survived = survived[: survived.rfind(b"\n") + 1]
+    assert 3 <= survived.count(b"\n") < 10
+    with (folder / "results.jsonl").open("ab") as file:
+        file.write(b'{"key": "half a li')
+
+    run_recipe(path, RunOptions(folder.parent), display)
+    assert any("damaged" in note for note in display.notes)
+    assert (folder / "results.jsonl").read_bytes().startswith(survived)
+    resumed = lines(folder)
+    assert len({line["key"] for line in resumed}) == len(resumed) == 10
+
+    whole = lines(run_recipe(path, RunOptions(tmp_path / "again"), display))
+    assert [without_clock(a) for a in resumed] == [without_clock(b) for b in whole]
+
+
+def test_a_changed_recipe_trains_what_changed_and_reports_only_that(micro: Micro, tmp_path: Path, display) -> None:
+    few = ("[dense, sao, rg-s, gmp-s]", "[dense, sao]")
+    folder = run_recipe(micro(few), RunOptions(tmp_path), display)
+    run_recipe(micro(few, ("groups: 4", "groups: 8")), RunOptions(tmp_path), display)
+    assert len(lines(folder)) == 10 + 5
+    assert summarise(folder, pytest.fail).rows[1].sparsity == 0.875
+
+
+def test_an_unfinished_run_is_reported_as_such(micro: Micro, tmp_path: Path, display) -> None:
+    folder = run_recipe(micro(), RunOptions(tmp_path), display)
+    kept = (folder / "results.jsonl").read_text().splitlines(keepends=True)[:4]
+    (folder / "results.jsonl").write_text("".join(kept))
+    summary = write_report(folder, pytest.fail)
+    assert (summary.done, summary.cells) == (4, CELLS)
+    assert summary.rows[0].notes == ("1 of 2 runs are done",)
+    assert summary.rows[1].mean is None
+    assert "unfinished: 4 of 20" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("name: sao_mlp,", "name: sao_mpl,"), "timm knows no network 'sao_mpl'"),
+        (("activation: tanh", "activation: tahn"), "did you mean 'tanh'"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_trained(
+    micro: Micro, tmp_path: Path, display, change: tuple[str, str], said: str
+) -> None:
+    with pytest.raises(LabError, match=said):
+        run_recipe(micro(change), RunOptions(tmp_path / "runs"), display)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_library_refuses_is_told_before_anything_is_trained(
+    micro: Micro, tmp_path: Path, display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("too sparse to be true")
+
+    monkeypatch.setattr("sao_prune.plan", refuse)
+    with pytest.raises(LabError, match="SAO: too sparse to be true"):
+        run_recipe(micro(), RunOptions(tmp_path / "runs"), display)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_without_a_run_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="sao-prune run"):
+        summarise(tmp_path, pytest.fail)

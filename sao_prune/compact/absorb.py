@@ -53,7 +53,7 @@ def absorb(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, BlockModule):
-            module.fold(None, None)
+            module.fold()
             if isinstance(module, BlockLinear):
                 module.__dict__["features_first"] = None
     _absorb(model)
@@ -167,7 +167,7 @@ def _fold(node: fx.Node, calls: _Graph) -> None:
             return
         if consumer.execution.dense or consumer.folded[0] is not None:
             return
-    layer.fold(layer.folded[0], Order.of(torch.arange(len(outputs.index)), torch.arange(len(outputs.index))))
+    layer.fold(layer.folded[0], raw=True)
     for consumer in consumers:
         assert isinstance(consumer, BlockModule)
         inputs = consumer.packing.inputs

@@ -75,8 +75,8 @@ class BlockModule(nn.Module):
     row_set: Tensor
     col_set: Tensor
     execution: Execution
-    # Channel orders in place of the topology's own, where a neighbour takes care of the rest.
-    folded: tuple[Order | None, Order | None] = (None, None)
+    # An input order in place of the topology's own, and whether a reader takes care of the output order.
+    folded: tuple[Order | None, bool] = (None, False)
     # Set by `set_topology`, so that a layer converted in place need not run a constructor.
     _topology: BlockTopology | None
     _packing: Packing | None
@@ -106,20 +106,25 @@ class BlockModule(nn.Module):
         """How the blocks are laid out for execution."""
         if self._packing is None:
             packing = pack_topology(self.topology, self.execution.merge)
-            inputs, outputs = self.folded
-            if inputs is not None or outputs is not None:
-                packing = replace(packing, inputs=inputs or packing.inputs, outputs=outputs or packing.outputs)
+            inputs, raw = self.folded
+            packing = replace(packing, inputs=inputs or packing.inputs, raw=raw)
             self.__dict__["_packing"] = packing.to(self.blocks.device)
         assert self._packing is not None
         return self._packing
 
     def run_as(self, execution: Execution) -> None:
-        """Change how the layer runs; its values stay."""
+        """Change how the layer runs; its values stay.
+
+        Raises:
+            ValueError: if a neighbour relies on the layer's present order of channels.
+        """
+        if self.folded != (None, False):
+            raise ValueError("this layer's channel order is folded into a neighbour's: expand and compact the model")
         self.__dict__.update(execution=execution, _packing=None)
 
-    def fold(self, inputs: Order | None, outputs: Order | None) -> None:
-        """Read or write channels in another order than the topology's; ``None``: the topology's."""
-        self.__dict__.update(folded=(inputs, outputs), _packing=None)
+    def fold(self, inputs: Order | None = None, raw: bool = False) -> None:
+        """Read channels in another order than the topology's (``None``), or leave outputs in the blocks' order."""
+        self.__dict__.update(folded=(inputs, raw), _packing=None)
 
     @property
     def weight(self) -> Tensor:

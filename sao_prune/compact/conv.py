@@ -14,7 +14,6 @@ from ..topology import BlockTopology
 from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
 from .order import is_plain, take
-from .packing import fill
 
 
 class _BlockConv(BlockModule):
@@ -84,10 +83,9 @@ class _BlockConv(BlockModule):
         weight = self.packed_weight().flatten(0, 1)
         if run.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        if bias is not None:
-            bias = fill(bias, packing.outputs.index, packing.groups * packing.rows, is_plain())
+        bias = packing.bias(bias, is_plain())
         y = self._convolve(take(x, packing.inputs), weight, bias, packing.groups)
-        return take(y, packing.outputs)
+        return y if packing.raw else take(y, packing.outputs)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         padding: Any = self.padding

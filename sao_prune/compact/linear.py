@@ -38,9 +38,7 @@ class BlockLinear(BlockModule):
     features_first: bool | None = None
     execution = Execution()
 
-    def __init__(
-        self, topology: BlockTopology, bias: bool = True, *, seed: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, topology: BlockTopology, bias: bool = True, *, seed: torch.Generator | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = topology.shape
         generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
@@ -58,8 +56,10 @@ class BlockLinear(BlockModule):
         if self.execution.dense:
             return F.linear(x, self.weight, self.bias)
         parameters = self._parameters
-        weight, bias = parameters["blocks"], parameters["bias"]
-        assert weight is not None
+        weight: Tensor | None = parameters.get("blocks")
+        bias: Tensor | None = parameters["bias"]
+        if weight is None:  # parametrized: computed from other parameters
+            weight = self.blocks
         packing = self._packing or self.packing
         if packing.slots is not None or weight.dim() != 3:
             weight = self.packed_weight()

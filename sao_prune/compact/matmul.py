@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .order import Kind, Order, is_features_first, take
-from .packing import Packing, fill
+from .packing import Packing
 
 
 def _is_view(order: Order, features_first: bool) -> bool:
@@ -115,12 +115,13 @@ def block_matmul(
     features_first = came_features_first if features_first is None else features_first and x.shape[0] > 1
     if not came_features_first and not x.is_contiguous():
         x = x.contiguous()
-    in_view, out_view = _is_view(inputs, came_features_first), _is_view(outputs, features_first)
+    in_view, out_view = _is_view(inputs, came_features_first), packing.raw or _is_view(outputs, features_first)
     if not in_view:
         x = take(x, inputs)
-    if not out_view and bias is not None:
-        bias = fill(bias, outputs.index, packing.groups * packing.rows)
-    strided = in_view and inputs.kind is Kind.STRIDED, out_view and outputs.kind is Kind.STRIDED
+    natural = out_view and not packing.raw
+    if not natural:
+        bias = packing.bias(bias)
+    strided = in_view and inputs.kind is Kind.STRIDED, natural and outputs.kind is Kind.STRIDED
     y: Tensor = _BlockProduct.apply(x, weight, bias, strided, features_first)
     return y if out_view else take(y, outputs)
 
@@ -129,5 +130,6 @@ def plain_block_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: 
     """`block_matmul` in ordinary operations, for compilers, exporters and function transforms; ``x`` is ``(.., n)``."""
     operand = packing.inputs.last(x).unflatten(-1, (packing.groups, packing.cols))
     y = torch.einsum("...gc,grc->...gr", operand, weight).flatten(-2)
-    y = packing.outputs.last(y)
-    return y if bias is None else y + bias
+    bias = packing.bias(bias, plain=True)
+    y = y if bias is None else y + bias
+    return y if packing.raw else packing.outputs.last(y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..topology import BlockTopology
-from .order import Order
+from .order import Kind, Order
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class Packing:
         outputs: which of the ``groups * rows`` positions holds each output channel.
         slots: position of every block value in the flattened ``(groups, rows, cols)``; ``None`` when they are the
             values in their own order.
+        raw: leave the outputs in the order of the positions; the reader's input order makes up for it.
     """
 
     merge: int
@@ -34,6 +35,7 @@ class Packing:
     inputs: Order
     outputs: Order
     slots: Tensor | None
+    raw: bool = False
 
     @property
     def size(self) -> int:
@@ -46,7 +48,13 @@ class Packing:
             return self
         slots = None if self.slots is None else self.slots.to(device)
         inputs, outputs = self.inputs.to(device), self.outputs.to(device)
-        return Packing(self.merge, self.groups, self.rows, self.cols, inputs, outputs, slots)
+        return replace(self, inputs=inputs, outputs=outputs, slots=slots)
+
+    def bias(self, bias: Tensor | None, plain: bool = False) -> Tensor | None:
+        """A bias in the order of the positions."""
+        if bias is None or self.outputs.kind is Kind.IDENTITY:
+            return bias
+        return fill(bias, self.outputs.index, self.groups * self.rows, plain)
 
 
 @lru_cache(maxsize=512)

@@ -1,0 +1,87 @@
+"""Training steps and inference of timm models at 96.875 % sparsity, against the dense models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import timm
+import torch
+from timing import Row, at_least, race
+from torch import Tensor, nn
+
+import sao_prune
+
+# Batch size, and the targets for a training step and for inference.
+MODELS = {
+    "vgg16_bn": (4, 10.0, 9.0),
+    "mixer_b16_224": (4, 3.5, 4.8),
+    "vit_small_patch16_224": (8, 3.0, 2.6),
+    "resnet50": (8, 1.5, 1.7),
+    "resnet18": (16, 2.0, 2.5),
+}
+SPARSITY = 0.96875
+
+
+def training(name: str, repeats: int = 5) -> Iterator[Row]:
+    """A step of SGD with momentum."""
+    batch, target, _ = MODELS[name]
+    yield from _compare(name, batch, target, "train", repeats)
+
+
+def inference(name: str, repeats: int = 7) -> Iterator[Row]:
+    """A forward pass in eval mode."""
+    batch, _, target = MODELS[name]
+    yield from _compare(name, batch, target, "infer", repeats)
+
+
+def _compare(name: str, batch: int, target: float, mode: str, repeats: int) -> Iterator[Row]:
+    torch.manual_seed(0)
+    x, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+    dense = timm.create_model(name)
+    channels_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    ways = {"dense": _way(dense, x, labels, mode)}
+    if any(isinstance(m, nn.Conv2d) and m.kernel_size[0] < 16 for m in dense.modules()):
+        y = x.contiguous(memory_format=torch.channels_last)
+        ways["dense, channels last"] = _way(channels_last, y, labels, mode)
+    worst = []
+    for topology in ("interleaved", "ramanujan"):
+        model = copy.deepcopy(dense)
+        sao_prune.apply(model, sparsity=SPARSITY, method=sao_prune.SAO(topology=topology), seed=0)
+        report = sao_prune.compact(model, example_input=x, tune=mode)
+        worst += [(layer.ratio, layer.name, topology) for layer in report.layers if layer.ratio is not None]
+        ways[topology] = _way(model, x, labels, mode)
+    times = race(ways, repeats, warm_up=1)
+    work = f"{'training step' if mode == 'train' else 'inference'}, {name}, batch {batch}, {SPARSITY:.3%}"
+    yield at_least(work, "dense", target, times, "dense", "interleaved", "interleaved")
+    yield at_least(work, "dense", None, times, "dense", "ramanujan", "ramanujan")
+    if "dense, channels last" in ways:
+        yield at_least(work, "dense, channels last", None, times, "dense, channels last", "interleaved", "interleaved")
+    ratio, layer, topology = min(worst)
+    yield Row(
+        f"slowest of {len(worst)} layers of {name}, {'training' if mode == 'train' else 'inference'}",
+        "dense layer",
+        ">= 0.95x",
+        f"{ratio:.2f}x",
+        met=ratio >= 0.95,
+        note=f"{layer}, {topology}, as tuned",
+    )
+
+
+def _way(model: nn.Module, x: Tensor, labels: Tensor, mode: str) -> Callable[[], object]:
+    if mode == "infer":
+        model.eval()
+
+        def infer() -> object:
+            with torch.no_grad():
+                return model(x)
+
+        return infer
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return step

@@ -82,6 +82,34 @@ def report(
     _show(folder, Console())
 
 
+@app.command()
+def zoo(
+    pattern: Annotated[str, typer.Option("--filter", help="Glob pattern on the names of architectures.")] = "*",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.96875,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also train, copy, bake, save and load one of each family.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Processes that plan at a time.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="File for all records.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the result as a page of markdown.")] = None,
+) -> None:
+    """Plan every architecture of timm and torchvision on the meta device; exit code 1 if any fails."""
+    from .lab.display import make_display
+    from .lab.zoo import VisitOptions, print_zoo, visit, write_json, write_markdown
+
+    console = Console()
+    options = VisitOptions(pattern, sparsity, run, jobs)
+    with make_display(console) as display:
+        found = visit(options, display)
+    print_zoo(found, console)
+    if json:
+        write_json(found, json)
+    if output:
+        write_markdown(found, output)
+    if found.failures:
+        raise typer.Exit(1)
+
+
 def main() -> NoReturn:
     """Run the command: 0 if all went well, 2 after an error of the user's, told in one line, 130 if interrupted."""
     try:

@@ -1,0 +1,71 @@
+"""The zoo at work: which architectures, each in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ..isolate import isolated
+from .architecture import PRELOAD, Architecture
+from .plans import ZooPlan
+from .trial import RunTask, ZooRun, run_one
+
+MEMORY = 8 * 2**30
+# In a run a model is there as weights, masks, products and gradients, and a copy: about six times four bytes a weight.
+_BYTES_PER_PARAMETER = 24
+
+
+def representatives(plans: Sequence[ZooPlan]) -> list[Architecture]:
+    """What a run takes: of each timm family the smallest model that has layers to prune, timm's tiny ``test_*``
+    models, and torchvision's classification models that fit in `MEMORY`.
+
+    Args:
+        plans: from `plan_zoo`.
+    """
+    smallest: dict[str, ZooPlan] = {}
+    chosen = [p.architecture for p in _classification(plans) if p.layers and not _is_large(p)]
+    for one in plans:
+        architecture = one.architecture
+        if architecture.library != "timm" or not one.layers:
+            continue
+        if architecture.name.startswith("test_"):
+            chosen.append(architecture)
+        elif one.parameters < smallest.get(architecture.family, replace(one, parameters=sys.maxsize)).parameters:
+            smallest[architecture.family] = one
+    return sorted([*chosen, *(one.architecture for one in smallest.values())])
+
+
+def too_large(plans: Sequence[ZooPlan]) -> list[str]:
+    """torchvision's classification models that `representatives` leaves out for their size."""
+    return sorted(p.architecture.name for p in _classification(plans) if _is_large(p))
+
+
+def _classification(plans: Sequence[ZooPlan]) -> list[ZooPlan]:
+    from torchvision import models
+
+    names = set(models.list_models(module=models))
+    return [p for p in plans if p.architecture.library == "torchvision" and p.architecture.name in names]
+
+
+def _is_large(plan: ZooPlan) -> bool:
+    return plan.parameters * _BYTES_PER_PARAMETER > MEMORY
+
+
+def run_zoo(
+    chosen: Sequence[Architecture], sparsity: float = 0.96875, *, jobs: int = 1, timeout: float = 900.0
+) -> Iterator[ZooRun]:
+    """Put architectures to work, each in a process of its own.
+
+    Args:
+        chosen: from `representatives` or `sao_prune.lab.zoo.architectures`.
+        sparsity: share of zeros.
+        jobs: processes at a time; each may need several GiB.
+        timeout: seconds for each.
+
+    Yields:
+        One `ZooRun` an architecture, in the order of completion; failures are in it, not raised.
+    """
+    tasks = [RunTask(architecture, sparsity) for architecture in chosen]
+    for outcome in isolated(run_one, tasks, jobs=jobs, timeout=timeout, preload=PRELOAD):
+        yield outcome.value or ZooRun(outcome.item.architecture, error=outcome.error)

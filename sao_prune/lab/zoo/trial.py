@@ -1,0 +1,256 @@
+"""One pruned model at work: train, copy, save, load and bake it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ...checkpoint import load, save
+from ...model import apply, remove
+from ...prune import MaskedWeight
+from ...report import Report
+from ..isolate import one_line
+from .architecture import Architecture
+from .images import BATCH, smallest_input
+
+_READERS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "multi_head_attention_forward"))
+
+
+class BrokenLawError(AssertionError):
+    """A pruned model of the zoo does not do what it must."""
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """One architecture to put to work, at a sparsity."""
+
+    architecture: Architecture
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class ZooRun:
+    """What became of one architecture at work.
+
+    Attributes:
+        architecture: which one.
+        parameters: parameters of the whole model.
+        layers: layers that were pruned.
+        sparsity: share of zeros in them.
+        image: shape of the input, batch included.
+        unused: pruned layers that a training step gives no gradient, dense or pruned.
+        readers: torch functions that read masked weights.
+        seconds: wall-clock time.
+        peak: most resident memory of the process in bytes, interpreter and libraries included.
+        error: the stage that failed and why; ``None`` if all went well.
+    """
+
+    architecture: Architecture
+    parameters: int = 0
+    layers: int = 0
+    sparsity: float = 0.0
+    image: tuple[int, ...] = ()
+    unused: int = 0
+    readers: tuple[str, ...] = ()
+    seconds: float = 0.0
+    peak: int = 0
+    error: str | None = None
+
+
+def run_one(task: RunTask) -> ZooRun:
+    """Put one architecture to work in this process, stage by stage, and tell which stage fails."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    trial = Trial(task)
+    stages: tuple[Callable[[], None], ...] = (
+        trial.build, trial.train_dense, trial.prune, trial.train, trial.copy, trial.save_pruned, trial.bake,
+    )  # fmt: skip
+    error = None
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        trial.folder = folder
+        for stage in stages:
+            try:
+                stage()
+            except Exception as failure:
+                error = f"{stage.__name__}: {one_line(failure)}"
+                break
+    result = replace(trial.result, seconds=time.perf_counter() - start, peak=_peak(), error=error)
+    return result
+
+
+@dataclass
+class Trial:
+    """The stages of one architecture's run; each raises if the model does not do what it must."""
+
+    task: RunTask
+    result: ZooRun = field(init=False)
+    options: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        self.result = ZooRun(self.task.architecture)
+
+    def build(self) -> None:
+        """Build the model for the smallest images that it takes."""
+        self.options, size = smallest_input(self.task.architecture)
+        self.model = self.task.architecture.build(**self.options)
+        self.images = torch.randn(BATCH, *size)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.result = replace(self.result, parameters=parameters, image=tuple(self.images.shape))
+
+    def train_dense(self) -> None:
+        """One step without an update: which weights get a gradient."""
+        self._forward_backward(self.model)
+        self.trained = {name for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+
+    def prune(self) -> None:
+        """Apply, in place."""
+        self.report: Report = apply(self.model, sparsity=self.task.sparsity, seed=0)
+        self.result = replace(self.result, layers=len(self.report.pruned), sparsity=self.report.sparsity)
+
+    def train(self) -> None:
+        """Two steps with weight decay; zeros stay, the same weights are trained, and nothing transforms a weight."""
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, weight_decay=0.1)
+        readers = _Readers()
+        for step in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            with readers:
+                self._forward_backward(self.model)
+            if step == 0:
+                before = {name: p.detach().clone() for name, p in self._originals()}
+                optimizer.step()
+                unchanged = [name for name, p in self._originals() if p.grad is not None and p.equal(before[name])]
+                if unchanged:
+                    raise BrokenLawError(f"the optimiser step does not change {_some(unchanged)}")
+        self._check_masks()
+        now = {n.removesuffix("_orig") for n, p in self.model.named_parameters() if p.grad is not None}
+        if now != self.trained:
+            raise BrokenLawError(f"gradients of the dense and the pruned model differ: {_some(now ^ self.trained)}")
+        unused = sum(layer.name not in now for layer in self.report.pruned)
+        self.result = replace(self.result, unused=unused, readers=tuple(sorted(readers.names)))
+        if readers.names - _READERS:
+            raise BrokenLawError(f"masked weights are read by {_some(readers.names - _READERS)}")
+        optimizer.zero_grad(set_to_none=True)
+        self.outputs = self._outputs(self.model)
+
+    def copy(self) -> None:
+        """A deep copy gives equal outputs, and trains without touching the original."""
+        twin = copy.deepcopy(self.model)
+        self._check_equal(twin, "deepcopy")
+        optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3)
+        self._forward_backward(twin)
+        optimizer.step()
+        self._check_equal(self.model, "the original, after its copy was trained")
+
+    def save_pruned(self) -> None:
+        """The pruned model, saved, makes a fresh dense model equal."""
+        self._check_file("pruned")
+
+    def bake(self) -> None:
+        """Remove leaves plain weights with the zeros in place; saved and loaded they give equal outputs."""
+        masks = {name: getattr(module, f"{tensor}_mask") for name, module, tensor in self._pruned()}
+        remove(self.model)
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        revived = [name for name, mask in masks.items() if weights[name].detach()[mask == 0].any()]
+        if revived:
+            raise BrokenLawError(f"remove leaves non-zeros in {_some(revived)}")
+        del masks, weights
+        self._check_equal(self.model, "remove")
+        self._check_file("baked")
+
+    def _check_file(self, name: str) -> None:
+        path = os.path.join(self.folder, f"{name}.safetensors")
+        save(self.model, path)
+        fresh = self.task.architecture.build(**self.options)
+        load(fresh, path)
+        os.unlink(path)
+        self._check_equal(fresh, f"the {name} model, saved and loaded")
+
+    def _forward_backward(self, model: nn.Module) -> None:
+        model.train()
+        outputs = _tensors(model(self.images))
+        loss = torch.stack([(out.float() - 1).square().mean() for out in outputs if out.requires_grad]).sum()
+        if not bool(loss.isfinite()):
+            raise BrokenLawError("the loss is not finite")
+        loss.backward()
+
+    @torch.no_grad()
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        outputs = _tensors(model.eval()(self.images))
+        if not all(bool(out.isfinite().all()) for out in outputs):
+            raise BrokenLawError("outputs are not finite")
+        return outputs
+
+    def _check_equal(self, model: nn.Module, what: str) -> None:
+        outputs = self._outputs(model)
+        for ours, theirs in zip(self.outputs, outputs, strict=True):
+            error = float((ours - theirs).abs().max())
+            if not error <= 1e-5 * max(1.0, float(ours.abs().max())):
+                raise BrokenLawError(f"{what}: outputs differ by {error:.3g}")
+
+    def _pruned(self) -> Iterator[tuple[str, nn.Module, str]]:
+        for layer in self.report.pruned:
+            path, _, tensor = layer.name.rpartition(".")
+            yield layer.name, self.model.get_submodule(path), tensor
+
+    def _originals(self) -> Iterator[tuple[str, Tensor]]:
+        for name, module, tensor in self._pruned():
+            yield name, getattr(module, f"{tensor}_orig")
+
+    def _check_masks(self) -> None:
+        for (name, module, tensor), layer in zip(self._pruned(), self.report.pruned, strict=True):
+            mask, weight = getattr(module, f"{tensor}_mask"), getattr(module, tensor).detach()
+            if int(mask.sum()) != layer.nnz:
+                raise BrokenLawError(f"{name}: the mask keeps {int(mask.sum())} weights, the report says {layer.nnz}")
+            if weight[mask == 0].any():
+                raise BrokenLawError(f"{name}: masked entries are not zero in the weight that is used")
+
+
+class _Readers(TorchFunctionMode):
+    """Notes which torch functions read masked weights."""
+
+    _SILENT = frozenset(("__get__", "__set__", "as_subclass", "detach", "requires_grad", "dim"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name not in self._SILENT and any(isinstance(a, MaskedWeight) for a in tree_leaves((args, kwargs))):
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _some(names: Any, limit: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _peak() -> int:
+    """Most resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,86 @@
+"""A visit to the zoo, as the command ``sao-prune zoo`` makes it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from ...allocate import Budget
+from ..display import Display
+from .architecture import ZooError, architectures
+from .plans import ZooPlan, plan_zoo
+from .report import Zoo
+from .runs import representatives, run_zoo
+from .trial import ZooRun
+
+
+@dataclass(frozen=True)
+class VisitOptions:
+    """What to look at.
+
+    Attributes:
+        pattern: glob pattern on the names of architectures.
+        sparsity: share of zeros.
+        run: also put some of them to work.
+        jobs: processes at a time; those at work come one at a time, for each may need several GiB.
+
+    Raises:
+        ZooError: if ``jobs`` is not positive or ``sparsity`` is out of range.
+    """
+
+    pattern: str = "*"
+    sparsity: float = 0.96875
+    run: bool = False
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ZooError(f"jobs must be at least 1, got {self.jobs}")
+        try:
+            Budget(self.sparsity)
+        except ValueError as error:
+            raise ZooError(str(error)) from None
+
+    @property
+    def command(self) -> str:
+        """The command line with these options."""
+        given = [
+            f"--filter '{self.pattern}'" * (self.pattern != "*"),
+            f"--sparsity {self.sparsity}" * (self.sparsity != VisitOptions.sparsity),
+            "--run" * self.run,
+            f"--jobs {self.jobs}" * (self.jobs != 1),
+        ]
+        return " ".join(["sao-prune zoo", *filter(None, given)])
+
+
+def visit(options: VisitOptions, display: Display) -> Zoo:
+    """Plan every architecture that matches, and with ``options.run`` put the representatives to work.
+
+    Raises:
+        ZooError: if no architecture matches, or timm or torchvision is missing.
+    """
+    start = time.perf_counter()
+    chosen = architectures(options.pattern)
+    display.start(len(chosen), 0)
+    plans: list[ZooPlan] = []
+    for plan in plan_zoo(chosen, options.sparsity, jobs=options.jobs):
+        plans.append(plan)
+        _step(display, "plan", plan)
+    plans.sort(key=lambda plan: plan.architecture)
+    runs: list[ZooRun] = []
+    if options.run:
+        workers = representatives(plans)
+        display.start(len(chosen) + len(workers), len(chosen))
+        for run in run_zoo(workers, options.sparsity):
+            runs.append(run)
+            _step(display, "run", run)
+    runs.sort(key=lambda run: run.architecture)
+    return Zoo(tuple(plans), tuple(runs), options.sparsity, options.command, time.perf_counter() - start)
+
+
+def _step(display: Display, stage: str, record: ZooPlan | ZooRun) -> None:
+    name = f"{record.architecture.library} {record.architecture.name}"
+    display.step(stage, name)
+    failure = record.failure if isinstance(record, ZooPlan) else record.error
+    if failure:
+        display.note(f"{stage} {name}: {failure}")

@@ -38,7 +38,8 @@ class ECOConv2d(nn.Conv2d):
         groups: blocks of the topology between ``in_channels * stride^2`` and ``out_channels``; sets need not be even.
         input_size: height and width of the input, if known; otherwise the last one seen.
         gain: every singular value.
-        topology: ``"ramanujan"`` or ``"interleaved"``.
+        topology: ``"ramanujan"``, ``"interleaved"``, or a topology of shape ``(out_channels, in_channels * stride^2)``,
+            which then decides the groups.
         seed: of topology and values.
 
     Shape:
@@ -72,7 +73,7 @@ class ECOConv2d(nn.Conv2d):
         bias: bool = True,
         *,
         gain: float = 1.0,
-        topology: str = "ramanujan",
+        topology: str | BlockTopology = "ramanujan",
         seed: Seed = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -88,13 +89,12 @@ class ECOConv2d(nn.Conv2d):
         self.gain = gain
         self.input_size = None if input_size is None else _pair(input_size)
         self._warned: set[tuple[int, int]] = set()
-        generator = named_generator(base, "topology")
-        made = make_topology(topology, out_channels, in_channels * stride**2, groups=groups, generator=generator)
+        made = _make(topology, (out_channels, in_channels * stride**2), groups, named_generator(base, "topology"))
         self.register_buffer("row_set", made.row_set.to(device))
         self.register_buffer("col_set", made.col_set.to(device))
         self._adopt(made)
         (blocks,) = eco_blocks([made], [self._kernel], [named_generator(base, "values")], gain=gain)
-        self.weight = nn.Parameter(self.pack(blocks).to(device, dtype or torch.get_default_dtype()))
+        self.weight = nn.Parameter(pack(blocks, self._kernel).to(device, dtype or torch.get_default_dtype()))
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
         self.in_channels = in_channels
@@ -115,23 +115,11 @@ class ECOConv2d(nn.Conv2d):
         cols = torch.cat([b.cols.flatten() for b in topology.buckets])
         self.register_buffer("col_index", cols.to(device), persistent=False)
 
-    def pack(self, blocks: Blocks) -> Tensor:
-        """Block values ``(blocks, r, c, taps)``, one tensor a bucket, as a ``weight``."""
-        widest = max(b.shape[2] for b in blocks)
-        rows = [F.pad(b, (0, 0, 0, widest - b.shape[2])).flatten(0, 1) for b in blocks]
-        return torch.cat(rows).unflatten(-1, self._kernel)
-
-    def unpack(self, weight: Tensor) -> Blocks:
-        """The block values in a ``weight``, ``(blocks, r, c, taps)``, one tensor a bucket; inverse of `pack`."""
-        shapes = [b.shape for b in self.topology.buckets]
-        parts = weight.flatten(2).split([blocks * rows for blocks, rows, _ in shapes])
-        return tuple(p[:, : s[2]].unflatten(0, s[:2]) for p, s in zip(parts, shapes))
-
     def dense_weight(self) -> Tensor:
         """The kernel with its zeros, shape ``(out_channels, in_channels * stride^2, *kernel_size)``."""
         rows, cols = self.topology.shape
         out = self.weight.new_zeros(rows * cols, prod(self._kernel))
-        for index, values in zip(self.topology.flat_index, self.unpack(self.weight)):
+        for index, values in zip(self.topology.flat_index, unpack(self.weight, self.topology)):
             out[index.to(out.device)] = values.flatten(0, 2)
         return out.view(rows, cols, *self._kernel)
 
@@ -192,6 +180,30 @@ class ECOConv2d(nn.Conv2d):
             exact = "exact" if self.exact_at(self.input_size) else "NOT orthogonal at this size"
             parts.append(f"input_size={self.input_size}, {exact}")
         return ", ".join(parts)
+
+
+def _make(
+    topology: str | BlockTopology, shape: tuple[int, int], groups: int, generator: torch.Generator
+) -> BlockTopology:
+    if isinstance(topology, str):
+        return make_topology(topology, *shape, groups=groups, generator=generator)
+    if topology.shape != shape or -1 in topology.row_set or -1 in topology.col_set:
+        raise ValueError(f"the layer needs a topology of shape {shape} that joins every channel, got {topology}")
+    return topology
+
+
+def pack(blocks: Blocks, kernel: tuple[int, ...]) -> Tensor:
+    """Block values ``(blocks, r, c, taps)``, one tensor a bucket, as the ``weight`` of an `ECOConv2d`."""
+    widest = max(b.shape[2] for b in blocks)
+    rows = [F.pad(b, (0, 0, 0, widest - b.shape[2])).flatten(0, 1) for b in blocks]
+    return torch.cat(rows).unflatten(-1, kernel)
+
+
+def unpack(weight: Tensor, topology: BlockTopology) -> Blocks:
+    """The block values ``(blocks, r, c, taps)`` in the ``weight`` of an `ECOConv2d`; inverse of `pack`."""
+    shapes = [b.shape for b in topology.buckets]
+    parts = weight.flatten(2).split([blocks * rows for blocks, rows, _ in shapes])
+    return tuple(p[:, : s[2]].unflatten(0, s[:2]) for p, s in zip(parts, shapes))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""Put exact ECO convolutions in place of the convolutions of an existing network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..seeds import Seed, base_seed, named_generator
+from ..topology import BlockTopology, NotBlockStructuredError
+from ..walk import Selector
+from ..weights import frequencies_from_kernel
+from .eco import ECOConv2d, pack
+
+
+@dataclass(frozen=True)
+class ConvertRecord:
+    """One convolution: its path, its input size, the blocks it has now, or the reason why it was left alone."""
+
+    name: str
+    input_size: tuple[int, int] | None = None
+    groups: int | None = None
+    exact: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert_eco` did, in the order of execution; prints one line a convolution."""
+
+    layers: tuple[ConvertRecord, ...]
+
+    @property
+    def converted(self) -> tuple[ConvertRecord, ...]:
+        """The records of the convolutions that were replaced."""
+        return tuple(r for r in self.layers if r.reason is None)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{r.name}: {r.reason}"
+            if r.reason
+            else f"{r.name}: {r.groups} blocks on {r.input_size}, {'exact' if r.exact else 'NOT orthogonal'}"
+            for r in self.layers
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How one convolution was called on the example input."""
+
+    name: str
+    module: nn.Conv2d
+    size: tuple[int, int]
+    out: tuple[int, int]
+
+
+def convert_eco(
+    model: nn.Module,
+    example_input: Any,
+    last: int | None = None,
+    *,
+    include: Selector | None = None,
+    exclude: Selector = (),
+    only_exact: bool = True,
+    gain: float = 1.0,
+    seed: Seed = None,
+) -> ConvertReport:
+    """Replace convolutions by `ECOConv2d`, in place: same channels, same output size, exactly orthogonal.
+
+    Dense convolutions become dense, pruned ones keep their block topology (with a stride: the number of blocks) and,
+    if they hold an ECO kernel (``SAO(conv="eco")``), its values; otherwise values are fresh. A bias stays. The thesis
+    does this to the last block of its ResNets and the last six convolutions of VGG (section 3.5.3).
+
+    Args:
+        model: a network; its convolutions are found by running it once.
+        example_input: a tensor, or a tuple or dict of arguments.
+        last: only the last so many of those that can be converted, in the order of execution; ``None`` for all.
+        include: glob patterns or a predicate; only these.
+        exclude: convolutions to leave alone.
+        only_exact: leave those alone whose kernel does not fit their input size.
+        gain: singular value of fresh ones.
+        seed: of fresh values and topologies.
+
+    Returns:
+        A `ConvertReport`; what was left alone is in it with the reason.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: if no convolution can be converted, or ``last`` is not positive. The model is then as it was.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
+        >>> print(convert_eco(net, torch.zeros(1, 3, 9, 9), last=1, seed=0))
+        0: not among the last 1
+        1: 1 blocks on (9, 9), exact
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if last is not None and last < 1:
+        raise ValueError(f"last counts convolutions, at least 1, got {last}")
+    records: dict[str, ConvertRecord] = {}
+    ready: list[_Call] = []
+    for call in _record_calls(model, example_input):
+        reason = _obstacle(call, only_exact)
+        if reason is None and not _chosen(call, include, exclude):
+            reason = "excluded"
+        if reason is None:
+            ready.append(call)
+        records[call.name] = ConvertRecord(call.name, call.size, reason=reason)
+    chosen = ready if last is None else ready[-last:]
+    for call in ready[: len(ready) - len(chosen)]:
+        records[call.name] = ConvertRecord(call.name, call.size, reason=f"not among the last {last}")
+    if not chosen:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in list(records.values())[:6]) or "it runs no convolution"
+        raise ValueError(f"no convolution of {type(model).__name__} can be converted ({reasons})")
+    base = base_seed(seed)
+    made = [(call, _eco_form(call, gain, int(named_generator(base, call.name).initial_seed()))) for call in chosen]
+    for call, layer in made:
+        records[call.name] = ConvertRecord(call.name, call.size, layer.groups, layer.exact_at(call.size))
+        parent, _, child = call.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return ConvertReport(tuple(records.values()))
+
+
+def _record_calls(model: nn.Module, example_input: Any) -> list[_Call]:
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and name}
+    calls: dict[str, _Call] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        sizes = [(int(t.shape[-2]), int(t.shape[-1])) for t in (inputs[0], output)]
+        calls.setdefault(names[module], _Call(names[module], module, sizes[0], sizes[1]))
+
+    handles = [module.register_forward_hook(note) for module in names]
+    training = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(example_input, dict):
+                model(**example_input)
+            else:
+                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return list(calls.values())
+
+
+def _chosen(call: _Call, include: Selector | None, exclude: Selector) -> bool:
+    def among(selector: Selector) -> bool:
+        if callable(selector):
+            return selector(call.name, call.module)
+        return any(fnmatchcase(call.name, pattern) for pattern in selector)
+
+    return (include is None or among(include)) and not (exclude and among(exclude))
+
+
+def _obstacle(call: _Call, only_exact: bool) -> str | None:
+    conv = call.module
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{type(conv).__name__} has a forward of its own"
+    if parametrize.is_parametrized(conv):
+        return "its weight is parametrized"
+    if conv.groups != 1:
+        return f"{conv.groups} groups"
+    stride = conv.stride[0]
+    if conv.stride[1] != stride:
+        return f"stride {tuple(conv.stride)}"
+    if any(n % stride or n // stride != m for n, m in zip(call.size, call.out)):
+        return f"its output is {call.out} on {call.size}, not the input size divided by its stride {stride}"
+    fits = all((n // stride) % k == 0 or k % (n // stride) == 0 for n, k in zip(call.size, conv.kernel_size))
+    if only_exact and not fits:
+        return f"kernel size {tuple(conv.kernel_size)} does not divide the input size {call.size}"
+    mask = conv._buffers.get("weight_mask")
+    if mask is not None:
+        try:
+            topology = BlockTopology.from_mask(mask.flatten(2).any(2))
+        except NotBlockStructuredError:
+            return "its mask is not made of blocks"
+        if -1 in topology.row_set or -1 in topology.col_set:
+            return "its mask leaves channels without any kernel"
+    return None
+
+
+def _eco_form(call: _Call, gain: float, seed: int) -> ECOConv2d:
+    conv = call.module
+    weight, mask = conv.weight.detach(), conv._buffers.get("weight_mask")
+    topology = None if mask is None else BlockTopology.from_mask(mask.flatten(2).any(2))
+    stride = conv.stride[0]
+    kernel = (conv.kernel_size[0], conv.kernel_size[1])
+    layer = ECOConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        kernel,
+        stride,
+        topology.groups if topology is not None else 1,
+        call.size,
+        conv.bias is not None,
+        gain=gain,
+        topology=topology if topology is not None and stride == 1 else "ramanujan",
+        seed=seed,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    if conv.bias is not None and layer.bias is not None:
+        layer.bias.data.copy_(conv.bias.detach())
+    if topology is not None and stride == 1:
+        _keep_eco_values(layer, weight)
+    return layer.train(conv.training)
+
+
+def _keep_eco_values(layer: ECOConv2d, weight: Tensor) -> None:
+    """Take over the kernel if it is orthogonal at every frequency."""
+    kernel = (layer.kernel_size[0], layer.kernel_size[1])
+    flat = weight.flatten(2).reshape(-1, prod(kernel))
+    blocks = tuple(
+        flat[i.to(flat.device)].view(*b.shape, -1) for i, b in zip(layer.topology.flat_index, layer.topology.buckets)
+    )
+    values = torch.cat([torch.linalg.svdvals(frequencies_from_kernel(b, kernel).double()).flatten() for b in blocks])
+    gain = float(values.mean())
+    if gain > 0 and bool((values - gain).abs().max() < 1e-4 * gain):
+        layer.weight.data.copy_(pack(blocks, kernel))
+        layer.gain = gain

@@ -11,6 +11,7 @@ from . import prune
 from .allocate import Budget
 from .checkpoint import CheckpointError, load, save
 from .compact import compact, expand
+from .hold import hold, release
 from .methods import EOI, GMP, LMP, LRP, RG, SAO, Method, methods
 from .model import apply, plan, remove, report
 from .report import LayerRecord, Report, SparsityWarning
@@ -39,10 +40,12 @@ __all__ = [
     "apply",
     "compact",
     "expand",
+    "hold",
     "load",
     "methods",
     "plan",
     "prune",
+    "release",
     "remove",
     "report",
     "save",

@@ -1,4 +1,4 @@
-"""Save and load: dense, pruned and baked checkpoints, in safetensors or torch format, never running their code."""
+"""Save and load: dense, pruned, baked and compact checkpoints, in safetensors or torch format, never running their code."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from .compact import BlockModule
+from .compact.adopt import adopt
+from .compact.build import settle
+from .compact.swap import restore
 from .model import Snapshot, report
 from .prune import MaskPruning, refresh, watch_children
 from .report import Report
@@ -33,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a model's tensors, masks included, to one file; an existing file is replaced only when all is written.
 
     Args:
-        model: dense, pruned or baked.
+        model: dense, pruned, baked or compact.
         path: ``*.safetensors``, or ``*.pt``, ``*.pth``, ``*.bin`` for torch's format. Masks take one byte an entry.
 
     Returns:
@@ -86,7 +90,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     """Fill a model from a dense, pruned or baked checkpoint, in place; if it does not fit, nothing changes.
 
     A pruned checkpoint prunes a dense model with the checkpoint's masks, or replaces the masks of a pruned one. A
-    dense checkpoint in a pruned model goes under the model's masks.
+    dense checkpoint in a pruned model goes under the model's masks. A compact checkpoint makes the model compact; in
+    a compact model a dense or masked one is read block by block.
 
     Args:
         model: the architecture that the checkpoint is of, dense or pruned.
@@ -101,6 +106,22 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         CheckpointError: if it cannot be read, or names what does not fit.
     """
     state = _read(Path(path))
+    try:
+        changes = adopt(model, state)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model, which is unchanged: {error}") from None
+    try:
+        _fill(model, state, strict)
+    except BaseException:
+        restore(changes)
+        raise
+    if any(isinstance(module, BlockModule) for module in model.modules()):
+        settle(model)
+    return report(model)
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
+    """Load a state whose block layers are the model's; changes nothing if it does not fit."""
     # A module that is used twice has its entries under both paths, as state_dict has them.
     modules = dict(model.named_modules(remove_duplicate=False))
     theirs = {k[:-5] for k in state if k.endswith("_mask") and f"{k[:-5]}_orig" in state}
@@ -116,7 +137,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     model.load_state_dict(state, strict=False)
     for module in modules.values():
         refresh(module)
-    return report(model)
 
 
 def _umask() -> int:

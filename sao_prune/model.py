@@ -78,7 +78,7 @@ def apply(
     *,
     method: Method_ = "sao",
     seed: Seed = None,
-    form: Literal["masked"] = "masked",
+    form: Literal["masked", "compact"] = "masked",
     **options: Unpack[PlanOptions],
 ) -> Report:
     """Make a model sparse, in place: ``weight_orig`` and ``weight_mask`` as `torch.nn.utils.prune` has them.
@@ -91,7 +91,8 @@ def apply(
         method: a name from `methods` or an instance with options, such as ``SAO(gain=1.1)``.
         seed: where the draws come from; the global generator is left alone. With ``None``, `torch.initial_seed`
             decides, in a distributed run that of rank 0.
-        form: ``"masked"``.
+        form: ``"masked"``, or ``"compact"``: block layers at once, so that no dense weight, gradient or optimizer state
+            exists; layers without a block form are masked. A model on the meta device is materialised so.
         **options: as for `plan`.
 
     Returns:
@@ -113,14 +114,21 @@ def apply(
         (0.9375, [4.0])
     """
     chosen = resolve(method)
-    if form != "masked":
-        raise ValueError(f"form must be 'masked', got {form!r}")
+    if form not in ("masked", "compact"):
+        raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
     modules, items = _allocate(model, sparsity, options)
     allocations = [item for item in items if isinstance(item, Allocation)]
-    weights = [_tensor(modules, a.weight) for a in allocations]
+    weights = [_tensor(modules, a.weight, meta=form == "compact") for a in allocations]
+    base = base_seed(seed)
     with torch.no_grad():
-        draws = chosen.draw(allocations, weights, base_seed(seed))
-    _attach_all(modules, draws, _hook_class(chosen))
+        draws = chosen.draw(allocations, weights, base)
+    if form == "compact":
+        # Imported here because compact is built on everything to its left, this module's parts among it.
+        from .compact.build import install
+
+        install(model, draws, _hook_class(chosen), base)
+    else:
+        _attach_all(modules, draws, _hook_class(chosen))
     by_name = {draw.weight.name: draw for draw in draws}
     records = [_done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else _left_alone(i) for i in items]
     return _report(model, records, f"applied: {chosen.name}", warn=chosen.layerwise)
@@ -184,6 +192,7 @@ def report(model: nn.Module) -> Report:
             records.append(_left_alone(weight))
             continue
         records.append(_read_back(modules[weight.module], weight))
+    records += [_compact_record(path, module) for path, module in modules.items() if hasattr(module, "weight_shape")]
     return _report(model, records, "model", warn=False)
 
 
@@ -220,9 +229,9 @@ def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> st
     return f"no layer of {type(model).__name__} is left to prune ({reasons})"
 
 
-def _tensor(modules: dict[str, nn.Module], weight: PrunableWeight) -> Tensor:
+def _tensor(modules: dict[str, nn.Module], weight: PrunableWeight, meta: bool = False) -> Tensor:
     tensor = getattr(modules[weight.module], weight.tensor)
-    if tensor.is_meta:
+    if tensor.is_meta and not meta:
         raise ValueError(f"{weight.name} is on the meta device: plan() works there, apply() needs real weights")
     return tensor.detach()
 
@@ -345,6 +354,14 @@ def _read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:
     return LayerRecord(*record, _groups(units), None, nnz, weight.numel, None, _note(weight))
 
 
+def _compact_record(path: str, module: Any) -> LayerRecord:
+    """A block layer, told by its dense weight's shape: compact is built on this module, so its classes are unknown."""
+    shape, groups = module.weight_shape, module.topology.groups
+    name = f"{path}.weight" if path else "weight"
+    total = torch.Size(shape).numel()
+    return LayerRecord(name, type(module).__name__, shape, groups, None, module.blocks.numel(), total, None, "compact")
+
+
 def _groups(units: Tensor) -> int | None:
     try:
         counts = {BlockTopology.from_mask(part).groups for part in units}
@@ -355,6 +372,7 @@ def _groups(units: Tensor) -> int | None:
 
 def _report(model: nn.Module, records: Sequence[LayerRecord], title: str, *, warn: bool = True) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
+    total += sum(torch.Size(m.weight_shape).numel() - m.blocks.numel() for m in model.modules() if hasattr(m, "weight_shape"))  # type: ignore[misc, union-attr]
     result = Report(tuple(records), total, title)
     message = result.warning() if warn else None
     if message:

@@ -57,6 +57,10 @@ def absorb(model: nn.Module) -> None:
             if isinstance(module, BlockLinear):
                 module.__dict__["features_first"] = None
     _absorb(model)
+    for module in model.modules():
+        if isinstance(module, BlockModule):
+            # Worked out now, so that compilers and exporters find it done.
+            _ = module.packing
 
 
 def _absorb(module: nn.Module) -> None:

@@ -105,7 +105,9 @@ class BlockModule(nn.Module):
     def packing(self) -> Packing:
         """How the blocks are laid out for execution."""
         if self._packing is None:
-            packing = pack_topology(self.topology, self.execution.merge)
+            # Plain index arithmetic, whatever function transform the layer is first called under.
+            with torch._C._DisableFuncTorch():
+                packing = pack_topology(self.topology, self.execution.merge)
             inputs, raw = self.folded
             packing = replace(packing, inputs=inputs or packing.inputs, raw=raw)
             self.__dict__["_packing"] = packing.to(self.blocks.device)
@@ -159,15 +161,21 @@ class BlockModule(nn.Module):
         return f"{dense}, blocks={self.topology.groups}, execution={self.execution}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.__dict__["_packing"] = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._packing is not None and not self.blocks.is_meta:
+            self.__dict__["_packing"] = self._packing.to(self.blocks.device)
+        return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.__dict__.update(_topology=None, _packing=None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packing": None}
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        own = {"row_set": self.row_set, "col_set": self.col_set}
+        new = {name: state_dict.get(f"{prefix}{name}", sets) for name, sets in own.items()}
+        same = all(torch.equal(new[name].cpu(), sets.cpu()) for name, sets in own.items())
+        if not same and self.folded != (None, False):
+            args[-1].append(f"{prefix}row_set: not the topology that neighbours rely on; use sao_prune.load")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not same:
+            self.__dict__.update(_topology=None, _packing=None)
 
 
 def stack_blocks(topology: BlockTopology, values: Sequence[Tensor]) -> Tensor:

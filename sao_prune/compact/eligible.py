@@ -52,8 +52,8 @@ def dense_class(module: nn.Module) -> type[nn.Module]:
     raise Ineligible(f"no block form of {type(module).__name__}")
 
 
-def check_state(module: nn.Module) -> None:
-    """Refuse a layer with hooks or a computed weight.
+def check_state(module: nn.Module, meta: bool = False) -> None:
+    """Refuse a layer with hooks or a computed weight; ``meta`` allows one on the meta device.
 
     Raises:
         Ineligible: if its weight is more than a parameter and at most a mask.
@@ -72,7 +72,7 @@ def check_state(module: nn.Module) -> None:
         raise Ineligible("its weight is not a parameter")
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise Ineligible("not initialised yet (lazy): run the model once first")
-    if weight.is_meta:
+    if weight.is_meta and not meta:
         raise Ineligible("its weight is on the meta device, so it has no zeros to read")
     if not weight.is_floating_point():
         raise Ineligible(f"not a floating-point weight ({weight.dtype})")

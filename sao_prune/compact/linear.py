@@ -55,6 +55,8 @@ class BlockLinear(BlockModule):
         """Shape ``(..., n)`` to ``(..., m)``."""
         if self.execution.dense:
             return F.linear(x, self.weight, self.bias)
+        if not isinstance(x, Proxy) and x.shape[-1] != self.in_features:
+            raise RuntimeError(f"expected inputs of shape (..., {self.in_features}), got {tuple(x.shape)}")
         parameters = self._parameters
         weight: Tensor | None = parameters.get("blocks")
         bias: Tensor | None = parameters["bias"]
@@ -64,15 +66,12 @@ class BlockLinear(BlockModule):
         if packing.slots is not None or weight.dim() != 3:
             weight = self.packed_weight()
         if is_plain() or isinstance(x, Proxy):
-            y = plain_block_matmul(x, weight, bias, packing)
-            return y
+            return plain_block_matmul(x, weight, bias, packing)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if x.dim() == 2:
             return block_matmul(x, weight, bias, packing, self.features_first)
-        if x.shape[-1] != self.in_features:
-            raise RuntimeError(f"expected inputs of shape (..., {self.in_features}), got {tuple(x.shape)}")
         flat = block_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
         return flat.view(*x.shape[:-1], self.out_features)
 

@@ -54,6 +54,9 @@ class Order:
         """The same order with its indices on another device."""
         return Order(self.index.to(device), self.inverse.to(device), self.kind, self.dims)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Order:
+        return self
+
     def first(self, x: Tensor) -> Tensor:
         """Take the order along the first dimension of ``(channels, batch)``."""
         if self.kind is Kind.INDEX:

@@ -50,6 +50,9 @@ class Packing:
         inputs, outputs = self.inputs.to(device), self.outputs.to(device)
         return replace(self, inputs=inputs, outputs=outputs, slots=slots)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Packing:
+        return self
+
     def bias(self, bias: Tensor | None, plain: bool = False) -> Tensor | None:
         """A bias in the order of the positions."""
         if bias is None or self.outputs.kind is Kind.IDENTITY:

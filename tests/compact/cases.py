@@ -1,0 +1,55 @@
+"""What the tests of compact execution share: topologies of every kind, and the dense layer as the reference."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sao_prune.compact import BlockModule
+from sao_prune.compact.base import block_slots
+from sao_prune.topology import BlockTopology, make_topology
+
+
+@st.composite
+def topologies(draw: st.DrawFn, largest: int = 24) -> BlockTopology:
+    """Even and uneven, square and not, of both kinds, sometimes with channels that nothing is joined to."""
+    rows, cols = draw(st.integers(1, largest)), draw(st.integers(1, largest))
+    kind = draw(st.sampled_from(["ramanujan", "interleaved"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        groups = draw(st.integers(1, min(rows, cols)))
+        topology = make_topology(kind, rows, cols, groups=groups, generator=generator)
+    else:
+        nnz = draw(st.integers(max(rows, cols), rows * cols))
+        topology = make_topology(kind, rows, cols, nnz=nnz, generator=generator)
+    if draw(st.integers(0, 3)) == 0 and rows > 2 and cols > 2:
+        row_set, col_set = topology.row_set.clone(), topology.col_set.clone()
+        row_set[draw(st.integers(0, rows - 1))] = -1
+        col_set[draw(st.integers(0, cols - 1))] = -1
+        loose = BlockTopology(row_set, col_set)
+        topology = loose if loose.groups else topology
+    return topology
+
+
+def randomise(layer: nn.Module) -> None:
+    """Values without any structure."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+
+
+def assert_same(layer: BlockModule, dense: nn.Module, x: Tensor, tolerance: float = 1e-9) -> None:
+    """Outputs and all gradients of a block layer (in float64) are those of the dense layer with its weight."""
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(mine), dense(theirs)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+    y.backward(gradient)
+    expected.backward(gradient)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=tolerance)
+    assert isinstance(dense.weight.grad, Tensor)
+    slots = block_slots(layer.topology, layer.parts)
+    blocks = dense.weight.grad.flatten(0, 1)[slots].view(layer.blocks.shape)
+    torch.testing.assert_close(layer.blocks.grad, blocks, rtol=0, atol=tolerance)
+    if layer.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=0, atol=tolerance)

@@ -110,6 +110,20 @@ def zoo(
         raise typer.Exit(1)
 
 
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")] = Path("docs/figures"),
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+) -> None:
+    """Redraw the thesis's table and figures that need no training, light and dark, with their numbers as CSV."""
+    _need_laboratory()
+    from .analysis.figures import write_figures
+
+    console = Console()
+    written = write_figures(out, seed, lambda name: console.print(name, highlight=False))
+    console.print(f"{len(written.paths)} files: {out}", markup=False, soft_wrap=True, highlight=False)
+
+
 def main() -> NoReturn:
     """Run the command: 0 if all went well, 2 after an error of the user's, told in one line, 130 if interrupted."""
     try:

@@ -96,8 +96,9 @@ def write_markdown(zoo: Zoo, path: Path) -> None:
     parts += ["## Failures", _markdown(*failures(zoo)) if zoo.failures else "None."]
     if zoo.runs:
         parts += ["## At work", _at_work(zoo), _markdown(*run_totals(zoo)), _not_run(zoo)]
-        parts += ["### One model of each timm family, and timm's test models", _markdown(*runs(zoo, "timm"))]
-        parts += ["### torchvision's classification models", _markdown(*runs(zoo, "torchvision"))]
+        for library, title in _RUN_TITLES.items():
+            head, rows = runs(zoo, library)
+            parts += [f"### {title}", _markdown(head, rows)] if rows else []
     parts += ["## Families", _markdown(*families(zoo))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -127,7 +128,7 @@ def plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
         ("of these kept", lambda ps: f"{_sum(ps, 'kept'):,}"),
         ("sparsity", lambda ps: _percent(1 - _sum(ps, "kept") / max(1, _sum(ps, "weights")))),
         ("layers left alone", lambda ps: f"{sum(sum(p.skipped.values()) for p in ps):,}"),
-        ("weights in them ", lambda ps: f"{_sum(ps, 'skipped_weights'):,}"),
+        ("weights left alone", lambda ps: f"{_sum(ps, 'skipped_weights'):,}"),
         ("weights in no known layer", lambda ps: f"{_sum(ps, 'outside'):,}"),
     ]
     return ("", *columns), [(name, *(measure(ps) for ps in columns.values())) for name, measure in measures]
@@ -137,7 +138,7 @@ def reasons(zoo: Zoo) -> tuple[Row, list[Row]]:
     """How many layers are left alone for which reason."""
     columns = _by_library(zoo.plans)
     counts = {name: sum((Counter(p.skipped) for p in plans), Counter[str]()) for name, plans in columns.items()}
-    names = [reason for reason, _ in counts["all"].most_common()]
+    names = [reason for reason, _ in sum(counts.values(), Counter[str]()).most_common()]
     return ("reason", *columns), [(reason, *(f"{counts[c][reason]:,}" for c in columns)) for reason in names]
 
 
@@ -212,6 +213,10 @@ def families(zoo: Zoo) -> tuple[Row, list[Row]]:
     return head, rows
 
 
+_RUN_TITLES = {
+    "timm": "One model of each timm family, and timm's test models",
+    "torchvision": "torchvision's classification models",
+}
 _PLANNED = """Each architecture is built on the meta device, without memory for its weights, and given to
 `sao_prune.plan`. Beside an exception these count as failures: a parameter that is pruned twice, a pruned classifier
 (found by building the model for 997 classes), a pruned convolution with three input channels, and a pruned weight that
@@ -226,8 +231,9 @@ of 64, 96, .. 256 that the architecture takes, else of its own size. The stages:
    entries of the weight in use are zero; masks have the reported number of ones; nothing but a linear, convolution or
    attention function reads a masked weight, so none is transformed on the way;
 4. `copy.deepcopy`: equal outputs; training the copy leaves the original as it is;
-5. `sao_prune.save`, and `sao_prune.load` into a fresh dense model: equal outputs;
-6. `sao_prune.remove`: zeros stay, equal outputs; saved and loaded once more: equal outputs.
+5. `sao_prune.remove`: zeros stay, equal outputs;
+6. `sao_prune.save` before and after `remove`; each file, given to `sao_prune.load` with a fresh dense model: equal
+   outputs.
 
 Outputs are equal if they differ by no more than 1e-5 of the largest. Memory is the peak of the whole process, of
 which Python and the libraries take about 0.4 GiB."""
@@ -270,7 +276,8 @@ def _numeric(rows: Sequence[Row], index: int) -> bool:
 
 def _by_library(records: Sequence[Any]) -> dict[str, list[Any]]:
     names = sorted({record.architecture.library for record in records})
-    return {name: [r for r in records if r.architecture.library == name] for name in names} | {"all": list(records)}
+    columns = {name: [r for r in records if r.architecture.library == name] for name in names}
+    return columns | {"all": list(records)} if len(columns) > 1 else columns
 
 
 def _sum(records: Iterable[Any], attribute: str) -> int:

@@ -12,8 +12,8 @@ from .plans import ZooPlan
 from .trial import RunTask, ZooRun, run_one
 
 MEMORY = 8 * 2**30
-# In a run a model is there as weights, masks, products and gradients, and a copy: about six times four bytes a weight.
-_BYTES_PER_PARAMETER = 24
+# At its most a run holds a model's weights, masks and products twice, and a copy's gradients and new products.
+_BYTES_PER_PARAMETER = 8 * 4
 
 
 def representatives(plans: Sequence[ZooPlan]) -> list[Architecture]:

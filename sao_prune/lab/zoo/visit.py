@@ -25,7 +25,7 @@ class VisitOptions:
         jobs: processes at a time; those at work come one at a time, for each may need several GiB.
 
     Raises:
-        ZooError: if ``jobs`` is not positive or ``sparsity`` is out of range.
+        ZooError: if the pattern is empty, ``jobs`` is not positive or ``sparsity`` is out of range.
     """
 
     pattern: str = "*"
@@ -34,6 +34,8 @@ class VisitOptions:
     jobs: int = 1
 
     def __post_init__(self) -> None:
+        if not self.pattern:
+            raise ZooError("the filter is empty; give a glob pattern such as 'resnet*'")
         if self.jobs < 1:
             raise ZooError(f"jobs must be at least 1, got {self.jobs}")
         try:

@@ -63,9 +63,9 @@ def caption(summary: Summary) -> str:
         else f"lr {rates}"
     )
     return (
-        f"Accuracy on the test set after {train.epochs} epochs: mean, standard deviation and range over "
-        f"{len(recipe.seeds)} seeds. Sparsity is that of the pruned layers, time that of one training (median). "
-        f"For a seed every method has the same initial dense weights, batches and order; {chosen}."
+        f"Accuracy on the test set after {train.epochs} epochs: mean, standard deviation and range over seeds "
+        f"{', '.join(map(str, recipe.seeds))}. Sparsity is that of the pruned layers, time that of one training "
+        f"(median). For a seed every method has the same initial dense weights, batches and order; {chosen}."
     )
 
 

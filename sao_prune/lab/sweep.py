@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -49,14 +50,12 @@ def run_recipe(path: Path, options: RunOptions, display: Display) -> Path:
     Raises:
         LabError: if the recipe, the data, the network, a method or the device cannot be had; before any training.
     """
-    # Deep networks that pass no signal compute with denormal numbers, which slows a CPU down many times over.
-    torch.set_flush_denormal(True)
     recipe = load_recipe(path)
     device = pick_device(options.device)
     data = load_dataset(recipe.data.name, options.source)
     check_arms(recipe, len(data.classes))
     folder = options.out / recipe.name
-    with ResultsLog(folder / "results.jsonl", display.note) as log:
+    with ResultsLog(folder / "results.jsonl", display.note) as log, _denormals_flushed():
         copy = folder / "recipe.yaml"
         if not (copy.exists() and copy.samefile(path)):
             write_atomically(copy, path.read_text(encoding="utf-8"))
@@ -174,6 +173,17 @@ class Sweep:
 
     def _draw_initial(self, network: str, options: tuple[tuple[str, Any], ...], gain: float, seed: int) -> nn.Module:
         return initial_network(network, dict(options), len(self._data.classes), gain, seed)
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Deep networks that pass no signal compute with denormal numbers, which slow a CPU down many times over."""
+    before = float(torch.tensor(1e-40) * 1) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

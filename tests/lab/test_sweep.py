@@ -147,6 +147,13 @@ def test_kill_9_loses_at_most_the_cell_in_flight(micro: Micro, tmp_path: Path, d
     assert [without_clock(a) for a in resumed] == [without_clock(b) for b in whole]
 
 
+def test_a_run_leaves_the_process_as_it_was(micro: Micro, tmp_path: Path, display) -> None:
+    state = torch.get_rng_state()
+    run_recipe(micro(("[dense, sao, rg-s, gmp-s]", "[dense, rg-n]")), RunOptions(tmp_path), display)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert float(torch.tensor(1e-40) * 1) > 0
+
+
 def test_a_changed_recipe_trains_what_changed_and_reports_only_that(micro: Micro, tmp_path: Path, display) -> None:
     few = ("[dense, sao, rg-s, gmp-s]", "[dense, sao]")
     folder = run_recipe(micro(few), RunOptions(tmp_path), display)

@@ -11,17 +11,21 @@ from .graph import (
 )
 from .masks import SpectrumTooLargeError
 from .reach import depth_to_full_reachability, least_depth, reachability
+from .robustness import Certificate, certified_accuracy, certified_radii, pgd_l2
 from .similarity import KSResult, ks_test
 from .spectra import JacobianSpectrum, jacobian_spectrum, singular_values
 from .track import IsometryRecord, track_isometry
 
 __all__ = [
+    "Certificate",
     "IsometryRecord",
     "JacobianSpectrum",
     "KSResult",
     "RamanujanGap",
     "SpectrumTooLargeError",
     "adjacency_eigenvalues",
+    "certified_accuracy",
+    "certified_radii",
     "component_count",
     "components",
     "depth_to_full_reachability",
@@ -29,6 +33,7 @@ __all__ = [
     "jacobian_spectrum",
     "ks_test",
     "least_depth",
+    "pgd_l2",
     "ramanujan_gap",
     "reachability",
     "singular_values",

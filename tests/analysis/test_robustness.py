@@ -1,0 +1,40 @@
+"""Certificates by hand, and the attack against the exact answer for a linear model."""
+
+import pytest
+import torch
+
+from sao_prune import analysis
+
+
+def test_the_radius_of_an_orthogonal_linear_classifier_is_exact():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 2, bias=False)
+    torch.nn.init.orthogonal_(model.weight)
+    x = torch.randn(20, 6)
+    model.requires_grad_(False)
+    labels = model(x).argmax(1)
+    radii = analysis.certified_radii(model(x), labels)
+    for factor, holds in ((0.99, True), (1.01, False)):
+        for index in range(20):
+            moved = analysis.pgd_l2(
+                model, x[index : index + 1], labels[index : index + 1], factor * float(radii[index])
+            )
+            assert bool(model(moved).argmax(1) == labels[index]) is holds
+
+
+def test_wrong_predictions_are_never_certified():
+    certificate = analysis.certified_accuracy(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 0]), radius=0.0)
+    assert certificate.certified.tolist() == [True, False]
+    assert certificate.accuracy == certificate.certified_accuracy == 0.5
+
+
+def test_a_larger_lipschitz_constant_certifies_less():
+    logits, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    assert analysis.certified_radii(logits, labels, 2.0) == analysis.certified_radii(logits, labels) / 2
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="radius"):
+        analysis.certified_accuracy(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 1]), radius=-1.0)
+    with pytest.raises(ValueError, match="lipschitz"):
+        analysis.certified_radii(torch.eye(2), torch.tensor([0, 1]), 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, prod
+from numbers import Real
 from typing import Literal, get_args
 
 from .topology import even_sizes, exact_sizes
@@ -24,8 +25,9 @@ class Budget:
 
     Attributes:
         sparsity: share of zeros, in [0, 1).
-        degree: the thesis's degree ``d0 = max(m, n) / groups``, edges on each node of the smaller side.
-        groups: number of blocks.
+        degree: the thesis's degree ``d0 = max(m, n) / groups``, edges on each node of the smaller side; a layer
+            with no more nodes than that stays whole.
+        groups: number of blocks; a layer with fewer nodes on its smaller side gets as many as it has.
         fit: ``"nearest"`` takes the group count whose sparsity is nearest, with uneven sets where it does not
             divide; ``"regular"`` only counts that divide both sides, so that masks are (c, d)-regular; ``"exact"``
             lets set sizes differ until the number of edges is met.
@@ -138,15 +140,14 @@ def allocate(weights: Sequence[PrunableWeight], budget: Budget) -> list[Allocati
 
 
 def _check_amount(unit: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
         raise ValueError(f"{unit} must be a finite number, got {value!r}")
+    value = float(value)
     if unit == "sparsity" and not 0 <= value < 1:
         hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
         raise ValueError(f"sparsity is a share in [0, 1), got {value}{hint}")
-    if unit == "degree" and value < 1:
-        raise ValueError(f"degree must be at least 1, got {value}")
-    if unit == "groups" and (value < 1 or value != int(value)):
-        raise ValueError(f"groups must be a whole number of at least 1, got {value}")
+    if unit != "sparsity" and (value < 1 or value != int(value)):
+        raise ValueError(f"{unit} must be a whole number of at least 1, got {value:g}")
 
 
 def _allocate_one(weight: PrunableWeight, unit: str, amount: float, fit: Fit) -> Allocation:

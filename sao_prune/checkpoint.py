@@ -1,4 +1,4 @@
-"""Save and load: dense, pruned, baked and compact checkpoints, in safetensors or torch format, never running their code."""
+"""Save and load dense, pruned, baked and compact checkpoints, in safetensors or torch format, running no code."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from .compact import BlockModule
 from .compact.adopt import adopt
 from .compact.build import settle
 from .compact.swap import restore
-from .model import Snapshot, report
-from .prune import MaskPruning, refresh, watch_children
+from .model import report
+from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
+from .prune.attach import check_writable
 from .report import Report
 
 _TORCH = (".pt", ".pth", ".bin")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "module")
 _PREFIXES = ("module.", "_orig_mod.")
+_NESTING = 4
 
 
 class CheckpointError(ValueError):
@@ -58,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> torch.equal(net(x), fresh(x))
         True
     """
-    target = Path(path)
+    target = Path(path).resolve()
     if target.suffix not in (".safetensors", *_TORCH):
         raise ValueError(f"cannot tell the format of {target.name!r}: use .safetensors or one of {', '.join(_TORCH)}")
     state = model.state_dict()
@@ -67,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             raise ValueError(f"state entry {key!r} is no tensor but {type(value).__name__}; it cannot be saved")
         if value.is_meta:
             raise ValueError(f"{key!r} is on the meta device and has no values to save")
-    masks = {key for key in state if key.endswith("_mask") and f"{key[:-5]}_orig" in state}
+    masks = {f"{name}_mask" for name in _pruned_names(dict(model.named_modules(remove_duplicate=False)))}
     tensors = {k: (v.bool() if k in masks else v).detach().cpu().contiguous() for k, v in state.items()}
     descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(descriptor)
@@ -124,8 +125,8 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
     """Load a state whose block layers are the model's; changes nothing if it does not fit."""
     # A module that is used twice has its entries under both paths, as state_dict has them.
     modules = dict(model.named_modules(remove_duplicate=False))
-    theirs = {k[:-5] for k in state if k.endswith("_mask") and f"{k[:-5]}_orig" in state}
     ours = _pruned_names(modules)
+    theirs = _masked_names(state, set(model.state_dict()), ours)
     to_prune = sorted(theirs - ours)
     for name in ours - theirs:
         if name in state:
@@ -133,10 +134,30 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
             state[f"{name}_orig"] = state.pop(name)
             state[f"{name}_mask"] = _mask(modules, name)
     _check_fit(model, state, to_prune, ours - theirs, strict)
-    _prune_like(modules, state, to_prune)
-    model.load_state_dict(state, strict=False)
+    _check_masks(state, theirs)
+    for name, parameter in model.named_parameters():
+        check_writable(name, parameter)
+    backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    snapshot = _prune_like(modules, state, to_prune)
+    try:
+        model.load_state_dict(state, strict=False)
+    except BaseException as error:
+        snapshot.restore()
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if key in backup:
+                    value.copy_(backup[key])
+        if isinstance(error, Exception):
+            raise CheckpointError(f"the model refused the checkpoint and is unchanged: {_first_line(error)}") from error
+        raise
     for module in modules.values():
         refresh(module)
+
+
+def _masked_names(state: Mapping[str, Tensor], own: set[str], pruned: set[str]) -> set[str]:
+    """The weights of a checkpoint that come with a mask; buffers that merely sound like one are none."""
+    named = {key[:-5] for key in state if key.endswith("_mask") and f"{key[:-5]}_orig" in state}
+    return {name for name in named if name in pruned or f"{name}_orig" not in own}
 
 
 def _umask() -> int:
@@ -169,16 +190,26 @@ def _read(path: Path) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-            state.update({alias: state[owner] for alias, owner in aliases.items()})
-            return state
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            loaded: Any = {**{alias: state[owner] for alias, owner in aliases.items()}, **state}
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} holds more than tensors and was not loaded, because that could run code: {_first_line(error)}"
+            f"{path} holds more than tensors and was not loaded, because reading it could run code"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, KeyError, AttributeError, json.JSONDecodeError, OSError) as error:
+    except Exception as error:
+        # Whatever a damaged or hostile file makes the readers raise, it is the file's fault.
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
-    return _unwrap(loaded, path)
+    state = _unwrap(loaded, path)
+    for key, value in state.items():
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(_strides(value), value.shape))
+        if value.is_meta or value.layout != torch.strided or expanded:
+            raise CheckpointError(f"{path}: {key!r} is not stored as a plain dense tensor")
+    return state
+
+
+def _strides(value: Tensor) -> tuple[int, ...]:
+    return value.stride() if value.layout == torch.strided else ()
 
 
 def _first_line(error: Exception) -> str:
@@ -187,19 +218,21 @@ def _first_line(error: Exception) -> str:
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     """The state dict inside what training scripts save."""
-    while isinstance(loaded, Mapping) and not all(isinstance(v, Tensor) for v in loaded.values()):
+    for _ in range(_NESTING):
+        if not isinstance(loaded, Mapping) or all(isinstance(v, Tensor) for v in loaded.values()):
+            break
         inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
             break
         loaded = inner
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+    plain = isinstance(loaded, Mapping) and loaded and all(isinstance(v, Tensor) for v in loaded.values())
+    if not plain or not all(isinstance(key, str) for key in loaded):
         raise CheckpointError(
             f"{path} holds no state dict: expected names and tensors, at the top or under one of {', '.join(_WRAPPERS)}"
         )
     state = dict(loaded)
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
@@ -207,8 +240,7 @@ def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:
     return {
         f"{path}.{hook._tensor_name}" if path else hook._tensor_name
         for path, module in modules.items()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, BasePruningMethod)
+        for hook in pruning_hooks(module)
     }
 
 
@@ -245,15 +277,11 @@ def _check_fit(
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != shape
     ]
-    for name in to_prune:
-        mask = state[f"{name}_mask"]
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            problems.append(f"{name}_mask: holds values other than 0 and 1")
     if strict:
         unseen = {f"{name}{suffix}" for name in masked for suffix in ("_orig", "_mask")}
-        problems += [
-            f"{key}: missing from the checkpoint" for key in expected if key not in state and key not in unseen
-        ]
+        unseen |= {key for key in expected if key.endswith("num_batches_tracked")}
+        missing = [key for key in expected if key not in state and key not in unseen]
+        problems += [f"{key}: missing from the checkpoint" for key in missing]
         problems += [f"{name}: missing from the checkpoint" for name in masked if f"{name}_orig" not in state]
         problems += [f"{key}: the model has no such entry" for key in state if key not in expected]
     elif to_prune:
@@ -265,19 +293,30 @@ def _check_fit(
         )
 
 
-def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> None:
+def _check_masks(state: Mapping[str, Tensor], names: set[str]) -> None:
+    for name in sorted(names):
+        mask = state[f"{name}_mask"]
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise CheckpointError(f"{name}_mask: holds values other than 0 and 1; the model is unchanged")
+
+
+def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> Snapshot:
+    """Prune the named weights with the state's masks; the snapshot undoes it."""
     owners = [(name, *name.rpartition(".")[::2]) for name in names]
     owned = {path for _, path, _ in owners}
-    snapshots = [Snapshot(modules[path]) for path in owned | {path.rpartition(".")[0] for path in owned}]
+    readers = {path.rpartition(".")[0] for path in owned if path}
+    snapshot = Snapshot(modules[path] for path in owned | readers | {""})
     try:
         for name, path, tensor in owners:
             if f"{tensor}_mask" in modules[path]._buffers:
                 continue
             weight = getattr(modules[path], tensor)
             MaskPruning.register(modules[path], tensor, state[f"{name}_mask"].to(weight, copy=True))
-            if path:
-                watch_children(modules[path.rpartition(".")[0]])
+        for path in readers - {""}:
+            watch(modules[path], RefreshChildren)
+        if owned - {""}:
+            watch(modules[""], RefreshAll)
     except BaseException:
-        for snapshot in snapshots:
-            snapshot.restore()
+        snapshot.restore()
         raise
+    return snapshot

@@ -8,19 +8,18 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
 from .allocate import Allocation, Amount, Budget, Distribution, Fit, allocate
-from .methods import RG, SAO, Draw, Method, resolve
-from .prune import MaskPruning, RamanujanPruning, SAOPruning, refresh, settle, unwatch_children, watch_children
+from .methods import RG, SAO, Method, resolve
+from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach_all, pruning_hooks, unwatch
+from .prune.attach import check_writable
+from .records import compact, done, left_alone, pruned, read_back
 from .report import LayerRecord, Report, SparsityWarning
 from .seeds import Seed, base_seed
-from .topology import BlockTopology
 from .walk import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
-
-Method_ = str | Method
 
 
 class PlanOptions(TypedDict, total=False):
@@ -38,7 +37,7 @@ class PlanOptions(TypedDict, total=False):
 
 
 def plan(
-    model: nn.Module, sparsity: Amount | None = None, *, method: Method_ = "sao", **options: Unpack[PlanOptions]
+    model: nn.Module, sparsity: Amount | None = None, *, method: str | Method = "sao", **options: Unpack[PlanOptions]
 ) -> Report:
     """Tell what `apply` would do, touching no weight; works on the meta device.
 
@@ -66,17 +65,16 @@ def plan(
     """
     chosen = resolve(method)
     _, items = _allocate(model, sparsity, options)
-    records = [
-        _planned(item, chosen.structured) if isinstance(item, Allocation) else _left_alone(item) for item in items
-    ]
-    return _report(model, records, f"plan: {chosen.name}", warn=chosen.layerwise)
+    foretold = iter(chosen.foretell([item for item in items if isinstance(item, Allocation)]))
+    records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else left_alone(i) for i in items]
+    return _warn(_report(model, records, f"plan: {chosen.name}"), layerwise=chosen.layerwise)
 
 
 def apply(
     model: nn.Module,
     sparsity: Amount | None = None,
     *,
-    method: Method_ = "sao",
+    method: str | Method = "sao",
     seed: Seed = None,
     form: Literal["masked", "compact"] = "masked",
     **options: Unpack[PlanOptions],
@@ -118,20 +116,23 @@ def apply(
         raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
     modules, items = _allocate(model, sparsity, options)
     allocations = [item for item in items if isinstance(item, Allocation)]
-    weights = [_tensor(modules, a.weight, meta=form == "compact") for a in allocations]
+    weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
     with torch.no_grad():
         draws = chosen.draw(allocations, weights, base)
+    by_name = {draw.weight.name: draw for draw in draws}
+    records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else left_alone(i) for i in items]
+    # Before anything is changed: a warning may be an error.
+    result = _warn(_report(model, records, f"applied: {chosen.name}"), layerwise=chosen.layerwise)
+    hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
     if form == "compact":
         # Imported here because compact is built on everything to its left, this module's parts among it.
         from .compact.build import install
 
-        install(model, draws, _hook_class(chosen), base)
+        install(model, draws, hook, base)
     else:
-        _attach_all(modules, draws, _hook_class(chosen))
-    by_name = {draw.weight.name: draw for draw in draws}
-    records = [_done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else _left_alone(i) for i in items]
-    return _report(model, records, f"applied: {chosen.name}", warn=chosen.layerwise)
+        attach_all(modules, draws, hook)
+    return result
 
 
 def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
@@ -140,13 +141,15 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
     Args:
         model: a pruned model; masks of `torch.nn.utils.prune` are baked too.
         freeze_zeros: keep the zeros through further training, by a gradient hook on each weight. Without it the next
-            optimiser step may revive them. The hooks belong to this object: copies and loaded models lack them.
+            optimiser step may revive them. Make a new optimiser: the momentum of one used so far would revive them
+            too. The hooks belong to this object: copies and loaded models lack them.
 
     Returns:
         A `Report` of the baked layers.
 
     Raises:
-        ValueError: if nothing in the model is pruned.
+        TypeError: if the model is no module.
+        ValueError: if nothing in the model is pruned, or a layer is not as pruning left it; nothing is then removed.
 
     Example:
         >>> import torch, sao_prune
@@ -155,17 +158,26 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
         >>> sao_prune.remove(net).sparsity, type(net[1].weight).__name__
         (0.75, 'Parameter')
     """
-    targets = _pruned_tensors(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    targets = [(m, path, hook._tensor_name) for path, m in model.named_modules() for hook in pruning_hooks(m)]
     if not targets:
         raise ValueError("nothing to remove: no layer of the model is pruned")
+    for module, path, name in targets:
+        original = module._parameters.get(f"{name}_orig")
+        if original is None or f"{name}_mask" not in module._buffers:
+            held = parametrize.is_parametrized(module, f"{name}_orig")
+            why = "is held orthogonal: call sao_prune.release(model) first" if held else "has lost its weight or mask"
+            raise ValueError(f"{path}.{name} {why}; nothing was removed")
+        check_writable(f"{path}.{name}", original)
     before = report(model)
-    for module, name in targets:
+    for module, _, name in targets:
         mask = getattr(module, f"{name}_mask")
         torch_remove(module, name)
         if freeze_zeros:
             getattr(module, name).register_hook(lambda grad, mask=mask: grad * mask)
     for module in model.modules():
-        unwatch_children(module)
+        unwatch(module)
     return Report(before.layers, before.parameters, "baked")
 
 
@@ -186,14 +198,12 @@ def report(model: nn.Module) -> Report:
         [None, 4, None]
     """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    records = []
-    for weight in walk(model, Selection(skip_first=False, skip_last=False)):
-        if weight.reason not in (None, ALREADY_PRUNED):
-            records.append(_left_alone(weight))
-            continue
-        records.append(_read_back(modules[weight.module], weight))
-    records += [_compact_record(path, module) for path, module in modules.items() if hasattr(module, "weight_shape")]
-    return _report(model, records, "model", warn=False)
+    records = [
+        read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else left_alone(weight)
+        for weight in walk(model, Selection(skip_first=False, skip_last=False))
+    ]
+    records += [compact(path, module) for path, module in modules.items() if _is_block_layer(module)]
+    return _report(model, records, "model")
 
 
 def _allocate(
@@ -229,152 +239,29 @@ def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> st
     return f"no layer of {type(model).__name__} is left to prune ({reasons})"
 
 
-def _tensor(modules: dict[str, nn.Module], weight: PrunableWeight, meta: bool = False) -> Tensor:
+def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool) -> Tensor:
     tensor = getattr(modules[weight.module], weight.tensor)
-    if tensor.is_meta and not meta:
-        raise ValueError(f"{weight.name} is on the meta device: plan() works there, apply() needs real weights")
+    if not meta:
+        check_writable(weight.name, tensor)
     return tensor.detach()
 
 
-def _hook_class(method: Method) -> type[MaskPruning]:
-    return SAOPruning if isinstance(method, SAO) else RamanujanPruning if isinstance(method, RG) else MaskPruning
+def _is_block_layer(module: nn.Module) -> bool:
+    """Whether ``compact`` made the module: its classes are to the right of this room, so they are told by a mark."""
+    return getattr(type(module), "is_block_layer", False)
 
 
-class Snapshot:
-    """Parameters, buffers and hooks of a module, to put back after a failure."""
-
-    _FIELDS = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._fields = {field: dict(getattr(module, field)) for field in self._FIELDS}
-
-    def restore(self) -> None:
-        """Make the module what it was."""
-        for field, items in self._fields.items():
-            live = getattr(self._module, field)
-            live.clear()
-            live.update(items)
-        for name, parameter in self._fields["_parameters"].items():
-            self._module.__dict__.pop(name, None)
-            setattr(self._module, name, parameter)
-
-
-def _attach_all(modules: dict[str, nn.Module], draws: Sequence[Draw], hook: type[MaskPruning]) -> None:
-    """Prune every drawn weight and its aliases; on any failure put everything back and raise.
-
-    Values are written last, when nothing is left that can fail; an interrupt waits until all are written.
-    """
-    masks = [draw.mask(_tensor(modules, draw.weight)) for draw in draws]
-    names = [((draw.weight.module, draw.weight.tensor), *draw.weight.aliases) for draw in draws]
-    owned = {path for owners in names for path, _ in owners}
-    snapshots = [Snapshot(modules[path]) for path in owned | {path.rpartition(".")[0] for path in owned}]
-    try:
-        for owners, mask in zip(names, masks):
-            for path, tensor in owners:
-                hook.register(modules[path], tensor, mask)
-                if path:
-                    watch_children(modules[path.rpartition(".")[0]])
-    except BaseException:
-        for snapshot in snapshots:
-            snapshot.restore()
-        raise
-    pending = list(zip(draws, names))
-    try:
-        while pending:
-            _fill(modules, *pending[-1])
-            pending.pop()
-    except KeyboardInterrupt:
-        for draw, owners in pending:
-            _fill(modules, draw, owners)
-        raise
-
-
-def _fill(modules: dict[str, nn.Module], draw: Draw, owners: Sequence[tuple[str, str]]) -> None:
-    """Write a draw's values and show the masked weight under all its names."""
-    draw.write_(getattr(modules[draw.weight.module], f"{draw.weight.tensor}_orig").data)
-    for path, tensor in owners:
-        if draw.keeps_values:
-            refresh(modules[path])
-        else:
-            settle(modules[path], tensor)
-
-
-def _pruned_tensors(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, hook._tensor_name)
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, BasePruningMethod)
-    ]
-
-
-def _left_alone(weight: PrunableWeight) -> LayerRecord:
-    total = weight.numel if weight.shape else 0
-    return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason)
-
-
-def _planned(allocation: Allocation, structured: bool) -> LayerRecord:
-    weight = allocation.weight
-    rows, cols = weight.matrix
-    kept = allocation.edges / (rows * cols) if structured else allocation.density
-    groups = allocation.groups if structured else None
-    nnz = round(kept * weight.numel)
-    return LayerRecord(
-        weight.name, weight.kind, weight.shape, groups, 1 - allocation.density, nnz, weight.numel, None, _note(weight)
-    )
-
-
-def _done(allocation: Allocation, draw: Draw) -> LayerRecord:
-    weight = allocation.weight
-    rows, cols = weight.matrix
-    nnz = draw.edges * (weight.numel // (weight.parts * rows * cols))
-    requested = 1 - allocation.density
-    return LayerRecord(
-        weight.name, weight.kind, weight.shape, draw.groups, requested, nnz, weight.numel, None, _note(weight)
-    )
-
-
-def _note(weight: PrunableWeight) -> str:
-    notes = [f"{weight.parts} matrices"] if weight.parts > 1 else []
-    notes += [f"tied to {path}.{tensor}" for path, tensor in weight.aliases]
-    return "; ".join(notes)
-
-
-def _read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:
-    masked = weight.reason == ALREADY_PRUNED
-    tensor = getattr(module, f"{weight.tensor}_mask" if masked else weight.tensor).detach()
-    entries = weight.matrices(tensor != 0)
-    units = entries.flatten(3).any(3) if weight.kernel else entries
-    # A delta-orthogonal convolution is zero off its centre tap, but its kernels are there: count whole kernels.
-    nnz = int(entries.sum()) if masked else int(units.sum()) * (weight.numel // units.numel())
-    record = (weight.name, weight.kind, weight.shape)
-    if nnz == weight.numel and not masked:
-        return LayerRecord(*record, None, None, nnz, nnz, "dense")
-    return LayerRecord(*record, _groups(units), None, nnz, weight.numel, None, _note(weight))
-
-
-def _compact_record(path: str, module: Any) -> LayerRecord:
-    """A block layer, told by its dense weight's shape: compact is built on this module, so its classes are unknown."""
-    shape, groups = module.weight_shape, module.topology.groups
-    name = f"{path}.weight" if path else "weight"
-    total = torch.Size(shape).numel()
-    return LayerRecord(name, type(module).__name__, shape, groups, None, module.blocks.numel(), total, None, "compact")
-
-
-def _groups(units: Tensor) -> int | None:
-    try:
-        counts = {BlockTopology.from_mask(part).groups for part in units}
-    except ValueError:
-        return None
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _report(model: nn.Module, records: Sequence[LayerRecord], title: str, *, warn: bool = True) -> Report:
+def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
-    total += sum(torch.Size(m.weight_shape).numel() - m.blocks.numel() for m in model.modules() if hasattr(m, "weight_shape"))  # type: ignore[misc, union-attr]
-    result = Report(tuple(records), total, title)
-    message = result.warning() if warn else None
+    for module in model.modules():
+        if _is_block_layer(module):
+            held = compact("", module)
+            total += held.total - held.nnz
+    return Report(tuple(records), total, title)
+
+
+def _warn(result: Report, *, layerwise: bool) -> Report:
+    message = result.warning(layerwise=layerwise)
     if message:
         warnings.warn(message, SparsityWarning, stacklevel=3)
     return result

@@ -108,10 +108,15 @@ class Report:
             if layer.requested is not None and abs(layer.achieved - layer.requested) > tolerance
         )
 
-    def warning(self) -> str | None:
-        """The text of a `SparsityWarning` if any layer is off target."""
+    def warning(self, *, layerwise: bool = True) -> str | None:
+        """The text of a `SparsityWarning`: layers that keep nothing, or, if ``layerwise``, layers off target."""
+        dead = [layer.name for layer in self.pruned if not layer.nnz]
+        if dead:
+            return f"{len(dead)} of {len(self.pruned)} layers keep no weight at all: {', '.join(dead[:6])}" + (
+                ", .." if len(dead) > 6 else ""
+            )
         off = self.off_target()
-        if not off:
+        if not off or not layerwise:
             return None
         named = ", ".join(
             f"{layer.name} ({_percent(layer.requested)} -> {_percent(layer.achieved)})" for layer in off[:6]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,9 @@ def base_seed(seed: Seed) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.broadcast_object_list(value, src=0)
         return value[0]
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}")
-    return seed
+    return int(seed)
 
 
 def named_generator(base: int, *name: object) -> torch.Generator:

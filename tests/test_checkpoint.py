@@ -198,3 +198,74 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         sao_prune.save(make(), file)
     assert file.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {1: torch.ones(2)},
+        {"0.weight": torch.ones(1).expand(4)},
+        {"0.weight": torch.empty(2, device="meta")},
+        {"model": {"model": {"model": {"model": {"model": {"w": torch.ones(1)}}}}}},
+    ],
+)
+def test_odd_contents(tmp_path, content):
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError):
+        sao_prune.load(make(), tmp_path / "m.pt")
+
+
+def test_a_state_that_contains_itself(tmp_path):
+    state: dict = {}
+    state["model"] = state
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        sao_prune.load(make(), tmp_path / "m.pt")
+
+
+def test_bad_masks_are_refused_by_a_pruned_model_too(tmp_path):
+    state = dict(pruned().state_dict())
+    state["2.weight_mask"] = state["2.weight_mask"] * float("nan")
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="other than 0 and 1"):
+        sao_prune.load(pruned(), tmp_path / "m.pt")
+
+
+def test_buffers_that_only_sound_like_masks(tmp_path, ending):
+    def make_net():
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        net.register_buffer("t_orig", torch.arange(4.0))
+        net.register_buffer("t_mask", torch.arange(4.0))
+        return net
+
+    model, target = make_net(), make_net()
+    sao_prune.apply(model, groups=2, seed=0)
+    target.t_mask.zero_()
+    sao_prune.load(target, sao_prune.save(model, tmp_path / f"m{ending}"))
+    assert torch.equal(target.t_mask, torch.arange(4.0))
+
+
+def test_a_model_that_refuses_its_state_is_as_it_was(tmp_path):
+    class Refuses(nn.Linear):
+        def _load_from_state_dict(self, *args, **kwargs):
+            super()._load_from_state_dict(*args, **kwargs)
+            raise RuntimeError("no")
+
+    def make_net(last=nn.Linear):
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), last(8, 8))
+
+    model, target = make_net(), make_net(Refuses)
+    sao_prune.apply(model, groups=4, seed=0)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(CheckpointError, match="refused the checkpoint and is unchanged: no"):
+        sao_prune.load(target, sao_prune.save(model, tmp_path / "m.pt"))
+    assert list(target.state_dict()) == list(before)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), target.state_dict().values()))
+
+
+def test_compiled_models_save_and_load(tmp_path, ending):
+    model = pruned()
+    file = sao_prune.save(torch.compile(model, backend="eager"), tmp_path / f"m{ending}")
+    target = make(1)
+    sao_prune.load(target, file)
+    assert same(target, model)

@@ -351,3 +351,146 @@ def test_ddp_ranks_draw_the_same_topology_and_stay_equal(tmp_path):
     assert torch.equal(*masks)
     states = [torch.load(tmp_path / f"after{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+class ReadsDeeply(nn.Module):
+    """Reads weights of modules that neither it nor their parent ever calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.block = nn.Sequential(nn.Sequential(nn.Linear(16, 16)))
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = F.linear(x, layer.weight, layer.bias)
+        inner = self.block[0][0]
+        x = inner(x) if self.training else F.linear(x, inner.weight, inner.bias)
+        return self.last(inner(F.linear(x, inner.weight)))
+
+
+@pytest.mark.parametrize("method", ["sao", "rg"])
+@pytest.mark.parametrize("twin", [lambda m: m, copy.deepcopy])
+def test_masks_hold_however_a_weight_is_read(method, twin):
+    model = ReadsDeeply()
+    sao_prune.apply(model, groups=4, seed=0, method=method)
+    model = twin(model)
+    x = torch.randn(8, 16)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(x).square().sum().backward()
+        assert model.layers[1].weight_orig.grad is not None
+        optimiser.step()
+        assert masks_hold(model)
+    with torch.no_grad():
+        trained = model(x)
+        assert torch.allclose(model.eval()(x), trained, atol=1e-6)
+        sao_prune.remove(model)
+        assert torch.allclose(model(x), trained, atol=1e-6)
+
+
+def test_a_weight_tied_to_an_embedding_is_left_alone():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(64, 32)
+            self.body = nn.Linear(32, 32)
+            self.head = nn.Linear(32, 64, bias=False)
+            self.head.weight = self.embed.weight
+            self.value = nn.Linear(64, 2)
+
+    model = Language()
+    before = model.embed.weight.detach().clone()
+    report = sao_prune.apply(model, groups=4, seed=0, skip_first=False)
+    assert {layer.name: layer.reason for layer in report.skipped}["head.weight"].startswith("tied to embed.weight")
+    assert torch.equal(model.embed.weight, before)
+
+
+@pytest.mark.parametrize("stacked", ["ours", "torchs"])
+def test_copies_after_compiling_and_stacking(stacked):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    sao_prune.apply(model, groups=4, seed=0)
+    if stacked == "torchs":
+        torch_prune.l1_unstructured(model[1], "weight", amount=0.1)
+    else:
+        sao_prune.prune.kernel_l1(model[1], amount=0.1)
+    model(torch.randn(2, 16)).sum().backward()
+    copy.deepcopy(model)
+    torch.compile(model, backend="eager")(torch.randn(2, 16)).sum().backward()
+    twin = copy.deepcopy(model)
+    assert masks_hold(twin)
+
+
+def test_nothing_changes_where_weights_cannot_be_written():
+    with torch.inference_mode():
+        frozen = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    expanded = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    expanded[2].weight = nn.Parameter(torch.zeros(1, 8).expand(8, 8))
+    for model, message in ((frozen, "inference mode"), (expanded, "share memory")):
+        with pytest.raises(ValueError, match=message):
+            sao_prune.apply(model, groups=2, seed=0)
+        assert not torch_prune.is_pruned(model)
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_warning_made_an_error_changes_nothing():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sao_prune.SparsityWarning)
+        with pytest.raises(sao_prune.SparsityWarning):
+            sao_prune.apply(model, groups=100)
+    assert not torch_prune.is_pruned(model)
+
+
+def test_remove_is_atomic():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    sao_prune.apply(model, groups=4, seed=0)
+    del model[2]._buffers["weight_mask"]
+    with pytest.raises(ValueError, match=r"2\.weight has lost its weight or mask; nothing was removed"):
+        sao_prune.remove(model)
+    assert torch_prune.is_pruned(model[1])
+
+
+def test_a_dense_model_is_reported_dense():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].weight[0, 0] = 0
+    assert sao_prune.report(model).pruned == ()
+
+
+@pytest.mark.parametrize("method", ["sao", "rg", "lmp", "lrp", SAO(nonlinearity="relu")])
+def test_plan_foretells_every_method(method):
+    def make():
+        return nn.Sequential(nn.Conv2d(4, 34, 3), nn.Conv2d(34, 34, 3), nn.Conv2d(34, 34, 1), nn.Conv2d(34, 4, 3))
+
+    planned = sao_prune.plan(make(), sparsity=0.83, method=method)
+    assert planned.layers == sao_prune.apply(make(), sparsity=0.83, method=method).layers
+
+
+def test_layers_that_keep_nothing_are_warned_about():
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    with pytest.warns(sao_prune.SparsityWarning, match=r"keep no weight at all: 1\.weight"):
+        sao_prune.apply(model, sparsity=0.999, method="lmp")
+
+
+def test_default_dtype_changes_nothing():
+    plain, under = (nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))) for _ in range(2))
+    sao_prune.apply(plain, groups=4, seed=0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        sao_prune.apply(under, groups=4, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(plain[1].weight, under[1].weight)
+
+
+def test_trace(net):
+    x = image()
+    net(x)  # The first pass finds out which weights are read without a call.
+    traced = torch.jit.trace(net, x)
+    assert torch.allclose(traced(x), net(x), atol=1e-6)

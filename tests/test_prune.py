@@ -143,3 +143,26 @@ def test_nan_weights_cannot_be_ranked():
     with pytest.raises(ValueError, match="weight: the weight holds NaN"):
         prune.kernel_l1(layer, amount=0.5)
     assert not torch_prune.is_pruned(layer)
+
+
+def test_stacked_kernel_pruning_takes_a_share_of_what_is_left():
+    layer = nn.Linear(16, 16)
+    for _ in range(2):
+        prune.kernel_l1(layer, amount=0.5)
+    assert layer.weight_mask.mean().item() == 0.25
+    prune.kernel_random(layer, amount=0.5, seed=0)
+    assert layer.weight_mask.mean().item() == 0.125
+    prune.global_kernel_l1([(layer, "weight")], amount=0.5)
+    assert layer.weight_mask.mean().item() == 0.0625
+
+
+def test_groups_that_a_layer_cannot_have():
+    with pytest.raises(ValueError, match="takes from 1 to 8 groups, got 100"):
+        prune.sao(nn.Linear(8, 8), groups=100)
+
+
+def test_the_weight_shown_right_after_pruning_follows_no_later_change():
+    layer = prune.sao(nn.Linear(8, 8), groups=4, seed=0)
+    with torch.no_grad():
+        layer.weight_orig.add_(1)
+    assert not bool((layer.weight[layer.weight_mask == 0] != 0).any())

@@ -31,7 +31,9 @@ def test_commands_exist():
     help_text = subprocess.run(
         [sys.executable, "-c", "from sao_prune.cli import main; main()", "--help"], capture_output=True, text=True
     ).stdout
-    commands = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("sao-prune")}
+    commands = {
+        line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("sao-prune")
+    }
     assert commands
     assert all(command in help_text for command in commands)
     targets = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,9 @@ class BlockModule(nn.Module):
     ``(edges, 1, *kernel)``, bucket after bucket as in `BlockTopology.buckets`. The buffers ``row_set`` and ``col_set``
     are the topology, so that a state dict holds everything.
     """
+
+    # For the rooms to the left, which cannot import this class.
+    is_block_layer: ClassVar[bool] = True
 
     blocks: nn.Parameter
     bias: nn.Parameter | None

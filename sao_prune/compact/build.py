@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Draw
-from ..prune import MaskPruning, attach, refresh, watch_children
+from ..prune import MaskPruning, attach_all
 from ..seeds import named_generator
 from ..topology import BlockTopology
 from .absorb import absorb
@@ -54,10 +54,11 @@ def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], se
     except BaseException:
         restore(changes)
         raise
-    for draw in masked:
-        attach(modules[draw.weight.module], draw, hook)
-        watch_children(modules[draw.weight.module.rpartition(".")[0]])
-        refresh(modules[draw.weight.module])
+    try:
+        attach_all(modules, masked, hook)
+    except BaseException:
+        restore(changes)
+        raise
     settle(model)
 
 

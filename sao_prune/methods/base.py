@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import ClassVar, TypeVar
 
 import torch
@@ -31,6 +32,17 @@ class Method:
     def structured(self) -> bool:
         """Whether supports are block topologies, so that group counts apply."""
         return False
+
+    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+        """For each weight the group count, if there is one, and the edges over all parts that `draw` would give it."""
+        out: list[tuple[int | None, int]] = []
+        for allocation in allocations:
+            parts, (rows, cols) = allocation.weight.parts, allocation.weight.matrix
+            if self.structured:
+                out.append((allocation.groups, allocation.edges * parts))
+            else:
+                out.append((None, round(allocation.density * parts * rows * cols)))
+        return out
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Decide for all weights at once, touching none.
@@ -75,7 +87,7 @@ def resolve(method: str | Method) -> Method:
         return method
     if isinstance(method, str):
         if method not in _REGISTRY:
-            raise ValueError(f"unknown method {method!r}; known: {', '.join(methods())}")
+            raise ValueError(f"unknown method {method!r}{nearest(method, methods())}; known: {', '.join(methods())}")
         return _REGISTRY[method]()
     hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) else ""
     raise TypeError(f"method must be a name or an instance such as SAO(gain=1.1), got {method!r}{hint}")
@@ -83,8 +95,15 @@ def resolve(method: str | Method) -> Method:
 
 def choice(option: str, value: object, allowed: Sequence[object]) -> None:
     """Refuse an option value that is not among the allowed ones."""
-    if value not in allowed:
-        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if isinstance(value, bool) or value not in allowed:
+        hint = nearest(value, allowed)
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def nearest(name: object, known: Sequence[object]) -> str:
+    """A hint at what a mistyped name may mean; empty if nothing is near."""
+    near = get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class TopologyDrawer:

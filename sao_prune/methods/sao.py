@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..allocate import Allocation
 from ..seeds import named_generator
-from ..topology import MAKERS, SUPPORTS, BlockTopology
+from ..topology import MAKERS, SUPPORTS, BlockTopology, even_sizes, exact_sizes
 from ..weights import (
     Blocks,
     Mirror,
@@ -95,6 +96,18 @@ class SAO(Method):
     def _approximate(self) -> bool:
         return self.weights == "approximate" or not self.structured
 
+    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+        """Mirrored weights have the edges of their halves, doubled along every mirrored side."""
+        if not self.structured or self.nonlinearity is None:
+            return super().foretell(allocations)
+        out: list[tuple[int | None, int]] = []
+        for allocation, mirror in zip(allocations, _mirrors(allocations)):
+            rows, cols, groups, nnz = _half(allocation, mirror)
+            sizes = even_sizes(rows, cols, groups) if nnz is None else exact_sizes(rows, cols, nnz)
+            copies = (1 + mirror.rows) * (1 + mirror.cols) if mirror else 1
+            out.append((len(sizes[0]), int((sizes[0] * sizes[1]).sum()) * copies * allocation.weight.parts))
+        return out
+
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """One topology and one set of orthogonal blocks for every part of every weight."""
         if not self.structured:
@@ -146,7 +159,7 @@ class SAO(Method):
 
 def check_gain(gain: float) -> None:
     """Refuse a gain that is no positive finite number."""
-    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not isfinite(gain) or gain <= 0:
+    if isinstance(gain, bool) or not isinstance(gain, Real) or not isfinite(gain) or gain <= 0:
         raise ValueError(f"gain must be a positive finite number, got {gain!r}")
 
 
@@ -175,6 +188,13 @@ def _mirrors(allocations: Sequence[Allocation]) -> list[Mirror | None]:
 def _half_topologies(
     allocation: Allocation, mirror: Mirror | None, drawer: TopologyDrawer
 ) -> tuple[BlockTopology, ...]:
+    rows, cols, groups, nnz = _half(allocation, mirror)
+    weight = allocation.weight
+    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part)) for part in range(weight.parts))
+
+
+def _half(allocation: Allocation, mirror: Mirror | None) -> tuple[int, int, int, int | None]:
+    """Rows, columns, groups and edges of the matrix that is mirrored; of the weight's own where none is."""
     weight, groups, nnz = allocation.weight, allocation.groups, allocation.nnz
     rows, cols = weight.matrix
     if mirror is not None:
@@ -182,4 +202,4 @@ def _half_topologies(
         groups = min(groups, rows, cols)
         if nnz is not None:
             nnz = max(round(nnz * rows * cols / (weight.matrix[0] * weight.matrix[1])), rows, cols)
-    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part)) for part in range(weight.parts))
+    return rows, cols, groups, nnz

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -72,7 +73,9 @@ def make_topology(
         [[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 1, 0, 1]]
     """
     if kind not in MAKERS:
-        raise ValueError(f"unknown topology {kind!r}; known: {', '.join(sorted(MAKERS))}")
+        near = get_close_matches(kind, MAKERS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown topology {kind!r}{hint}; known: {', '.join(sorted(MAKERS))}")
     if (groups is None) == (nnz is None):
         raise ValueError(f"give exactly one of groups and nnz, got groups={groups}, nnz={nnz}")
     if groups is not None:

@@ -20,6 +20,7 @@ Selector = Sequence[str] | Predicate
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 _STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+_RAW = "Parameter"
 ALREADY_PRUNED = "already pruned"
 _COMPUTED = "its {} is computed from other parameters (parametrization, weight or spectral norm)"
 
@@ -83,7 +84,8 @@ class Selection:
 
     Attributes:
         include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; ``None``
-            takes every layer. A pattern that names a parameter outside the known layers takes it as a matrix.
+            takes every layer. A pattern that ends in the name of a parameter outside the known layers takes it as a
+            matrix; one that ends in a wildcard takes layers only, and the members of parameter lists.
         exclude: the same, for layers to leave alone.
         skip_first: leave the first layer of the model dense.
         skip_last: leave the last layer (the classifier) dense.
@@ -126,12 +128,14 @@ def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableW
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     selection = selection or Selection()
     modules = dict(model.named_modules())
-    found = _merge_tied(modules, [*_known_weights(modules), *_raw_parameters(model, modules, selection.include)])
+    known = list(_known_weights(modules))
+    found = _merge_tied(modules, [*known, *_raw_parameters(model, modules, selection.include)])
     check_patterns("include", selection.include, found)
     check_patterns("exclude", selection.exclude, found)
     if selection.example_input is not None:
         found = _in_execution_order(model, modules, found, selection.example_input)
-    first, last = first_and_last(model, [(w.module, _image_channels(modules[w.module])) for w in found])
+        known = [weight for weight in found if weight.kind != _RAW]
+    first, last = first_and_last(model, [(w.module, _image_channels(modules[w.module])) for w in known])
     return [_judge(weight, modules, selection, first, last) for weight in found]
 
 
@@ -267,16 +271,43 @@ def _raw_parameters(
         return
     known = {id(p) for m in modules.values() for t, _ in _weights_of(m) if (p := _parameter(m, t)) is not None}
     for name, parameter in model.named_parameters():
-        if id(parameter) in known or not any(fnmatchcase(name, p) for p in include if isinstance(p, str)):
-            continue
         path, _, tensor = name.rpartition(".")
-        if parameter.dim() >= 2 and not isinstance(modules[path], nn.Embedding):
-            found = PrunableWeight(path, tensor.removesuffix("_orig"), "Parameter", tuple(parameter.shape))
+        if id(parameter) in known or not any(_names_it(p, name, modules[path]) for p in include):
+            continue
+        if parameter.dim() >= 2 and not isinstance(modules[path], nn.Embedding | nn.EmbeddingBag):
+            found = PrunableWeight(path, tensor.removesuffix("_orig"), _RAW, tuple(parameter.shape))
             yield replace(found, reason=_obstacle(modules[path], parameter, found))
 
 
+def _names_it(pattern: object, name: str, owner: nn.Module) -> bool:
+    """Whether a pattern means this raw parameter: by its own name, for a wildcard there is meant for layers."""
+    if not isinstance(pattern, str) or not fnmatchcase(name, pattern):
+        return False
+    last = pattern.rpartition(".")[2]
+    return isinstance(owner, nn.ParameterList | nn.ParameterDict) or not any(c in last for c in "*?[")
+
+
 def _merge_tied(modules: Mapping[str, nn.Module], found: list[PrunableWeight]) -> list[PrunableWeight]:
-    """Keep the first of several names of one parameter; the others become its aliases."""
+    """Keep the first of several names of one parameter; the others become its aliases.
+
+    A parameter that something else uses as well, an embedding say, is left alone: its mask would not hold there.
+    """
+    names: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for tensor, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{path}.{tensor}" if path else tensor)
+    ours = {f"{w.name}{suffix}" for w in found for suffix in ("", "_orig")}
+    merged = _merge_names(modules, found)
+    for index, weight in enumerate(merged):
+        parameter = _parameter(modules[weight.module], weight.tensor)
+        others = [name for name in names.get(id(parameter), ()) if name not in ours]
+        if others and weight.reason is None:
+            merged[index] = replace(weight, reason=f"tied to {others[0]}, which is no layer to prune")
+    return merged
+
+
+def _merge_names(modules: Mapping[str, nn.Module], found: list[PrunableWeight]) -> list[PrunableWeight]:
     owner: dict[int, int] = {}
     merged: list[PrunableWeight] = []
     for weight in found:
@@ -309,15 +340,28 @@ def _judge(
     first: frozenset[str],
     last: frozenset[str],
 ) -> PrunableWeight:
-    weight = replace(weight, last=weight.module in last)
+    names = [(modules[path], path, tensor) for path, tensor in ((weight.module, weight.tensor), *weight.aliases)]
+    is_first = weight.kind != _RAW and any(path in first and _reads_input(m, t) for m, path, t in names)
+    is_last = weight.kind != _RAW and any(path in last and _gives_output(m, t) for m, path, t in names)
+    weight = replace(weight, last=is_last)
     if weight.reason not in (None, ALREADY_PRUNED):
         return weight
     if selection.include is not None and not _selected(selection.include, weight, modules):
         return replace(weight, reason="not included")
     if selection.exclude and _selected(selection.exclude, weight, modules):
         return replace(weight, reason="excluded")
-    if selection.skip_first and weight.module in first:
+    if selection.skip_first and is_first:
         return replace(weight, reason="first layer")
-    if selection.skip_last and weight.last:
+    if selection.skip_last and is_last:
         return replace(weight, reason="last layer")
     return weight
+
+
+def _reads_input(module: nn.Module, tensor: str) -> bool:
+    """Of a recurrent module's weights those that read its input; of others all."""
+    return not isinstance(module, nn.RNNBase) or tensor.startswith("weight_ih_l0")
+
+
+def _gives_output(module: nn.Module, tensor: str) -> bool:
+    """Of a recurrent module's weights those of its top layer; of others all."""
+    return not isinstance(module, nn.RNNBase) or tensor.removesuffix("_reverse").endswith(f"_l{module.num_layers - 1}")

@@ -48,7 +48,8 @@ def first_use_order(model: nn.Module, parameters: list[nn.Parameter], example_in
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), _UseRecorder(parameters) as recorder:
+        devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _UseRecorder(parameters) as recorder:
             call(model, example_input)
     except Exception as error:
         raise ValueError(f"the model does not run on the example input: {error}") from error

@@ -44,7 +44,9 @@ def orthogonal_blocks(
     for topology, generator in zip(topologies, generators):
         for bucket in topology.buckets:
             blocks, rows, cols = bucket.shape
-            gaussians.append(torch.randn(1 if shared else blocks, rows, cols, generator=generator, device="cpu"))
+            gaussians.append(
+                torch.randn(1 if shared else blocks, rows, cols, generator=generator, dtype=torch.float32, device="cpu")
+            )
     values = iter(haar_like(gaussians))
     out: list[Blocks] = []
     for topology in topologies:
@@ -59,20 +61,24 @@ def normal_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: 
     With ``taps > 1`` every tap of a convolution's kernel gets its own value, in a last dimension.
     """
     return tuple(
-        torch.randn(_with_taps(b.shape, taps), generator=generator, device="cpu") * (gain / sqrt(max(b.shape[1:])))
-        for b in topology.buckets
+        _normal(_with_taps(b.shape, taps), generator).mul_(gain / sqrt(max(b.shape[1:]))) for b in topology.buckets
     )
 
 
 def uniform_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0, taps: int = 1) -> Blocks:
     """Uniform values with the variance of the orthogonal ones; otherwise as `normal_blocks` (thesis RG-U)."""
     return tuple(
-        torch.rand(_with_taps(b.shape, taps), generator=generator, device="cpu")
+        torch.rand(_with_taps(b.shape, taps), generator=generator, dtype=torch.float32, device="cpu")
         .mul_(2)
         .sub_(1)
         .mul_(gain * sqrt(3 / max(b.shape[1:])))
         for b in topology.buckets
     )
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal float32 values on the CPU, whatever the default dtype and device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _with_taps(shape: tuple[int, ...], taps: int) -> tuple[int, ...]:

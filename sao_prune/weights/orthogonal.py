@@ -28,7 +28,10 @@ def haar(gaussian: Tensor) -> Tensor:
         return haar(gaussian.mT).mT
     reflectors = gaussian.tril()
     norm = torch.linalg.vector_norm(reflectors, dim=-2)
-    head = gaussian.diagonal(dim1=-2, dim2=-1)
+    # A column of zeros has no direction: rare, but a single float32 draw is zero once in about 2^24.
+    void = norm == 0
+    head = gaussian.diagonal(dim1=-2, dim2=-1).masked_fill(void, 1)
+    norm = norm.masked_fill(void, 1)
     sign = torch.where(head < 0, -1.0, 1.0).to(gaussian.dtype)
     pivot = head + sign * norm
     tau = sign * pivot / norm

@@ -214,7 +214,11 @@ def test_mirrored_weights_need_pairs():
         (lambda: SAO(gain=0), ValueError, "positive finite"),
         (lambda: SAO(nonlinearity="gelu"), ValueError, "nonlinearity must be one of"),
         (lambda: RG(values="zeros"), ValueError, "values must be one of"),
-        (lambda: sao_prune.apply(mlp(4, 4, 4), groups=2, method="soa"), ValueError, "unknown method 'soa'; known:"),
+        (
+            lambda: sao_prune.apply(mlp(4, 4, 4), groups=2, method="soa"),
+            ValueError,
+            r"unknown method 'soa' \(did you mean 'sao'\?\); known:",
+        ),
         (lambda: sao_prune.apply(mlp(4, 4, 4), groups=2, method=SAO), TypeError, r"did you mean SAO\(\)"),
     ],
 )

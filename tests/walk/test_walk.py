@@ -166,3 +166,42 @@ def test_torchvision_vit_attention_is_found():
     assert found["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"].parts == 3
     assert found["conv_proj.weight"].reason == "first layer"
     assert found["heads.head.weight"].reason == "last layer"
+
+
+def test_ends_by_any_name_of_a_tied_weight():
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    net[3].weight = net[1].weight
+    assert table(net) == {"0.weight": "first layer", "1.weight": "last layer", "2.weight": None}
+
+
+def test_of_a_recurrent_stack_only_the_ends_are_ends():
+    net = nn.Sequential(nn.Embedding(9, 8), nn.LSTM(8, 8, num_layers=3), nn.Linear(8, 9))
+    reasons = table(net)
+    assert [n for n, r in reasons.items() if r == "first layer"] == ["1.weight_ih_l0"]
+    assert [n for n, r in reasons.items() if r == "last layer"] == ["2.weight"]
+    assert sum(r is None for r in reasons.values()) == 5
+
+
+def test_wildcards_for_layers_do_not_take_raw_parameters():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 4))
+            self.mixes = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    assert all("table" not in name for name in table(Raw(), include=["*"]))
+    assert table(Raw(), include=["*"])["layers.2.weight"] == "last layer"
+    assert table(Raw(), include=["mixes.*", "table"])["mixes.1"] is None
+
+
+def test_walking_leaves_the_global_generator_alone():
+    class Draws(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + torch.rand(1))
+
+    state = torch.get_rng_state()
+    net = Draws(4, 4)
+    torch.set_rng_state(state)
+    walk(net, Selection(example_input=torch.ones(1, 4)))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -115,3 +115,8 @@ def test_mirrored_relu_layers_are_an_orthogonal_linear_map(width, out, data):
 def test_mirror_refuses_odd_sides():
     with pytest.raises(ValueError, match="pair the outputs up, but there are 7"):
         Mirror.ENTRY.half(7, 4)
+
+
+def test_a_column_of_zeros_is_no_nan():
+    assert haar(torch.zeros(2, 3, 3)).isfinite().all()
+    assert (torch.linalg.svdvals(haar(torch.zeros(1, 1, 1))) - 1).abs().max() == 0

@@ -1,0 +1,54 @@
+"""Pruning in the conventions of `torch.nn.utils.prune`: hooks, masks and the functional forms."""
+
+from torch.nn.utils.prune import global_unstructured, is_pruned, remove
+
+from .attach import Snapshot, attach, attach_all
+from .functional import (
+    KernelL1Pruning,
+    KernelRandomPruning,
+    RamanujanPruning,
+    SAOPruning,
+    global_kernel_l1,
+    kernel_l1,
+    kernel_random,
+    ramanujan,
+    sao,
+)
+from .hooks import (
+    MaskedWeight,
+    MaskPruning,
+    RefreshAll,
+    RefreshChildren,
+    is_pruned_tensor,
+    pruning_hooks,
+    refresh,
+    unwatch,
+    watch,
+)
+
+__all__ = [
+    "KernelL1Pruning",
+    "KernelRandomPruning",
+    "MaskPruning",
+    "MaskedWeight",
+    "RamanujanPruning",
+    "RefreshAll",
+    "RefreshChildren",
+    "SAOPruning",
+    "Snapshot",
+    "attach",
+    "attach_all",
+    "global_kernel_l1",
+    "global_unstructured",
+    "is_pruned",
+    "is_pruned_tensor",
+    "kernel_l1",
+    "kernel_random",
+    "pruning_hooks",
+    "ramanujan",
+    "refresh",
+    "remove",
+    "sao",
+    "unwatch",
+    "watch",
+]

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice, repeat
 from math import ceil, log
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..topology import BlockTopology
 from .masks import MaskLike, as_dense
+from .operators import frozen
 
 
-def reachability(masks: Sequence[MaskLike] | nn.Module, i: int = 0, j: int | None = None) -> Tensor:
+def reachability(
+    masks: Sequence[MaskLike] | nn.Module, i: int = 0, j: int | None = None, example_input: Any = None
+) -> Tensor:
     """Which inputs of layer ``i`` reach which outputs of layer ``j`` (thesis section 3.5.1.2; its pictures show
     the transpose).
 
     Args:
-        masks: one a layer, first layer first; or a pruned model, whose masks are chained in execution order.
+        masks: one a layer, first layer first; or a sparse model, whose sparse layers are chained.
         i: first layer, counted from 0.
         j: last layer, included; ``None`` for the last one of all.
+        example_input: for a model: what to run it on, so that its layers come in the order of execution; without it
+            they come in the order of registration.
 
     Returns:
         Boolean matrix, shape ``(outputs of j, inputs of i)``.
@@ -35,7 +42,7 @@ def reachability(masks: Sequence[MaskLike] | nn.Module, i: int = 0, j: int | Non
         >>> reachability([t, t]).all().item()
         True
     """
-    layers = model_masks(masks) if isinstance(masks, nn.Module) else list(masks)
+    layers = model_masks(masks, example_input) if isinstance(masks, nn.Module) else list(masks)
     last = len(layers) - 1 if j is None else j
     if not 0 <= i <= last < len(layers):
         raise ValueError(f"layers are numbered 0 .. {len(layers) - 1}, got i={i}, j={j}")
@@ -93,20 +100,42 @@ def least_depth(nodes: int, degree: int) -> int | None:
     return depth
 
 
-def model_masks(model: nn.Module) -> list[Tensor]:
-    """The masks of a pruned model, ``(outputs, inputs)`` each, in execution order; dense layers count as all ones.
+def model_masks(model: nn.Module, example_input: Any = None) -> list[Tensor]:
+    """The masks of a sparse model, ``(outputs, inputs)`` each: pruned, compact and ECO layers; dense ones are left out.
+
+    Args:
+        model: the model.
+        example_input: a tensor, or a tuple or dict of arguments, to run once so that the masks come in the order of
+            execution; without it they come in the order of registration.
 
     Raises:
-        ValueError: if no layer of the model is pruned.
+        ValueError: if no layer of the model is sparse.
     """
-    masks = []
+    found: dict[nn.Module, Tensor] = {}
     for module in model.modules():
-        mask = getattr(module, "weight_mask", None)
-        if isinstance(mask, Tensor) and mask.dim() >= 2:
-            masks.append(as_dense(mask))
-    if not masks:
-        raise ValueError("no layer of the model has a weight_mask; prune it first (sao_prune.apply)")
-    return masks
+        mask, topology = module._buffers.get("weight_mask"), getattr(module, "topology", None)
+        if mask is not None and mask.dim() >= 2:
+            found[module] = as_dense(mask)
+        elif isinstance(topology, BlockTopology):
+            found[module] = topology.mask()
+    if not found:
+        raise ValueError("no layer of the model is sparse; prune it first (sao_prune.apply)")
+    return [found[m] for m in (found if example_input is None else _execution_order(model, found, example_input))]
+
+
+def _execution_order(model: nn.Module, modules: Iterable[nn.Module], example_input: Any) -> list[nn.Module]:
+    order: dict[nn.Module, None] = {}
+    handles = [m.register_forward_pre_hook(lambda module, inputs: order.setdefault(module)) for m in modules]
+    try:
+        with frozen(model), torch.no_grad():
+            if isinstance(example_input, dict):
+                model(**example_input)
+            else:
+                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)
 
 
 def _extend(reached: Tensor, mask: Tensor, number: int) -> Tensor:

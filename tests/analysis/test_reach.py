@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sao_prune
 from sao_prune import analysis
 from sao_prune.topology import BlockTopology, interleaved, ramanujan
 
@@ -59,3 +60,27 @@ def test_bad_input():
         analysis.reachability([torch.ones(2, 2)], 0, 3)
     with pytest.raises(ValueError, match="prune it first"):
         analysis.reachability(torch.nn.Linear(2, 2))
+
+
+class Backwards(torch.nn.Module):
+    """Runs its layers in the reverse order of their registration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(16, 5)
+        self.first = torch.nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_a_model_is_chained_in_the_order_of_execution():
+    model, options = Backwards(), {"skip_first": False, "skip_last": False, "seed": 0}
+    sao_prune.apply(model, groups=4, **options)
+    x = torch.zeros(1, 8)
+    expected = analysis.reachability([model.first.weight_mask, model.last.weight_mask])
+    assert torch.equal(analysis.reachability(model, example_input=x), expected)
+    with pytest.raises(ValueError, match="layer 1 has 8 inputs"):
+        analysis.reachability(model)
+    sao_prune.compact(model)
+    assert torch.equal(analysis.reachability(model, example_input={"x": x}), expected)

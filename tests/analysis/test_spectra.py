@@ -1,5 +1,7 @@
 """Singular values against dense operators and against autograd's full Jacobian."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -147,3 +149,14 @@ def test_track_isometry_records_and_writes(tmp_path):
     assert len(lines) == 4
     with pytest.raises(ValueError, match="at least 1"):
         analysis.track_isometry(model, torch.randn(1, 24), every=0)
+
+
+@pytest.mark.slow
+def test_resnet50_is_measured_in_bounded_time_and_memory():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet50", zero_init_last=False)
+    start = time.perf_counter()
+    spectrum = analysis.jacobian_spectrum(model, torch.randn(1, 3, 64, 64))
+    assert time.perf_counter() - start < 60
+    assert spectrum.shape == (1000, 12288)
+    assert spectrum.largest > spectrum.mean > 0

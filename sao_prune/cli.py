@@ -89,7 +89,7 @@ def zoo(
     run: Annotated[
         bool, typer.Option("--run", help="Also train, copy, bake, save and load one of each family.")
     ] = False,
-    jobs: Annotated[int, typer.Option(help="Processes that plan at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes at a time; with --run each may need 8 GiB.")] = 1,
     json: Annotated[Path | None, typer.Option(help="File for all records.")] = None,
     output: Annotated[Path | None, typer.Option(help="File for the result as a page of markdown.")] = None,
 ) -> None:

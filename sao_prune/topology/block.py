@@ -201,13 +201,20 @@ class BlockTopology:
         if mask.dim() != 2 or mask.numel() == 0:
             raise ValueError(f"a mask is a non-empty 2-D matrix of zeros and ones, got shape {tuple(mask.shape)}")
         edges = (mask != 0).cpu()
-        if not torch.equal(edges.to(mask.dtype), mask.detach().cpu()):
+        if mask.dtype != torch.bool and not torch.equal(edges.to(mask.dtype), mask.detach().cpu()):
             raise ValueError("a mask holds only zeros and ones; got other values (a weight? pass `weight != 0`)")
-        first_col = edges.int().argmax(1)
-        first_row = edges.int().argmax(0)
-        row_set = torch.where(edges.any(1), first_col, -1)
-        col_set = torch.where(edges.any(0), row_set[first_row], -1)
-        complete = (row_set[:, None] == col_set) & (row_set[:, None] >= 0)
+        # numpy stops at the first edge of a row; the first row of a block then tells all the block's columns.
+        first_col = torch.from_numpy(edges.numpy().argmax(1))
+        occupied = edges.any(1)
+        row_set = torch.where(occupied, first_col, -1)
+        labels, of_row = first_col[occupied].unique(return_inverse=True)
+        rows = occupied.nonzero().flatten()
+        first_row = rows.new_full((labels.numel(),), mask.shape[0]).scatter_reduce_(0, of_row, rows, "amin")
+        seen = edges[first_row]
+        col_set = torch.full((mask.shape[1],), -1, device="cpu")
+        if labels.numel():
+            col_set = torch.where(seen.any(0), labels[seen.int().argmax(0)], col_set)
+        complete = (row_set.int()[:, None] == col_set.int()) & (row_set[:, None] >= 0)
         if not torch.equal(complete, edges):
             row = int((complete != edges).any(1).nonzero()[0])
             raise NotBlockStructuredError(

@@ -228,12 +228,12 @@ of 64, 96, .. 256 that the architecture takes, else of its own size. The stages:
 1. a forward and backward pass of the dense model: which weights get a gradient;
 2. `sao_prune.apply`;
 3. two training steps (SGD, weight decay 0.1): every pruned weight that had a gradient has one, and changes; masked
-   entries of the weight in use are zero; masks have the reported number of ones; nothing but a linear, convolution or
-   attention function reads a masked weight, so none is transformed on the way;
+   entries of the weight in use are zero; masks have the reported number of ones; nothing but a linear, convolution,
+   attention or recurrent function reads a masked weight, so none is transformed on the way;
 4. `copy.deepcopy`: equal outputs; training the copy leaves the original as it is;
 5. `sao_prune.remove`: zeros stay, equal outputs;
-6. `sao_prune.save` before and after `remove`; each file, given to `sao_prune.load` with a fresh dense model: equal
-   outputs.
+6. `sao_prune.save` before and after `remove`; `sao_prune.load` of the one after into a fresh dense model, then of the
+   one before into that: equal outputs each time.
 
 Outputs are equal if they differ by no more than 1e-5 of the largest. Memory is the peak of the whole process, of
 which Python and the libraries take about 0.4 GiB."""

@@ -53,7 +53,7 @@ def _is_large(plan: ZooPlan) -> bool:
 
 
 def run_zoo(
-    chosen: Sequence[Architecture], sparsity: float = 0.96875, *, jobs: int = 1, timeout: float = 900.0
+    chosen: Sequence[Architecture], sparsity: float = 0.96875, *, jobs: int = 1, timeout: float = 1800.0
 ) -> Iterator[ZooRun]:
     """Put architectures to work, each in a process of its own.
 

@@ -25,7 +25,9 @@ from ..isolate import one_line
 from .architecture import Architecture
 from .images import BATCH, smallest_input
 
-_READERS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "multi_head_attention_forward"))
+_READERS = frozenset(
+    ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "multi_head_attention_forward", "lstm", "gru")
+)
 
 
 class BrokenLawError(AssertionError):
@@ -165,17 +167,17 @@ class Trial:
         masks = {name: getattr(module, f"{tensor}_mask") for name, module, tensor in self._pruned()}
         remove(self.model)
         weights = dict(self.model.named_parameters(remove_duplicate=False))
-        revived = [name for name, mask in masks.items() if weights[name].detach()[mask == 0].any()]
+        revived = [name for name, mask in masks.items() if _reaches_beyond(weights[name], mask)]
         if revived:
             raise BrokenLawError(f"remove leaves non-zeros in {_some(revived)}")
         self._check_equal(self.model, "remove")
         save(self.model, self._file("baked"))
 
     def load(self) -> None:
-        """The pruned and the baked file each make a fresh dense model equal."""
+        """The baked file makes a fresh dense model equal, and the pruned one makes it equal and pruned."""
         del self.model
-        for kind in ("pruned", "baked"):
-            fresh = self.task.architecture.build(**self.options)
+        fresh = self.task.architecture.build(**self.options)
+        for kind in ("baked", "pruned"):
             load(fresh, self._file(kind))
             self._check_equal(fresh, f"the {kind} model, saved and loaded")
 
@@ -215,10 +217,10 @@ class Trial:
 
     def _check_masks(self) -> None:
         for (name, module, tensor), layer in zip(self._pruned(), self.report.pruned, strict=True):
-            mask, weight = getattr(module, f"{tensor}_mask"), getattr(module, tensor).detach()
+            mask, weight = getattr(module, f"{tensor}_mask"), getattr(module, tensor)
             if int(mask.sum()) != layer.nnz:
                 raise BrokenLawError(f"{name}: the mask keeps {int(mask.sum())} weights, the report says {layer.nnz}")
-            if weight[mask == 0].any():
+            if _reaches_beyond(weight, mask):
                 raise BrokenLawError(f"{name}: masked entries are not zero in the weight that is used")
 
 
@@ -238,8 +240,13 @@ class _Readers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _reaches_beyond(weight: Tensor, mask: Tensor) -> bool:
+    """Whether the weight has non-zeros where the mask has zeros."""
+    return bool((weight.detach() != 0).logical_and_(mask == 0).any())
+
+
 def _fingerprint(parameter: Tensor) -> float:
-    return float(parameter.detach().double().abs().sum())
+    return float(parameter.detach().norm(1))
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -22,7 +22,7 @@ class VisitOptions:
         pattern: glob pattern on the names of architectures.
         sparsity: share of zeros.
         run: also put some of them to work.
-        jobs: processes at a time; those at work come one at a time, for each may need several GiB.
+        jobs: processes at a time; with ``run`` each may need `MEMORY`.
 
     Raises:
         ZooError: if the pattern is empty, ``jobs`` is not positive or ``sparsity`` is out of range.
@@ -73,7 +73,7 @@ def visit(options: VisitOptions, display: Display) -> Zoo:
     if options.run:
         workers = representatives(plans)
         display.start(len(chosen) + len(workers), len(chosen))
-        for run in run_zoo(workers, options.sparsity):
+        for run in run_zoo(workers, options.sparsity, jobs=options.jobs):
             runs.append(run)
             _step(display, "run", run)
     runs.sort(key=lambda run: run.architecture)

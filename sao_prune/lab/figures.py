@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def draw_accuracy(summary: Summary, path: Path) -> bool:
     for axes, (title, members) in zip(panels, groups):
         for style, row in members:
             curves = _padded(row.curves)
-            label = f"{row.arm.method.title}: {curves[:, -1].mean():.1f} %"
+            label = fill(f"{row.arm.method.title}: {curves[:, -1].mean():.1f} %", 24)
             epochs = np.arange(1, curves.shape[1] + 1)
             _line(axes, epochs, curves.mean(0), (curves.min(0), curves.max(0)), style, label)
         axes.set(title=title, xlabel="epoch", ylabel="accuracy on the test set (%)", ylim=(0, 102))
@@ -84,10 +85,11 @@ def draw_spectra(summary: Summary, path: Path) -> bool:
         style = titles.index(row.arm.method.title)
         _line(axes, np.array(row.spectrum["depth"]), mean, (low, high), style, row.arm.title)
         axes.axhline(1, color="#888888", linewidth=0.8, zorder=1)
-        axes.set_title(row.arm.title, fontsize=10)
+        axes.set_title(fill(row.arm.title, 34), fontsize=10)
         axes.set_yscale("log")
-    ceiling = max(max(row.spectrum["largest"]) for row in rows if row.spectrum is not None)
-    panels[0].set_ylim(_FLOOR, max(10.0, 3 * ceiling))
+    spectra = [row.spectrum for row in rows if row.spectrum is not None]
+    lowest, highest = min(min(s["mean"]) for s in spectra), max(max(s["largest"]) for s in spectra)
+    panels[0].set_ylim(max(_FLOOR, lowest / 1e3), max(10.0, 3 * highest))
     figure.supxlabel("layer k", fontsize=10)
     figure.supylabel("singular value", fontsize=10)
     _save(figure, panels, path)

@@ -23,13 +23,13 @@ MODELS = {
 SPARSITY = 0.96875
 
 
-def training(name: str, repeats: int = 5) -> Iterator[Row]:
+def training(name: str, repeats: int = 3) -> Iterator[Row]:
     """A step of SGD with momentum."""
     batch, target, _ = MODELS[name]
     yield from _compare(name, batch, target, "train", repeats)
 
 
-def inference(name: str, repeats: int = 7) -> Iterator[Row]:
+def inference(name: str, repeats: int = 5) -> Iterator[Row]:
     """A forward pass in eval mode."""
     batch, _, target = MODELS[name]
     yield from _compare(name, batch, target, "infer", repeats)

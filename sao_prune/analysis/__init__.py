@@ -14,6 +14,7 @@ from .reach import depth_to_full_reachability, least_depth, reachability
 from .robustness import Certificate, certified_accuracy, certified_radii, pgd_l2
 from .similarity import KSResult, ks_test
 from .spectra import JacobianSpectrum, jacobian_spectrum, singular_values
+from .storage import LayerStorage, Storage, storage
 from .track import IsometryRecord, track_isometry
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "IsometryRecord",
     "JacobianSpectrum",
     "KSResult",
+    "LayerStorage",
     "RamanujanGap",
     "SpectrumTooLargeError",
+    "Storage",
     "adjacency_eigenvalues",
     "certified_accuracy",
     "certified_radii",
@@ -38,5 +41,6 @@ __all__ = [
     "reachability",
     "singular_values",
     "spectrum",
+    "storage",
     "track_isometry",
 ]

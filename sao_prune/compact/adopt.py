@@ -81,7 +81,9 @@ def _form(path: str, module: nn.Module, topology: BlockTopology, blocks: Tensor)
     return form
 
 
-def _blocks_from_dense(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+def _blocks_from_dense(
+    modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str]]:
     """For block layers whose dense weight a checkpoint holds: their entries, and the entries that those replace."""
     new: dict[str, Tensor] = {}
     old: set[str] = set()
@@ -106,7 +108,9 @@ def _blocks_from_dense(modules: Mapping[str, nn.Module], state: Mapping[str, Ten
                 "a dense one"
             )
         values = weight.flatten(0, 1)[slots].reshape(module.blocks.shape)
-        new.update({_key(path, "blocks"): values, _key(path, "row_set"): module.row_set, _key(path, "col_set"): module.col_set})
+        new.update(
+            {_key(path, "blocks"): values, _key(path, "row_set"): module.row_set, _key(path, "col_set"): module.col_set}
+        )
         old |= {_key(path, name) for name in ("weight", "weight_orig", "weight_mask")}
     return new, old
 

@@ -137,7 +137,7 @@ class BlockModule(nn.Module):
         shape = self.weight_shape
         slots = block_slots(self.topology, self.parts).to(self.blocks.device)
         values = self.blocks.reshape(-1, *shape[2:])
-        return fill(values, slots, shape[0] * shape[1], is_plain()).view(shape)
+        return fill(values, slots, shape[0] * shape[1], shape[2:], is_plain()).view(shape)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ class BlockModule(nn.Module):
         shape = packing.groups, packing.rows, packing.cols, *kernel
         if packing.slots is None:
             return blocks.view(shape)
-        return fill(blocks.reshape(-1, *kernel), packing.slots, packing.size, is_plain()).view(shape)
+        return fill(blocks.reshape(-1, *kernel), packing.slots, packing.size, kernel, is_plain()).view(shape)
 
     def extra_repr(self) -> str:
         """The dense layer's own line, and the blocks."""

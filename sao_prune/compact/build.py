@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,9 @@ def settle(model: nn.Module) -> None:
 
 def _form(module: nn.Module, draw: Draw, seed: int) -> nn.Module:
     if not draw.topologies:
-        raise ValueError(f"{draw.weight.name}: the method chose no blocks, so there is no compact form; use form='masked'")
+        raise ValueError(
+            f"{draw.weight.name}: the method chose no blocks, so there is no compact form; use form='masked'"
+        )
     topology = joined_topology(draw.topologies)
     weight = module._parameters["weight"]
     assert weight is not None
@@ -94,11 +97,12 @@ def _form(module: nn.Module, draw: Draw, seed: int) -> nn.Module:
 
 def _blocks(topology: BlockTopology, draw: Draw, kernel: tuple[int, ...]) -> Tensor:
     """The draw's values in the order of the joined topology's buckets, lifted to the kernel."""
+    centre: Any = (..., *(k // 2 for k in kernel))
     by_shape: dict[tuple[int, int], list[Tensor]] = {}
     for values in (v for part in draw.blocks for v in part):
         if kernel and values.dim() == 3:
             lifted = values.new_zeros(*values.shape, *kernel)
-            lifted[(..., *(k // 2 for k in kernel))] = values
+            lifted[centre] = values
             values = lifted
         values = values.reshape(*values.shape[:3], *kernel)
         by_shape.setdefault((values.shape[1], values.shape[2]), []).append(values)

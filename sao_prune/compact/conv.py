@@ -49,11 +49,11 @@ class _BlockConv(BlockModule):
         own = {k: v for k, v in dense.__dict__.items() if k not in self.__dict__}
         self.__dict__.update(own)
         generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        centre = tuple(k // 2 for k in self.kernel_size)
+        centre: Any = (..., *(k // 2 for k in self.kernel_size))
         values = []
         for block in orthogonal_blocks([topology], [generator])[0]:
             values.append(block.new_zeros(*block.shape, *self.kernel_size))
-            values[-1][(..., *centre)] = block
+            values[-1][centre] = block
         self.set_topology(topology, nn.Parameter(stack_blocks(topology, values)))
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
 
@@ -79,11 +79,11 @@ class _BlockConv(BlockModule):
             x = x.contiguous(memory_format=torch.channels_last)
         if run.dense:
             return self._convolve(x, self.weight, self.bias, self.groups)
-        packing, bias = self.packing, self.bias
+        packing = self.packing
         weight = self.packed_weight().flatten(0, 1)
         if run.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        bias = packing.bias(bias, is_plain())
+        bias = packing.bias(self.bias, is_plain())
         y = self._convolve(take(x, packing.inputs), weight, bias, packing.groups)
         return y if packing.raw else take(y, packing.outputs)
 

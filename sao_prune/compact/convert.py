@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..prune import RefreshAll, RefreshChildren, pruning_hooks, unwatch, watch
 from .absorb import absorb
 from .base import BlockModule
 from .calls import Calls, record_calls, to_channels_last, to_contiguous
@@ -16,6 +17,7 @@ from .eligible import Ineligible, check_state, dense_class, dense_weight, layers
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
 from .tune import Candidate, Tune, choose
+
 
 def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -> CompactReport:
     """Make every block-sparse layer of a model hold and compute only its blocks, in place.
@@ -78,6 +80,9 @@ def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -
         restore(changes)
         to_contiguous(undo_format)
         raise
+    if not any(True for module in model.modules() for _ in pruning_hooks(module)):
+        for module in model.modules():
+            unwatch(module)
     return CompactReport(tuple(records.values()), "compact")
 
 
@@ -179,9 +184,11 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
     for name, module in targets:
         dense = dense_form(module, None if form is None else form == "masked")
         records.append(
-            CompactRecord(
-                name, type(dense).__name__, module.weight_shape, module.topology.groups, reason="expanded"
-            )
+            CompactRecord(name, type(dense).__name__, module.weight_shape, module.topology.groups, reason="expanded")
         )
         become(module, dense)
+        if any(True for _ in pruning_hooks(module)):
+            watch(model, RefreshAll)
+            if name:
+                watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
     return CompactReport(tuple(records), "expanded")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from ..prune import RefreshChildren
+from ..prune import RefreshAll, RefreshChildren
 from ..topology import BlockTopology, NotBlockStructuredError
 from .base import BlockModule, joined_topology
 from .conv import BlockConv1d, BlockConv2d, BlockConv3d
@@ -30,8 +30,9 @@ class Ineligible(ValueError):
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every linear and convolutional layer of a model, compact ones included, with its path."""
+    kinds: tuple[type[nn.Module], ...] = (*BLOCK_CLASSES, BlockModule, nn.modules.conv._ConvNd)
     for name, module in model.named_modules():
-        if isinstance(module, (*BLOCK_CLASSES, BlockModule, nn.modules.conv._ConvNd)):
+        if isinstance(module, kinds):
             yield name, module
 
 
@@ -60,7 +61,7 @@ def check_state(module: nn.Module, meta: bool = False) -> None:
     """
     if parametrize.is_parametrized(module):
         raise Ineligible("its weight is parametrized")
-    hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, RefreshChildren)]
+    hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, (RefreshAll, RefreshChildren))]
     foreign = [h for h in hooks if not isinstance(h, BasePruningMethod)]
     foreign += [h for field in _HOOKS for h in getattr(module, field).values()]
     if foreign:

@@ -71,7 +71,7 @@ class Order:
             return x.index_select(-1, self.index)
         if self.kind is Kind.IDENTITY:
             return x
-        return x.reshape(*x.shape[:-1], *self.dims).transpose(-3, -2).reshape(x.shape)
+        return x.unflatten(-1, self.dims).transpose(-3, -2).flatten(-3)
 
     def channels(self, x: Tensor) -> Tensor:
         """Take the order along dimension 1 of ``(batch, channels, *space)``; the memory format is kept."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.fx import Proxy
 
 from ..topology import BlockTopology
 from .order import Kind, Order
@@ -57,7 +58,7 @@ class Packing:
         """A bias in the order of the positions."""
         if bias is None or self.outputs.kind is Kind.IDENTITY:
             return bias
-        return fill(bias, self.outputs.index, self.groups * self.rows, plain)
+        return fill(bias, self.outputs.index, self.groups * self.rows, plain=plain)
 
 
 @lru_cache(maxsize=512)
@@ -129,8 +130,8 @@ class _Fill(torch.autograd.Function):
         return grad.index_select(0, ctx.slots), None, None  # type: ignore[attr-defined]
 
 
-def fill(values: Tensor, slots: Tensor, size: int, plain: bool = False) -> Tensor:
+def fill(values: Tensor, slots: Tensor, size: int, kernel: tuple[int, ...] = (), plain: bool = False) -> Tensor:
     """A ``(size, *kernel)`` tensor of zeros with ``values`` of shape ``(len(slots), *kernel)`` written at ``slots``."""
-    if plain:
-        return values.new_zeros(size, *values.shape[1:]).index_copy(0, slots, values)
+    if plain or isinstance(values, Proxy):
+        return values.new_zeros(size, *kernel).index_copy(0, slots, values)
     return _Fill.apply(values, slots, size)  # type: ignore[no-any-return]

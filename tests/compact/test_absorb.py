@@ -49,7 +49,8 @@ def test_linear_stack_runs_features_first_and_leaves_in_rows():
 @pytest.mark.parametrize("topology", ["ramanujan", "interleaved"])
 def test_convolutions_fold_through_pooling(topology):
     model = nn.Sequential(
-        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.0), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(128, 8)
+        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.0),
+        nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(128, 8),
     )  # fmt: skip
     model.shape = (16, 10, 10)
     layers = _compact(model, groups=4, topology=topology)

@@ -29,9 +29,7 @@ _CLASSES = {1: (BlockConv1d, nn.Conv1d), 2: (BlockConv2d, nn.Conv2d), 3: (BlockC
     st.booleans(),
 )
 @settings(max_examples=120, deadline=None)
-def test_equals_the_dense_layer(
-    dims, topology, kernel, stride, padding, dilation, mode, channels_last, merge, batched
-):
+def test_equals_the_dense_layer(dims, topology, kernel, stride, padding, dilation, mode, channels_last, merge, batched):
     if padding == "same" or mode in ("reflect", "replicate"):
         stride = 1 if padding == "same" else stride
     block_class, dense_class = _CLASSES[dims]

@@ -84,7 +84,7 @@ def test_transforms_of_functions():
     for transform in (torch.func.jacrev, torch.func.jacfwd):
         torch.testing.assert_close(transform(layer)(x[0]), transform(dense)(x[0]))
     torch.testing.assert_close(torch.vmap(layer)(x), dense(x))
-    value, tangent = torch.autograd.functional.jvp(layer, x, torch.ones_like(x))
+    _, tangent = torch.autograd.functional.jvp(layer, x, torch.ones_like(x))
     torch.testing.assert_close(tangent, torch.ones_like(x) @ dense.weight.T)
 
 

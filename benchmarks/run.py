@@ -1,0 +1,103 @@
+"""Measure every ratio that compact execution promises, in one run, and write RESULTS.md.
+
+python benchmarks/run.py                         # all rows
+python benchmarks/run.py --only linear,resnet18  # rows whose name contains one of these; nothing is written
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import layers
+import memory
+import models
+import stacks
+import torch
+from timing import Row
+
+_TIMED = {
+    True: "Times are CPU times of the one thread, free of other work on the machine.",
+    False: "Times are wall-clock times; the machine must be idle otherwise.",
+}
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
+    "linear": layers.linear,
+    "convolution": layers.convolution,
+    "csr": layers.csr,
+    "stack-1024": stacks.wide,
+    "stack-256": stacks.narrow,
+    "memory": memory.peak,
+    "mlp-1000": stacks.thousand,
+    **{f"train-{name}": partial(models.training, name) for name in models.MODELS},
+    **{f"infer-{name}": partial(models.inference, name) for name in models.MODELS},
+}
+
+
+def main() -> None:
+    """Run the chosen benchmarks and print their rows; write the file after a full run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="comma-separated parts of names: " + ", ".join(BENCHMARKS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="where to write the table (default: RESULTS.md after a full run)")
+    options = parser.parse_args()
+    wanted = [part for part in options.only.split(",") if part]
+    chosen = {n: b for n, b in BENCHMARKS.items() if not wanted or any(part in n for part in wanted)}
+    if not chosen:
+        parser.error(f"--only {options.only} matches none of {', '.join(BENCHMARKS)}")
+    torch.set_num_threads(options.threads)
+    start, lines = perf_counter(), []
+    for name, benchmark in chosen.items():
+        for row in benchmark():
+            lines.append(_line(name, row))
+            print(lines[-1], flush=True)
+    out = options.out or (None if wanted else RESULTS)
+    if out is not None:
+        out.write_text(_document(lines, perf_counter() - start, options.threads))
+
+
+def _line(name: str, row: Row) -> str:
+    met = {None: "", True: "yes", False: "**no**"}[row.met]
+    return f"| {name} | {row.work} | {row.against} | {row.target} | {row.measured} | {row.best} | {met} | {row.note} |"
+
+
+def _document(lines: list[str], seconds: float, threads: int) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "numpy", "sao-prune"))
+    return "\n".join(
+        [
+            "# Measured speed and memory",
+            "",
+            f"`python {' '.join(sys.argv)}`, {date.today()}, {seconds / 60:.0f} minutes.",
+            f"Python {platform.python_version()}, {versions}; {threads} threads; {_processor()}.",
+            "",
+            _TIMED[threads == 1],
+            "All ways of a row run in turn in one process. *ratio* is of the median times, *best* of the least times;",
+            "times in the note are medians, the compared way first. Rows without a target are there for information.",
+            "One row alone: `python benchmarks/run.py --only NAME`.",
+            "",
+            "| name | work | against | target | ratio | best | met | note |",
+            "|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -50,16 +50,17 @@ def run_recipe(path: Path, options: RunOptions, display: Display) -> Path:
     Raises:
         LabError: if the recipe, the data, the network, a method or the device cannot be had; before any training.
     """
-    recipe = load_recipe(path)
-    device = pick_device(options.device)
-    data = load_dataset(recipe.data.name, options.source)
-    check_arms(recipe, len(data.classes))
-    folder = options.out / recipe.name
-    with ResultsLog(folder / "results.jsonl", display.note) as log, _denormals_flushed():
-        copy = folder / "recipe.yaml"
-        if not (copy.exists() and copy.samefile(path)):
-            write_atomically(copy, path.read_text(encoding="utf-8"))
-        Sweep(recipe, data.to(device), log, display).run()
+    with _denormals_flushed():
+        recipe = load_recipe(path)
+        device = pick_device(options.device)
+        data = load_dataset(recipe.data.name, options.source)
+        check_arms(recipe, len(data.classes))
+        folder = options.out / recipe.name
+        with ResultsLog(folder / "results.jsonl", display.note) as log:
+            copy = folder / "recipe.yaml"
+            if not (copy.exists() and copy.samefile(path)):
+                write_atomically(copy, path.read_text(encoding="utf-8"))
+            Sweep(recipe, data.to(device), log, display).run()
     return folder
 
 
@@ -177,7 +178,11 @@ class Sweep:
 
 @contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """Deep networks that pass no signal compute with denormal numbers, which slow a CPU down many times over."""
+    """Deep networks that pass no signal compute with denormal numbers, which slow a CPU down many times over.
+
+    Threads take this setting over from the one that starts them, so it must come before the first parallel work of the
+    process; where a pool of threads exists already, its threads stay slow, and nothing else changes.
+    """
     before = float(torch.tensor(1e-40) * 1) == 0
     torch.set_flush_denormal(True)
     try:

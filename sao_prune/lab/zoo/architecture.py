@@ -85,8 +85,8 @@ def architectures(pattern: str = "*", libraries: Sequence[Library] = LIBRARIES) 
         ZooError: if none matches, or a library is missing.
 
     Example:
-        >>> [a.name for a in architectures("resnet1[08]", ["timm"])]
-        ['resnet10', 'resnet18']
+        >>> [a.name for a in architectures("resnet18*", ["timm"])]
+        ['resnet18', 'resnet18d']
     """
     found: list[Architecture] = []
     try:

@@ -81,7 +81,7 @@ def hold(
     the batched blocks; for `nn.ECOConv2d` on its frequencies), whose cost falls with the square of the block size.
     Masked and compact layers without a spatial kernel are held, ECO convolutions, and mirrored (looks-linear) weights;
     values that are not orthogonal move to the nearest ones that are, times their mean singular value. Make the
-    optimizer afterwards: the parameters are new ones. `release` undoes it.
+    optimizer afterwards: the parameters are new ones. `release` undoes it; save, bake, compact or convert after that.
 
     Args:
         model: a model with pruned, compact or ECO layers.

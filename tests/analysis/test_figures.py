@@ -1,15 +1,17 @@
 """Figures are drawn and written; the numbers behind them are the thesis's where those are determined."""
 
+import time
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from sao_prune.analysis import figures, plot
+from sao_prune.analysis import figures, ks_test, plot
+from sao_prune.cli import app
 
 
 def test_table_4_1_without_activation_is_exact():
     values = figures.layer_values(0)
-    from sao_prune.analysis import ks_test
-
     pvalues = {name: ks_test(values["linear"]["dense"], v).pvalue for name, v in values["linear"].items()}
     assert pvalues["SAO"] == 1
     for name in ("RG", "LMP", "LRP"):
@@ -44,3 +46,12 @@ def test_every_kind_of_figure_is_written(tmp_path, theme):
         assert labelled == figure.axes
     with pytest.raises(ValueError, match="'light' or 'dark'"):
         plot.accuracy_bars({"a": {"b": 1.0}}, theme="sepia")
+
+
+@pytest.mark.slow
+def test_the_command_writes_everything_in_two_minutes(tmp_path):
+    start = time.perf_counter()
+    assert CliRunner().invoke(app, ["figures", "--out", str(tmp_path)]).exit_code == 0
+    assert time.perf_counter() - start < 120
+    assert len(list(tmp_path.glob("*-light.png"))) == len(list(tmp_path.glob("*-dark.png"))) == 7
+    assert {p.name for p in tmp_path.glob("*.csv")} == {"gap.csv", "table-4-1.csv"}

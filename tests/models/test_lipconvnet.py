@@ -30,14 +30,14 @@ def train(model, x, labels, steps):
 def test_no_certified_sample_breaks_under_attack():
     x, labels = digits(700)
     model = LipConvNet(5, width=4, groups=2, in_chans=1, seed=0)
-    train(model, x[:600], labels[:600], 40)
-    x, labels = x[600:], labels[600:]
+    train(model, x[:600], labels[:600], 30)
+    x, labels = x[600:660], labels[600:660]
     certificate = analysis.certified_accuracy(model, x, labels)
     assert certificate.certified_accuracy > 0.5
     assert certificate.certified_accuracy <= certificate.accuracy
     for radius in (certificate.radius, 1.0):
         certified = analysis.certified_accuracy(model, x, labels, radius).certified
-        attacked = analysis.pgd_l2(model, x, labels, radius)
+        attacked = analysis.pgd_l2(model, x, labels, radius, steps=20)
         assert (attacked - x).flatten(1).norm(dim=1).max() <= radius * 1.0001
         right = model.eval()(attacked).argmax(1) == labels
         assert right[certified].all()

@@ -220,7 +220,9 @@ _RUN_TITLES = {
 _PLANNED = """Each architecture is built on the meta device, without memory for its weights, and given to
 `sao_prune.plan`. Beside an exception these count as failures: a parameter that is pruned twice, a pruned classifier
 (found by building the model for 997 classes), a pruned convolution with three input channels, and a pruned weight that
-its layer standardises. Sets are even where the number of groups divides both sides of the weight."""
+its layer standardises. Sets are even where the number of groups divides both sides of the weight. A layer narrower than
+the number of groups gets as many groups as it can have, and so misses the requested sparsity. Weights in no known layer
+are tables of positions, tokens and scales, and the experts of `efficientnet_cc_*`'s conditional convolutions."""
 
 _RUN = """Each model runs in a process of its own, on one CPU thread, with {batch} random images of the smallest size
 of 64, 96, .. 256 that the architecture takes, else of its own size. The stages:

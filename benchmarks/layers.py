@@ -48,8 +48,11 @@ def linear(repeats: int = 15) -> Iterator[Row]:
             torch.randn(GROUPS, *shape),
         )
     for name, layer in layers.items():
+        # The bare product has no bias either.
+        plain = BlockLinear(layer.topology, bias=False)
         for order, x in (("", columns), (", rows", rows)):
             ways[name + order] = _step(layer, x.clone(), list(layer.parameters()), x.clone())
+            ways[f"{name}{order}, no bias"] = _step(plain, x.clone(), list(plain.parameters()), x.clone())
     times = race(ways, repeats)
     bare = min(("bare, features first", "bare, batch first"), key=times.median)
     work = f"Linear {WIDTH}, batch {BATCH}, {GROUPS} blocks, forward+backward"
@@ -59,7 +62,7 @@ def linear(repeats: int = 15) -> Iterator[Row]:
             label = f"{work}, {name}, {note}"
             yield at_least(label, "dense", 12 if first else None, times, "dense", name + order)
             yield at_least(label, "masked", 16 if first else None, times, "masked", name + order)
-            yield at_most(label, bare, limit, times, name + order, bare)
+            yield at_most(f"{label}, no bias", bare, limit, times, f"{name}{order}, no bias", bare)
 
 
 def convolution(repeats: int = 15) -> Iterator[Row]:

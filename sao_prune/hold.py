@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from .compact import BlockModule
+from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, double, halve, mirror_of
 from .nn import ECOConv2d
-from .nn.eco import pack, unpack
 from .topology import BlockTopology, NotBlockStructuredError
 from .walk import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
-from .weights import (
-    Blocks,
-    Mirror,
-    frequencies_from_kernel,
-    kernel_from_frequencies,
-    mirror_blocks,
-)
+from .weights import Mirror
 
 # Not "householder": torch keeps signs in a parameter there, which weight decay turns into zeros.
 OrthogonalMap = Literal["cayley", "matrix_exp"]
@@ -166,93 +160,26 @@ def release(model: nn.Module) -> int:
 class _Held(nn.Module):
     """A weight as a function of free parameters: one orthogonal map for each bucket of blocks."""
 
-    def __init__(self, layout: _Layout, maps: list[nn.Module], gain: float, mirrors: list[Mirror | None]) -> None:
+    def __init__(self, layout: Layout, maps: list[nn.Module], gain: float, mirrors: list[Mirror | None]) -> None:
         super().__init__()
         self.layout, self.gain, self.mirrors = layout, gain, mirrors
         self.maps = nn.ModuleList(maps)
 
     def forward(self, *free: Tensor) -> Tensor:
         blocks = tuple(step(x) * self.gain for step, x in zip(self.maps, free))
-        return self.layout.join(tuple(_double(b, m) for b, m in zip(blocks, self.mirrors)))
+        return self.layout.join(tuple(double(b, m) for b, m in zip(blocks, self.mirrors)))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         blocks = self.layout.split(weight)
-        halves = (_halve(b, m) / self.gain for b, m in zip(blocks, self.mirrors))
+        halves = (halve(b, m) / self.gain for b, m in zip(blocks, self.mirrors))
         with torch.random.fork_rng(devices=[]):
             # The maps complete non-square blocks to square ones at random, which no value depends on.
             return tuple(step.right_inverse(h) for step, h in zip(self.maps, halves))  # type: ignore[operator]
 
 
-class _Layout:
-    """How blocks ``(batch, r, c)``, one tensor a bucket, lie in a weight."""
-
-    def split(self, weight: Tensor) -> Blocks:
-        raise NotImplementedError
-
-    def join(self, blocks: Blocks) -> Tensor:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _Masked(_Layout):
-    """A dense tensor that a mask of blocks covers."""
-
-    weight: PrunableWeight
-    topologies: tuple[BlockTopology, ...]
-
-    def split(self, weight: Tensor) -> Blocks:
-        parts = (
-            self.weight.matrices(weight).flatten(3).squeeze(3) if self.weight.kernel else self.weight.matrices(weight)
-        )
-        return tuple(b for part, t in zip(parts, self.topologies) for b in t.gather(part))
-
-    def join(self, blocks: Blocks) -> Tensor:
-        rest, parts = iter(blocks), []
-        for topology in self.topologies:
-            parts.append(topology.scatter(tuple(next(rest) for _ in topology.buckets)))
-        stacked = torch.stack(parts)
-        if self.weight.transposed:
-            stacked = stacked.transpose(1, 2)
-        return stacked.reshape(self.weight.shape)
-
-
-@dataclass(frozen=True)
-class _Compact(_Layout):
-    """The parameter of a compact layer."""
-
-    topology: BlockTopology
-    shape: tuple[int, ...]
-
-    def split(self, weight: Tensor) -> Blocks:
-        shapes = [b.shape for b in self.topology.buckets]
-        parts = weight.flatten().split([prod(s) for s in shapes])
-        return tuple(p.view(s) for p, s in zip(parts, shapes))
-
-    def join(self, blocks: Blocks) -> Tensor:
-        return torch.cat([b.flatten() for b in blocks]).view(self.shape)
-
-
-@dataclass(frozen=True)
-class _Frequencies(_Layout):
-    """The weight of an `ECOConv2d`, by its free frequencies."""
-
-    topology: BlockTopology
-    kernel: tuple[int, ...]
-
-    def split(self, weight: Tensor) -> Blocks:
-        return tuple(frequencies_from_kernel(b, self.kernel).flatten(0, 1) for b in unpack(weight, self.topology))
-
-    def join(self, blocks: Blocks) -> Tensor:
-        taps = (
-            kernel_from_frequencies(b.unflatten(0, (-1, bucket.shape[0])), self.kernel)
-            for b, bucket in zip(blocks, self.topology.buckets)
-        )
-        return pack(tuple(taps), self.kernel)
-
-
 def _candidates(
     model: nn.Module, include: Selector | None, exclude: Selector
-) -> Iterator[tuple[nn.Module, str, str, _Layout | str]]:
+) -> Iterator[tuple[nn.Module, str, str, Layout | str]]:
     """Module, tensor, name and layout (or why not) of everything that might be held."""
     modules = dict(model.named_modules())
     chosen = {path for path in modules if _picked(path, modules[path], include, exclude)}
@@ -261,10 +188,10 @@ def _candidates(
             continue
         if isinstance(module, ECOConv2d) and "weight_mask" not in module._buffers:
             kernel = (module.kernel_size[0], module.kernel_size[1])
-            yield module, "weight", _join(path, "weight"), _Frequencies(module.topology, kernel)
+            yield module, "weight", _join(path, "weight"), FrequencyLayout(module.topology, kernel)
         elif isinstance(module, BlockModule):
             spatial = prod(module.weight_shape[2:]) > 1
-            layout = _SPATIAL if spatial else _Compact(module.topology, tuple(module.blocks.shape))
+            layout = _SPATIAL if spatial else CompactLayout(module.topology, tuple(module.blocks.shape))
             yield module, "blocks", _join(path, "blocks"), layout
     for weight in walk(model, Selection(skip_first=False, skip_last=False)):
         if weight.reason == ALREADY_PRUNED and weight.module in chosen:
@@ -276,13 +203,13 @@ def _candidates(
 _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_eco puts it in place)"
 
 
-def _masked_layout(module: nn.Module, weight: PrunableWeight) -> _Layout | str:
+def _masked_layout(module: nn.Module, weight: PrunableWeight) -> Layout | str:
     if prod(weight.kernel) > 1:
         return _SPATIAL
     mask = getattr(module, f"{weight.tensor}_mask")
     try:
         parts = weight.matrices(mask).flatten(3).squeeze(3) if weight.kernel else weight.matrices(mask)
-        return _Masked(weight, tuple(BlockTopology.from_mask(part) for part in parts))
+        return MaskedLayout(weight, tuple(BlockTopology.from_mask(part) for part in parts))
     except NotBlockStructuredError:
         return "its mask is not made of blocks"
 
@@ -298,11 +225,11 @@ def _join(path: str, tensor: str) -> str:
     return f"{path}.{tensor}" if path else tensor
 
 
-def _prepare(name: str, weight: Tensor, layout: _Layout, kind: OrthogonalMap) -> tuple[_Held, HeldRecord]:
+def _prepare(name: str, weight: Tensor, layout: Layout, kind: OrthogonalMap) -> tuple[_Held, HeldRecord]:
     """The parametrization of a weight, started at the nearest orthogonal values."""
     blocks = layout.split(weight)
-    mirrors = [_mirror_of(b) for b in blocks]
-    halves = [_halve(b, m) for b, m in zip(blocks, mirrors)]
+    mirrors = [mirror_of(b) for b in blocks]
+    halves = [halve(b, m) for b, m in zip(blocks, mirrors)]
     factors = [torch.linalg.svd(h.double(), full_matrices=False) for h in halves]
     values = torch.cat([s.flatten() for _, s, _ in factors])
     gain = float(values.mean())
@@ -328,24 +255,3 @@ def _orthogonal_map(blocks: Tensor, kind: OrthogonalMap) -> nn.Module:
     chains = holder.parametrizations
     assert isinstance(chains, nn.ModuleDict)
     return next(iter(chains["q"].children()))
-
-
-def _mirror_of(blocks: Tensor) -> Mirror | None:
-    """Which sides of a batch of blocks come in pairs ``h, -h``."""
-    rows, cols = blocks.shape[1:]
-    doubled = (
-        rows % 2 == 0 and torch.allclose(blocks[:, : rows // 2], -blocks[:, rows // 2 :], atol=1e-6),
-        cols % 2 == 0 and torch.allclose(blocks[:, :, : cols // 2], -blocks[:, :, cols // 2 :], atol=1e-6),
-    )
-    return Mirror(doubled) if any(doubled) else None
-
-
-def _halve(blocks: Tensor, mirror: Mirror | None) -> Tensor:
-    if mirror is None:
-        return blocks
-    rows, cols = blocks.shape[1:]
-    return blocks[:, : rows // 2 if mirror.rows else rows, : cols // 2 if mirror.cols else cols]
-
-
-def _double(blocks: Tensor, mirror: Mirror | None) -> Tensor:
-    return blocks if mirror is None else mirror_blocks((blocks,), mirror)[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from ..seeds import Seed, base_seed, named_generator
 from ..topology import BlockTopology, make_topology
@@ -20,6 +21,16 @@ Size = int | tuple[int, int]
 
 class InexactConvolutionWarning(UserWarning):
     """An ECO convolution on an input size for which it cannot be orthogonal."""
+
+
+class ECOOptions(TypedDict, total=False):
+    """Further options of `ECOConv2d`."""
+
+    gain: float
+    topology: str | BlockTopology
+    seed: Seed
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class ECOConv2d(nn.Conv2d):
@@ -37,10 +48,9 @@ class ECOConv2d(nn.Conv2d):
         stride: space-to-depth factor; it must divide the input size.
         groups: blocks of the topology between ``in_channels * stride^2`` and ``out_channels``; sets need not be even.
         input_size: height and width of the input, if known; otherwise the last one seen.
-        gain: every singular value.
-        topology: ``"ramanujan"``, ``"interleaved"``, or a topology of shape ``(out_channels, in_channels * stride^2)``,
-            which then decides the groups.
-        seed: of topology and values.
+        **options: ``gain``, every singular value; ``topology``, ``"ramanujan"``, ``"interleaved"``, or one of shape
+            ``(out_channels, in_channels * stride^2)``, which then decides the groups; ``seed``, of topology and values;
+            ``device`` and ``dtype``.
 
     Shape:
         ``(batch, in_channels, h, w)`` to ``(batch, out_channels, h / stride, w / stride)``. ``weight`` is
@@ -71,25 +81,25 @@ class ECOConv2d(nn.Conv2d):
         groups: int = 1,
         input_size: Size | None = None,
         bias: bool = True,
-        *,
-        gain: float = 1.0,
-        topology: str | BlockTopology = "ramanujan",
-        seed: Seed = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[ECOOptions],
     ) -> None:
         if min(in_channels, out_channels, stride, *_pair(kernel_size)) < 1:
             raise ValueError(
                 "channels, kernel_size and stride must be positive, got "
                 f"{in_channels}, {out_channels}, {kernel_size} and {stride}"
             )
+        unknown = set(options) - set(ECOOptions.__annotations__)
+        if unknown:
+            raise TypeError(f"unknown option {min(unknown)!r}; known: {', '.join(ECOOptions.__annotations__)}")
+        device, dtype = options.get("device"), options.get("dtype")
         super().__init__(in_channels * stride**2, out_channels, kernel_size, bias=False, device="meta", dtype=dtype)
-        base = base_seed(seed)
+        base, gain = base_seed(options.get("seed")), options.get("gain", 1.0)
         self.stride = (stride, stride)
         self.gain = gain
         self.input_size = None if input_size is None else _pair(input_size)
         self._warned: set[tuple[int, int]] = set()
-        made = _make(topology, (out_channels, in_channels * stride**2), groups, named_generator(base, "topology"))
+        shape = (out_channels, in_channels * stride**2)
+        made = _make(options.get("topology", "ramanujan"), shape, groups, named_generator(base, "topology"))
         self.register_buffer("row_set", made.row_set.to(device))
         self.register_buffer("col_set", made.col_set.to(device))
         self._adopt(made)

@@ -1,0 +1,106 @@
+"""Where the blocks of a layer lie in its weight: under a mask, in a compact layer, at the frequencies of a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .nn.eco import pack, unpack
+from .topology import BlockTopology
+from .walk import PrunableWeight
+from .weights import Blocks, Mirror, frequencies_from_kernel, kernel_from_frequencies, mirror_blocks
+
+
+class Layout:
+    """How blocks ``(batch, r, c)``, one tensor a bucket, lie in a weight."""
+
+    def split(self, weight: Tensor) -> Blocks:
+        """The blocks of a weight."""
+        raise NotImplementedError
+
+    def join(self, blocks: Blocks) -> Tensor:
+        """The weight of given blocks; inverse of `split` on a weight that has no other values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MaskedLayout(Layout):
+    """A dense tensor that a mask of blocks covers."""
+
+    weight: PrunableWeight
+    topologies: tuple[BlockTopology, ...]
+
+    def split(self, weight: Tensor) -> Blocks:
+        parts = (
+            self.weight.matrices(weight).flatten(3).squeeze(3) if self.weight.kernel else self.weight.matrices(weight)
+        )
+        return tuple(b for part, t in zip(parts, self.topologies) for b in t.gather(part))
+
+    def join(self, blocks: Blocks) -> Tensor:
+        rest, parts = iter(blocks), []
+        for topology in self.topologies:
+            parts.append(topology.scatter(tuple(next(rest) for _ in topology.buckets)))
+        stacked = torch.stack(parts)
+        if self.weight.transposed:
+            stacked = stacked.transpose(1, 2)
+        return stacked.reshape(self.weight.shape)
+
+
+@dataclass(frozen=True)
+class CompactLayout(Layout):
+    """The parameter of a compact layer."""
+
+    topology: BlockTopology
+    shape: tuple[int, ...]
+
+    def split(self, weight: Tensor) -> Blocks:
+        shapes = [b.shape for b in self.topology.buckets]
+        parts = weight.flatten().split([prod(s) for s in shapes])
+        return tuple(p.view(s) for p, s in zip(parts, shapes))
+
+    def join(self, blocks: Blocks) -> Tensor:
+        return torch.cat([b.flatten() for b in blocks]).view(self.shape)
+
+
+@dataclass(frozen=True)
+class FrequencyLayout(Layout):
+    """The weight of an `ECOConv2d`, by its free frequencies."""
+
+    topology: BlockTopology
+    kernel: tuple[int, ...]
+
+    def split(self, weight: Tensor) -> Blocks:
+        return tuple(frequencies_from_kernel(b, self.kernel).flatten(0, 1) for b in unpack(weight, self.topology))
+
+    def join(self, blocks: Blocks) -> Tensor:
+        taps = (
+            kernel_from_frequencies(b.unflatten(0, (-1, bucket.shape[0])), self.kernel)
+            for b, bucket in zip(blocks, self.topology.buckets)
+        )
+        return pack(tuple(taps), self.kernel)
+
+
+def mirror_of(blocks: Tensor) -> Mirror | None:
+    """Which sides of a batch of blocks come in pairs ``h, -h``."""
+    rows, cols = blocks.shape[1:]
+    doubled = (
+        rows % 2 == 0 and torch.allclose(blocks[:, : rows // 2], -blocks[:, rows // 2 :], atol=1e-6),
+        cols % 2 == 0 and torch.allclose(blocks[:, :, : cols // 2], -blocks[:, :, cols // 2 :], atol=1e-6),
+    )
+    return Mirror(doubled) if any(doubled) else None
+
+
+def halve(blocks: Tensor, mirror: Mirror | None) -> Tensor:
+    """The blocks that are mirrored into the given ones."""
+    if mirror is None:
+        return blocks
+    rows, cols = blocks.shape[1:]
+    return blocks[:, : rows // 2 if mirror.rows else rows, : cols // 2 if mirror.cols else cols]
+
+
+def double(blocks: Tensor, mirror: Mirror | None) -> Tensor:
+    """The mirrored blocks; inverse of `halve`."""
+    return blocks if mirror is None else mirror_blocks((blocks,), mirror)[0]

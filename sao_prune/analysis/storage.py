@@ -1,4 +1,4 @@
-"""What a model's weights cost to store: dense, as CSR, and as blocks (thesis section 4.1.3; METHOD: Storage)."""
+"""What a model's weights cost to store: dense, as CSR, and as blocks (thesis section 4.5, figure 4.25)."""
 
 from __future__ import annotations
 

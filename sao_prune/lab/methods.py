@@ -25,7 +25,7 @@ class LabMethod:
     preset: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-# The suffix -S: initialise, prune, train (METHOD section 4).
+# The suffix -S: initialise, prune, train.
 METHODS: dict[str, LabMethod] = {
     "dense": LabMethod("Dense", None),
     "sao": LabMethod("SAO", "SAO"),

@@ -1,6 +1,6 @@
 """Looks-linear (mirrored) weights: ReLU networks that are orthogonal linear maps at initialisation.
 
-``relu(h) - relu(-h) = h``, so a layer that emits ``[h, -h]`` followed by ReLU loses nothing (METHOD: ReLU; thesis
+``relu(h) - relu(-h) = h``, so a layer that emits ``[h, -h]`` followed by ReLU loses nothing (thesis
 section 3.4.3). The first mirrored layer takes plain inputs, the layer after the last ReLU gives plain outputs.
 """
 

@@ -15,7 +15,6 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/sao-prune run recipes/digits.yaml
-	$(BIN)/sao-prune report runs/digits
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q
@@ -34,6 +33,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

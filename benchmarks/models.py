@@ -14,7 +14,7 @@ import sao_prune
 
 # Batch size, and the targets for a training step and for inference.
 MODELS = {
-    "vgg16_bn": (4, 10.0, 9.0),
+    "vgg16_bn": (2, 10.0, 9.0),
     "mixer_b16_224": (4, 3.5, 4.8),
     "vit_small_patch16_224": (8, 3.0, 2.6),
     "resnet50": (8, 1.5, 1.7),

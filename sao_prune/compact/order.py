@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-
 _LONG = 32
 
 

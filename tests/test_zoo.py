@@ -16,7 +16,7 @@ pytest.importorskip("torchvision")
 
 from sao_prune import prune
 from sao_prune.cli import app
-from sao_prune.lab.isolate import isolated
+from sao_prune.lab.isolate import Outcome, isolated
 from sao_prune.lab.zoo import (
     Architecture,
     PlanTask,
@@ -28,6 +28,7 @@ from sao_prune.lab.zoo import (
     plan_one,
     representatives,
     run_one,
+    run_zoo,
 )
 from sao_prune.lab.zoo.architecture import PRELOAD
 from sao_prune.lab.zoo.plans import findings
@@ -195,3 +196,18 @@ def test_the_command(tmp_path):
 def test_bad_options(options):
     with pytest.raises(ZooError):
         VisitOptions(**options)
+
+
+def test_a_model_whose_process_dies_is_tried_again_alone(monkeypatch):
+    calls = []
+
+    def isolated(function, items, *, jobs=1, **options):
+        calls.append(([task.architecture.name for task in items], jobs))
+        for task in items:
+            died = task.architecture.name == "test_vit" and jobs > 1
+            yield Outcome(task, None if died else function(task), "died" if died else None, died)
+
+    monkeypatch.setattr(sys.modules["sao_prune.lab.zoo.runs"], "isolated", isolated)
+    runs = list(run_zoo([one("test_vit"), one("test_resnet")], 0.5, jobs=2))
+    assert [(r.architecture.name, r.error) for r in runs] == [("test_resnet", None), ("test_vit", None)]
+    assert calls == [(["test_vit", "test_resnet"], 2), (["test_vit"], 1)]

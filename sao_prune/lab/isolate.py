@@ -23,11 +23,13 @@ class Outcome(Generic[Item, Value]):
         item: what was worked on.
         value: what the function returned; ``None`` after a failure.
         error: one line that says what went wrong; ``None`` after success.
+        died: whether the process ended without an answer.
     """
 
     item: Item
     value: Value | None = None
     error: str | None = None
+    died: bool = False
 
 
 @dataclass
@@ -115,9 +117,11 @@ def _collect(receiver: Connection, worker: _Worker[Item]) -> Outcome[Item, Any]:
         worker.process.join()
         code = worker.process.exitcode
         ended = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        value, error = None, f"the process ended with {ended}" + (" (out of memory?)" if code == -9 else "")
-    receiver.close()
-    worker.process.join()
+        hint = " (out of memory?)" if code == -9 else ""
+        return Outcome(worker.item, error=f"the process ended with {ended}{hint}", died=True)
+    finally:
+        receiver.close()
+        worker.process.join()
     return Outcome(worker.item, value, error)
 
 

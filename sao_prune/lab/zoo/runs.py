@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..isolate import isolated
+from ..isolate import Outcome, isolated
 from .architecture import PRELOAD, Architecture
 from .plans import ZooPlan
 from .trial import RunTask, ZooRun, run_one
@@ -57,6 +57,8 @@ def run_zoo(
 ) -> Iterator[ZooRun]:
     """Put architectures to work, each in a process of its own.
 
+    One whose process dies, as for want of memory, gets a second try alone, after all the others.
+
     Args:
         chosen: from `representatives` or `sao_prune.lab.zoo.architectures`.
         sparsity: share of zeros.
@@ -67,5 +69,15 @@ def run_zoo(
         One `ZooRun` an architecture, in the order of completion; failures are in it, not raised.
     """
     tasks = [RunTask(architecture, sparsity) for architecture in chosen]
+    died: list[RunTask] = []
     for outcome in isolated(run_one, tasks, jobs=jobs, timeout=timeout, preload=PRELOAD):
-        yield outcome.value or ZooRun(outcome.item.architecture, error=outcome.error)
+        if outcome.died:
+            died.append(outcome.item)
+        else:
+            yield _ran(outcome)
+    for outcome in isolated(run_one, died, timeout=timeout, preload=PRELOAD):
+        yield _ran(outcome)
+
+
+def _ran(outcome: Outcome[RunTask, ZooRun]) -> ZooRun:
+    return outcome.value or ZooRun(outcome.item.architecture, error=outcome.error)

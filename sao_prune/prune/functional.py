@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import PruningContainer
+from typing_extensions import Self
 
 from ..allocate import Allocation, Budget, allocate
 from ..methods import GMP, RG, SAO, Draw, Method
@@ -25,42 +26,37 @@ from .hooks import MaskPruning, is_pruned_tensor
 P = TypeVar("P", bound=MaskPruning)
 
 
-class SAOPruning(MaskPruning):
+class TopologyPruning(MaskPruning):
+    """Base of the prunings that choose a topology by a method."""
+
+    default: ClassVar[Method]
+
+    @classmethod
+    def apply(  # type: ignore[override]
+        cls,
+        module: nn.Module,
+        name: str,
+        sparsity: float | None = None,
+        *,
+        degree: float | None = None,
+        groups: int | None = None,
+        method: Method | None = None,
+        seed: Seed = None,
+    ) -> Self:
+        """Prune ``module.<name>``; the arguments are those of the functional form."""
+        return _by_method(cls, module, name, Budget(sparsity, degree, groups), method or cls.default, seed)
+
+
+class SAOPruning(TopologyPruning):
     """SAO topology and orthogonal values on one tensor; `sao` is the functional form."""
 
-    @classmethod
-    def apply(  # type: ignore[override]
-        cls,
-        module: nn.Module,
-        name: str,
-        sparsity: float | None = None,
-        *,
-        degree: float | None = None,
-        groups: int | None = None,
-        method: Method | None = None,
-        seed: Seed = None,
-    ) -> SAOPruning:
-        """Prune ``module.<name>``; the arguments are those of `sao`."""
-        return _by_method(cls, module, name, Budget(sparsity, degree, groups), method or SAO(), seed)
+    default = SAO()
 
 
-class RamanujanPruning(MaskPruning):
+class RamanujanPruning(TopologyPruning):
     """SAO's topology on one tensor, its values kept or drawn; `ramanujan` is the functional form."""
 
-    @classmethod
-    def apply(  # type: ignore[override]
-        cls,
-        module: nn.Module,
-        name: str,
-        sparsity: float | None = None,
-        *,
-        degree: float | None = None,
-        groups: int | None = None,
-        method: Method | None = None,
-        seed: Seed = None,
-    ) -> RamanujanPruning:
-        """Prune ``module.<name>``; the arguments are those of `ramanujan`."""
-        return _by_method(cls, module, name, Budget(sparsity, degree, groups), method or RG(), seed)
+    default = RG()
 
 
 class KernelL1Pruning(MaskPruning):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
     backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     snapshot = _prune_like(modules, state, to_prune)
     try:
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict(_versioned(state, model), strict=False)
     except BaseException as error:
         snapshot.restore()
         with torch.no_grad():
@@ -152,6 +153,13 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
         raise
     for module in modules.values():
         refresh(module)
+
+
+def _versioned(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """A state with the versions of the model's own modules, which some refuse to load without."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    return versioned
 
 
 def _masked_names(state: Mapping[str, Tensor], own: set[str], pruned: set[str]) -> set[str]:

@@ -269,3 +269,21 @@ def test_compiled_models_save_and_load(tmp_path, ending):
     target = make(1)
     sao_prune.load(target, file)
     assert same(target, model)
+
+
+def test_modules_that_insist_on_their_version(tmp_path, ending):
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *args):
+            if metadata.get("version") != 2:
+                raise ValueError("version should be set")
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    def make_net():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Versioned(8, 8))
+
+    model, target = make_net(), make_net()
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.load(target, sao_prune.save(model, tmp_path / f"m{ending}"))
+    assert torch.equal(target[2].weight, model[2].weight)

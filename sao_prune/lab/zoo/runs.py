@@ -24,7 +24,7 @@ def representatives(plans: Sequence[ZooPlan]) -> list[Architecture]:
         plans: from `plan_zoo`.
     """
     smallest: dict[str, ZooPlan] = {}
-    chosen = [p.architecture for p in _classification(plans) if p.layers and not _is_large(p)]
+    chosen = [p.architecture for p in _classification(plans) if p.layers and not is_large(p)]
     for one in plans:
         architecture = one.architecture
         if architecture.library != "timm" or not one.layers:
@@ -38,7 +38,7 @@ def representatives(plans: Sequence[ZooPlan]) -> list[Architecture]:
 
 def too_large(plans: Sequence[ZooPlan]) -> list[str]:
     """torchvision's classification models that `representatives` leaves out for their size."""
-    return sorted(p.architecture.name for p in _classification(plans) if _is_large(p))
+    return sorted(p.architecture.name for p in _classification(plans) if is_large(p))
 
 
 def _classification(plans: Sequence[ZooPlan]) -> list[ZooPlan]:
@@ -48,7 +48,8 @@ def _classification(plans: Sequence[ZooPlan]) -> list[ZooPlan]:
     return [p for p in plans if p.architecture.library == "torchvision" and p.architecture.name in names]
 
 
-def _is_large(plan: ZooPlan) -> bool:
+def is_large(plan: ZooPlan) -> bool:
+    """Whether a run would need more than `MEMORY`."""
     return plan.parameters * _BYTES_PER_PARAMETER > MEMORY
 
 

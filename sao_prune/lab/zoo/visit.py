@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 
 from ...allocate import Budget
 from ..display import Display
 from .architecture import ZooError, architectures
 from .plans import ZooPlan, plan_zoo
 from .report import Zoo
-from .runs import representatives, run_zoo
+from .runs import is_large, representatives, run_zoo
 from .trial import ZooRun
 
 
@@ -22,7 +23,7 @@ class VisitOptions:
         pattern: glob pattern on the names of architectures.
         sparsity: share of zeros.
         run: also put some of them to work.
-        jobs: processes at a time; with ``run`` each may need `MEMORY`.
+        jobs: processes at a time; with ``run`` each may need 8 GiB, and a larger model runs alone.
 
     Raises:
         ZooError: if the pattern is empty, ``jobs`` is not positive or ``sparsity`` is out of range.
@@ -73,7 +74,11 @@ def visit(options: VisitOptions, display: Display) -> Zoo:
     if options.run:
         workers = representatives(plans)
         display.start(len(chosen) + len(workers), len(chosen))
-        for run in run_zoo(workers, options.sparsity, jobs=options.jobs):
+        large = {plan.architecture for plan in plans if is_large(plan)}
+        together, alone = [w for w in workers if w not in large], [w for w in workers if w in large]
+        for run in chain(
+            run_zoo(together, options.sparsity, jobs=options.jobs), run_zoo(alone, options.sparsity, timeout=3600)
+        ):
             runs.append(run)
             _step(display, "run", run)
     runs.sort(key=lambda run: run.architecture)

@@ -13,6 +13,7 @@ from .data import dataset_loaders
 from .errors import RecipeError
 from .methods import MethodSpec
 from .schema import Scalar, read_yaml, rule
+from .train.spec import TrainSpec
 
 # Part of every key: raise it when training changes in a way that makes old results incomparable.
 RESULT_FORMAT = 1
@@ -74,36 +75,6 @@ class PruneSpec:
         unit = next(u for u in ("sparsity", "degree", "groups") if getattr(self, u) is not None)
         where = {"skip_first": self.skip_first, "skip_last": self.skip_last}
         return [{unit: amount, **where} for amount in getattr(self, unit)]
-
-
-@dataclass(frozen=True)
-class ScheduleSpec:
-    """How the learning rate changes over the epochs (timm's schedulers)."""
-
-    shorthand: ClassVar[str] = "name"
-
-    name: str = rule("constant", choices=("constant", "multistep", "cosine"))
-    milestones: tuple[int, ...] | None = rule(None, least=1)
-    factor: float = rule(0.1, above=0, below=1)
-    warmup_epochs: int = rule(0, least=0)
-
-    def problem(self) -> tuple[str, str] | None:
-        """Milestones belong to multistep, and it needs them."""
-        if (self.name == "multistep") != (self.milestones is not None):
-            return "milestones", "milestones go with the schedule multistep, and with no other"
-        return None
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """One training, for every method the same."""
-
-    epochs: int = rule(least=1)
-    batch_size: int = rule(least=1)
-    optimizer: str = rule("momentum", choices=("momentum", "nesterov", "adam", "adamw"))
-    momentum: float = rule(0.9, least=0, below=1)
-    weight_decay: float = rule(0.0, least=0)
-    schedule: ScheduleSpec = ScheduleSpec()
 
 
 @dataclass(frozen=True)

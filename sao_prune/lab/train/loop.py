@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..seeds import named_generator
-from .data import Dataset
-from .recipe import TrainSpec
+from ...seeds import named_generator
+from ..data import Dataset
+from .spec import TrainSpec
 
 _EVAL_BATCH = 4096
 

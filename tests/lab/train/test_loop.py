@@ -12,8 +12,7 @@ from sao_prune.lab.data import Dataset
 from sao_prune.lab.depth import depth_spectrum
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.network import build_network, initial_network
-from sao_prune.lab.recipe import ScheduleSpec, TrainSpec
-from sao_prune.lab.train import evaluate, train
+from sao_prune.lab.train import ScheduleSpec, TrainSpec, evaluate, train
 
 SPEC = TrainSpec(epochs=3, batch_size=8)
 
@@ -96,7 +95,7 @@ def test_momentum_is_classical_and_nesterov_is_not() -> None:
 )
 def test_schedules(blobs: Dataset, schedule: ScheduleSpec, expected: list[float], monkeypatch) -> None:
     rates: list[float] = []
-    from sao_prune.lab import train as module
+    from sao_prune.lab.train import loop as module
 
     def epoch(model, data, optimizer, batch_size, order) -> float:
         rates.append(optimizer.param_groups[0]["lr"])

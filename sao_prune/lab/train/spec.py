@@ -1,0 +1,85 @@
+"""What one training is: the part of a recipe that every method shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..schema import rule
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """How the learning rate changes over the epochs (timm's schedulers).
+
+    Attributes:
+        name: ``constant``; ``multistep``, times ``factor`` after as many epochs as each milestone says; ``cosine``, from
+            the learning rate at the start of the first epoch to ``final_lr`` at the end of the last.
+        warmup_epochs: so many first epochs climb in equal steps from a hundredth of the learning rate to all of it.
+            They are among the ``epochs``, and do not shift milestones or cosine.
+
+    Example:
+        >>> ScheduleSpec("cosine", final_lr=1e-6, warmup_epochs=5).final_lr
+        1e-06
+    """
+
+    shorthand: ClassVar[str] = "name"
+
+    name: str = rule("constant", choices=("constant", "multistep", "cosine"))
+    milestones: tuple[int, ...] | None = rule(None, least=1)
+    factor: float = rule(0.1, above=0, below=1)
+    warmup_epochs: int = rule(0, least=0)
+    final_lr: float = rule(0.0, least=0)
+
+    def problem(self) -> tuple[str, str] | None:
+        """Milestones belong to multistep, which needs them; a floor belongs to cosine."""
+        if (self.name == "multistep") != (self.milestones is not None):
+            return "milestones", "milestones go with the schedule multistep, and with no other"
+        if self.final_lr and self.name != "cosine":
+            return "final_lr", "final_lr is where the schedule cosine ends; no other has one"
+        return None
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One training, for every method the same.
+
+    Attributes:
+        momentum: of ``momentum`` and ``nesterov``; ``betas`` are those of ``adam`` and ``adamw``.
+        mixup: the alpha of MixUp's Beta distribution, 0 for none.
+        cutmix: the probability with which a batch is cut and mixed (alpha 1), 0 for none.
+        clip: the largest norm of the gradient, 0 for no limit.
+        ema: decay of the exponential moving average of the weights, which is then what is evaluated; 0 for none.
+        amp: ``bf16`` runs the network under `torch.autocast`; the weights stay in float32.
+        execution: ``masked``, ``compact`` (fails where nothing can be made compact) or ``auto`` (compact where it is
+            exact and faster).
+        isometry_every: record layer isometry after every so many epochs, and at the start; 0 for never.
+
+    Example:
+        >>> TrainSpec(epochs=90, batch_size=128, schedule=ScheduleSpec("multistep", milestones=(30, 60))).optimizer
+        'momentum'
+    """
+
+    epochs: int = rule(least=1)
+    batch_size: int = rule(least=1)
+    optimizer: str = rule("momentum", choices=("momentum", "nesterov", "adam", "adamw"))
+    momentum: float = rule(0.9, least=0, below=1)
+    betas: tuple[float, ...] = rule((0.9, 0.999), least=0, below=1)
+    weight_decay: float = rule(0.0, least=0)
+    schedule: ScheduleSpec = ScheduleSpec()
+    label_smoothing: float = rule(0.0, least=0, below=1)
+    mixup: float = rule(0.0, least=0)
+    cutmix: float = rule(0.0, least=0, most=1)
+    clip: float = rule(0.0, least=0)
+    ema: float = rule(0.0, least=0, below=1)
+    amp: str = rule("off", choices=("off", "bf16"))
+    channels_last: bool = False
+    compile: bool = False
+    execution: str = rule("auto", choices=("masked", "compact", "auto"))
+    isometry_every: int = rule(0, least=0)
+
+    def problem(self) -> tuple[str, str] | None:
+        """Two betas."""
+        if len(self.betas) != 2:
+            return "betas", f"Adam has two, e.g. [0.9, 0.999], got {len(self.betas)}"
+        return None

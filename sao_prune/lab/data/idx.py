@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from ..errors import DataError
 
 _UNSIGNED_BYTE = 0x08
 
@@ -30,7 +30,11 @@ def read_idx(path: Path, dims: int) -> Tensor:
         DataError: if the file cannot be read, is not idx, holds another type or rank, or is shorter or longer than its
             header says.
     """
-    raw = _read_bytes(path)
+    return parse_idx(read_bytes(path), dims, path)
+
+
+def parse_idx(raw: bytes, dims: int, path: Path) -> Tensor:
+    """The same from the unpacked content of ``path``."""
     header = 4 + 4 * dims
     if len(raw) < header:
         raise DataError(f"{path}: too short for an idx file of {dims} dimensions ({len(raw)} bytes); fetch it again")
@@ -48,7 +52,12 @@ def read_idx(path: Path, dims: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, unpacked if it is gzipped.
+
+    Raises:
+        DataError: if it cannot be read or unpacked.
+    """
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sao_prune.lab.data.idx import read_idx
 from sao_prune.lab.errors import DataError
-from sao_prune.lab.idx import read_idx
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:

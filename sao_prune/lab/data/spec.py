@@ -1,0 +1,53 @@
+"""What a recipe says about its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..schema import rule, unknown
+from .augment import AUGMENTATIONS
+from .names import dataset_names, name_problem
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which images, how many, how large, and how they are varied while training.
+
+    Attributes:
+        name: one of `dataset_names`, ``torchvision/NAME``, ``timm/NAME`` or ``folder:PATH``.
+        holdout: share of every training class that learning rates are chosen on.
+        size: side of the square images. Smaller ones of MNIST's, CIFAR's and CINIC's kind are padded with black; larger
+            ones, and those of any other set, are resized.
+        subset: so many training images, a fixed choice in which every class keeps its share; None for all.
+        test_subset: the same for the test images.
+        augment: any of ``crop`` (padding 4), ``flip`` and ``autoaugment`` (CIFAR-10's policy), applied in this order.
+
+    Example:
+        >>> DataSpec("cifar-10", size=36, augment=("crop", "flip")).problem()
+        >>> DataSpec("cifar").problem()
+        ('name', "unknown data set 'cifar'; did you mean 'cifar-10'? ...
+    """
+
+    shorthand: ClassVar[str] = "name"
+
+    name: str
+    holdout: float = rule(0.2, above=0, below=1)
+    size: int = rule(32, least=8, most=512)
+    subset: int | None = rule(None, least=1)
+    test_subset: int | None = rule(None, least=1)
+    augment: tuple[str, ...] = rule((), choices=AUGMENTATIONS)
+
+    def problem(self) -> tuple[str, str] | None:
+        """A name that can be a data set's, and no augmentation twice."""
+        if message := name_problem(self.name):
+            return "name", message
+        for choice in self.augment:
+            if choice not in AUGMENTATIONS:
+                return "augment", unknown("augmentation", choice, AUGMENTATIONS)
+        if len(set(self.augment)) < len(self.augment):
+            return "augment", "a value is given twice"
+        return None
+
+
+__all__ = ["DataSpec", "dataset_names"]

@@ -1,6 +1,28 @@
 """The networks of the experiments, registered with timm where timm is installed."""
 
 from .lipconvnet import LipConvNet, sao_lipconvnet
+from .mixer import SaoMixer, sao_mixer_nano
 from .mlp import SaoMLP, sao_mlp, sao_mlp7
+from .resmlp import SaoResMLP, sao_resmlp
+from .resnet import SaoResNet, sao_resnet, sao_resnet18
+from .vanilla import VanillaCNN, sao_vanilla_cnn
+from .vgg import SaoVGG, sao_vgg16
 
-__all__ = ["LipConvNet", "SaoMLP", "sao_lipconvnet", "sao_mlp", "sao_mlp7"]
+__all__ = [
+    "LipConvNet",
+    "SaoMLP",
+    "SaoMixer",
+    "SaoResMLP",
+    "SaoResNet",
+    "SaoVGG",
+    "VanillaCNN",
+    "sao_lipconvnet",
+    "sao_mixer_nano",
+    "sao_mlp",
+    "sao_mlp7",
+    "sao_resmlp",
+    "sao_resnet",
+    "sao_resnet18",
+    "sao_vanilla_cnn",
+    "sao_vgg16",
+]

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 from ..hold import hold
 from ..nn import ECOConv2d, MaxMin, SkewConv2d
 from ..seeds import Seed, base_seed, named_generator
+from .classifier import ImageClassifier
 from .registry import refuse_pretrained, register_model, without_timm_options
 
 STRIDES = (2, 2, 2, 3, 1)
@@ -18,7 +19,7 @@ KERNELS = (3, 3, 3, 3, 1)
 _SKEW_STAGES = 2
 
 
-class LipConvNet(nn.Module):
+class LipConvNet(ImageClassifier):
     """Five stages of orthogonal convolutions, MaxMin after each, and a linear classifier.
 
     A stage has ``depth / 5 - 1`` convolutions of stride 1 and a strided one that doubles the width; the first two
@@ -98,15 +99,11 @@ class LipConvNet(nn.Module):
         with torch.random.fork_rng(devices=[]):
             parametrizations.orthogonal(self.head)
 
-    def get_classifier(self) -> nn.Module:
-        """The classifier, as timm asks for it."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh orthogonal classifier for ``num_classes`` classes; 0 leaves the features as they are."""
         self.num_classes = num_classes
         if num_classes < 1:
-            self.head = nn.Identity()  # type: ignore[assignment]
+            self.head = nn.Identity()
             return
         self.head = nn.Linear(self.num_features, num_classes)
         nn.init.orthogonal_(self.head.weight)
@@ -117,13 +114,6 @@ class LipConvNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Flattened output of the last stage, shape ``(batch, num_features)``."""
         return self.features(x).flatten(1)  # type: ignore[no-any-return]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of features, or the features themselves if ``pre_logits``."""
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 @register_model

@@ -1,6 +1,19 @@
 """One training, the same for every method."""
 
-from .loop import History, evaluate, train
+from .distributed import from_first, process_group, rank, world
+from .evaluate import evaluate
+from .history import History
+from .loop import train
 from .spec import ScheduleSpec, TrainSpec
 
-__all__ = ["History", "ScheduleSpec", "TrainSpec", "evaluate", "train"]
+__all__ = [
+    "History",
+    "ScheduleSpec",
+    "TrainSpec",
+    "evaluate",
+    "from_first",
+    "process_group",
+    "rank",
+    "train",
+    "world",
+]

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import timm.optim
-import timm.scheduler
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from ...analysis import track_isometry
 from ...seeds import named_generator
 from ..data import Dataset
+from .checkpoint import FORMAT, Checkpoint, TrainingState
+from .distributed import own_share, rank, share_buffers, summed, world
+from .evaluate import evaluate
+from .execution import execution_form
+from .history import History
+from .optimise import make_optimizer, make_scheduler
+from .regularise import Objective
 from .spec import TrainSpec
 
-_EVAL_BATCH = 4096
-
-
-@dataclass
-class History:
-    """What a training left behind, one entry an epoch.
-
-    Attributes:
-        status: ``ok``, or ``diverged`` when the training loss stopped being a finite number.
-        train_loss, test_loss: mean cross-entropy in nats.
-        accuracy: correct answers on the test set, a fraction.
-        seconds: wall clock of the training steps, without the evaluations.
-    """
-
-    status: str = "ok"
-    train_loss: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+_FEW = 8
 
 
 def train(
@@ -45,68 +37,170 @@ def train(
     lr: float,
     seed: int,
     on_epoch: Callable[[History], None] | None = None,
+    checkpoint: Path | None = None,
+    augment: tuple[str, ...] = (),
+    key: str = "",
 ) -> History:
     """Train ``model`` in place on the device that it and ``data`` are on.
 
-    The order of the batches depends on ``seed`` alone. A loss that is not finite ends the training after that epoch:
-    the accuracy is then whatever the network has at that point.
+    Batches, augmentation, mixing and dropout depend on ``seed`` and the epoch alone. A loss that is not finite ends the
+    training after that epoch: the accuracy is then whatever the network has at that point. With ``spec.ema`` the model
+    ends up with the averaged weights, which are the evaluated ones.
+
+    Where `torch.distributed` is initialised, every process takes its share of each batch, and the gradient is that of
+    the whole; batch normalisation sees its own share only.
+
+    Args:
+        model: dense, masked or compact; it keeps that form, however it is trained in between.
+        data: images and labels.
+        spec: everything else that methods have in common.
+        lr: the learning rate, before the schedule.
+        seed: of everything random.
+        on_epoch: called after every epoch (by the first process); what it raises ends the training.
+        checkpoint: a file to go on from and to write, at most every 30 s and before ``on_epoch`` ends the training.
+            Delete it when the result is safe.
+        augment: names of the data set's augmentations.
+        key: what else tells this training from others; a checkpoint with another key is not used.
+
+    Returns:
+        What happened; the same on every process.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> from sao_prune.lab.data import load_dataset
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
+        >>> history = train(net, load_dataset("digits"), TrainSpec(epochs=1, batch_size=64), lr=0.01, seed=0)
+        >>> history.status, history.execution, history.accuracy[0] > 0.5
+        ('ok', 'dense', True)
     """
-    optimizer = timm.optim.create_optimizer_v2(
-        model, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, momentum=spec.momentum
-    )
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
-        optimizer,
-        sched=spec.schedule.name,
-        num_epochs=spec.epochs,
-        # timm counts one epoch ahead of torch's MultiStepLR, whose meaning recipes and papers have.
-        decay_milestones=[milestone + 1 for milestone in spec.schedule.milestones or ()],
-        decay_rate=spec.schedule.factor,
-        warmup_epochs=spec.schedule.warmup_epochs,
-        warmup_lr=lr / 100,
-    )
-    order = named_generator(seed, "batch order")
-    history = History()
-    for epoch in range(spec.epochs):
-        start = time.perf_counter()
-        loss = _train_epoch(model, data, optimizer, spec.batch_size, order)
-        history.seconds += time.perf_counter() - start
-        scheduler.step(epoch + 1)
-        accuracy, test_loss = evaluate(model, data.test_x, data.test_y)
-        history.train_loss.append(loss)
-        history.accuracy.append(accuracy)
-        history.test_loss.append(test_loss)
-        if not math.isfinite(loss):
-            history.status = "diverged"
-        if on_epoch is not None:
-            on_epoch(history)
-        if history.status != "ok":
-            break
+    few = data.standardise(data.train_x[:_FEW])
+    with _own_random_state(data.device), execution_form(model, spec.execution, few) as execution:
+        trainer = _Trainer(model, data, spec, seed, augment)
+        optimizer = make_optimizer(model, spec, lr)
+        scheduler = make_scheduler(optimizer, spec, lr)
+        average = ModelEmaV3(model, spec.ema, use_warmup=True) if spec.ema else None
+        state = TrainingState(model, optimizer, average, History(execution=execution))
+        file = Checkpoint(checkpoint, _identity(spec, lr, seed, execution, augment, key, data))
+        file.resume(state)
+        history = state.history
+        isometry = _isometry(model, few, spec, history)
+        while history.epochs < spec.epochs and history.status == "ok":
+            scheduler.step(history.epochs)
+            loss = trainer.epoch(state)
+            accuracy, test_loss = evaluate(model if average is None else average.module, data)
+            history.lr.append(optimizer.param_groups[0]["lr"])
+            history.train_loss.append(loss)
+            history.test_loss.append(test_loss)
+            history.accuracy.append(accuracy)
+            history.status = "ok" if math.isfinite(loss) else "diverged"
+            isometry()
+            file.save(state)
+            if on_epoch is not None and rank() == 0:
+                try:
+                    on_epoch(history)
+                except BaseException:
+                    file.save(state, now=True)
+                    raise
+        if average is not None:
+            model.load_state_dict(average.module.state_dict())
     return history
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Accuracy (a fraction) and mean cross-entropy of ``model`` on images ``x`` with labels ``y``."""
-    model.eval()
-    correct, loss = 0, 0.0
-    with torch.no_grad():
-        for images, labels in zip(x.split(_EVAL_BATCH), y.split(_EVAL_BATCH)):
-            logits = model(images)
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return correct / len(y), loss / len(y)
+@dataclass
+class _Trainer:
+    """The training steps of an epoch."""
 
+    model: nn.Module
+    data: Dataset
+    spec: TrainSpec
+    seed: int
+    augment: tuple[str, ...]
 
-def _train_epoch(
-    model: nn.Module, data: Dataset, optimizer: torch.optim.Optimizer, batch_size: int, order: torch.Generator
-) -> float:
-    """One pass; the mean loss, read once at the end so that a GPU need not wait after every step."""
-    model.train()
-    total = torch.zeros((), device=data.train_x.device)
-    for batch in torch.randperm(len(data.train_y), generator=order).split(batch_size):
-        chosen = batch.to(data.train_x.device)
-        loss = F.cross_entropy(model(data.train_x[chosen]), data.train_y[chosen])
+    def __post_init__(self) -> None:
+        runner = self.model
+        if self.spec.channels_last:
+            runner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world() > 1:
+            runner = DistributedDataParallel(runner)
+        self._runner = torch.compile(runner) if self.spec.compile else runner
+        self._objective = Objective(self.spec, len(self.data.classes))
+        self._device = self.data.device
+
+    def epoch(self, state: TrainingState) -> float:
+        """Train one epoch; adds its time to the history and returns the mean loss."""
+        history, start, cpu = state.history, time.perf_counter(), time.process_time()
+        self.model.train()
+        torch.manual_seed(named_generator(self.seed, "dropout", history.epochs, rank()).initial_seed())
+        total = torch.zeros((), device=self._device)
+        for step, (x, target, count) in enumerate(self._batches(history.epochs)):
+            total += self._step(state.optimizer, x, target, count)
+            if isinstance(state.average, ModelEmaV3):
+                state.average.update(self.model, step=history.epochs * self._steps + step + 1)
+        # Read once, at the end, so that a GPU need not wait after every step.
+        loss, seconds, cpu = summed(
+            float(total), time.perf_counter() - start, time.process_time() - cpu, device=self._device
+        )
+        history.seconds += seconds / world()
+        history.cpu_seconds += cpu
+        for module in (self.model, state.average):
+            if module is not None:
+                share_buffers(module)
+        return loss / len(self.data.train_y)
+
+    @property
+    def _steps(self) -> int:
+        return math.ceil(len(self.data.train_y) / self.spec.batch_size)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Images and targets of this process, and how many all of them have together.
+
+        Every process makes the whole batch, so that what is drawn for an image does not depend on their number.
+        """
+        order, augmentation, mixing = (
+            named_generator(self.seed, name, epoch) for name in ("batch order", "augmentation", "mixing")
+        )
+        for batch in torch.randperm(len(self.data.train_y), generator=order).split(self.spec.batch_size):
+            x, y = self.data.batch(batch, self.augment, augmentation)
+            x, target = self._objective.mix(x, y, mixing)
+            yield own_share(x), own_share(target), len(batch)
+
+    def _step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, count: int) -> Tensor:
+        """One step; returns the loss summed over this process's images."""
+        if self.spec.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.spec.amp == "bf16"):
+            logits = self._runner(x)
+        loss = self._objective.loss(logits, target)
         optimizer.zero_grad()
-        loss.backward()
+        # Processes' gradients are averaged: times their number makes that the gradient of the whole batch's mean.
+        (loss * (world() / count)).backward()
+        if self.spec.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         optimizer.step()
-        total += loss.detach() * len(batch)
-    return float(total) / len(data.train_y)
+        return loss.detach()
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Dropout draws from the global generators: whatever they are set to inside, they are put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _isometry(model: nn.Module, x: Tensor, spec: TrainSpec, history: History) -> Callable[[], None]:
+    """To be called after every epoch; measures the untrained network at once."""
+    if not spec.isometry_every:
+        return lambda: None
+    tracker = track_isometry(model, x, every=spec.isometry_every)
+    tracker.records = history.isometry
+    tracker.calls = history.epochs + (1 if history.isometry else 0)
+    if not history.isometry:
+        tracker()
+    return tracker
+
+
+def _identity(
+    spec: TrainSpec, lr: float, seed: int, execution: str, augment: tuple[str, ...], key: str, data: Dataset
+) -> str:
+    sizes = [data.name, len(data.train_y), len(data.test_y)]
+    return json.dumps([FORMAT, asdict(spec), lr, seed, execution, augment, key, sizes, world()])

@@ -13,8 +13,8 @@ class ScheduleSpec:
     """How the learning rate changes over the epochs (timm's schedulers).
 
     Attributes:
-        name: ``constant``; ``multistep``, times ``factor`` after as many epochs as each milestone says; ``cosine``, from
-            the learning rate at the start of the first epoch to ``final_lr`` at the end of the last.
+        name: ``constant``; ``multistep``, times ``factor`` after as many epochs as each milestone says; ``cosine``,
+            from the learning rate at the start of the first epoch to ``final_lr`` at the end of the last.
         warmup_epochs: so many first epochs climb in equal steps from a hundredth of the learning rate to all of it.
             They are among the ``epochs``, and do not shift milestones or cosine.
 
@@ -46,13 +46,14 @@ class TrainSpec:
 
     Attributes:
         momentum: of ``momentum`` and ``nesterov``; ``betas`` are those of ``adam`` and ``adamw``.
-        mixup: the alpha of MixUp's Beta distribution, 0 for none.
         cutmix: the probability with which a batch is cut and mixed (alpha 1), 0 for none.
+        mixup: the alpha of MixUp's Beta distribution, 0 for none; it takes the batches that CutMix leaves.
         clip: the largest norm of the gradient, 0 for no limit.
-        ema: decay of the exponential moving average of the weights, which is then what is evaluated; 0 for none.
+        ema: decay of the exponential moving average of the weights, which is then what is evaluated; 0 for none. Early
+            on it is lower, ``1 - (1 + step) ** (-2/3)``, so that the average leaves the initial weights behind.
         amp: ``bf16`` runs the network under `torch.autocast`; the weights stay in float32.
-        execution: ``masked``, ``compact`` (fails where nothing can be made compact) or ``auto`` (compact where it is
-            exact and faster).
+        execution: ``masked``; ``compact``, wherever the masks are made of blocks; or ``auto``, compact where that is
+            faster as well.
         isometry_every: record layer isometry after every so many epochs, and at the start; 0 for never.
 
     Example:

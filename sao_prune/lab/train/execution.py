@@ -1,0 +1,56 @@
+"""The form in which a network is trained: masked, or compact where its layers are made of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ...compact import BlockModule, compact, expand
+
+
+@contextmanager
+def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterator[str]:
+    """Give a masked model the form that ``execution`` asks for; when the ``with`` ends, it is masked again.
+
+    Layers whose masks have no blocks (magnitude, random) stay masked, and a model that is compact already stays so.
+
+    Args:
+        execution: as in `TrainSpec`.
+        example: one small batch of images, to see that the compact model computes the same.
+
+    Yields:
+        What was done, e.g. ``compact: 48 of 51 layers``, ``masked`` or ``dense``.
+    """
+    masked = {name for name, module in model.named_modules() if "weight_mask" in module._buffers}
+    given = sum(isinstance(module, BlockModule) for module in model.modules())
+    if given:
+        yield f"compact: {given} layers, as given"
+    elif not masked:
+        yield "dense"
+    elif execution == "masked":
+        yield "masked"
+    else:
+        text = _make_compact(model, masked, example)
+        try:
+            yield text
+        finally:
+            if any(isinstance(module, BlockModule) for module in model.modules()):
+                expand(model)
+
+
+def _make_compact(model: nn.Module, masked: set[str], example: Tensor) -> str:
+    mode = model.training
+    model.eval()
+    try:
+        report = compact(model, example_input=example)
+    except ValueError as error:
+        return f"masked ({' '.join(str(error).split())[:160]})"
+    finally:
+        model.train(mode)
+    if any(record.name not in masked for record in report.compact):
+        # Zeros without a mask are trained like any other value; a compact layer would hold them at zero.
+        expand(model)
+        return "masked (some layers have blocks of zeros without a mask)"
+    return f"compact: {len(report.compact)} of {len(report.layers)} layers"

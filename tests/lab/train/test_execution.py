@@ -1,0 +1,89 @@
+"""Masked and compact training are the same training."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import sao_prune
+from sao_prune.compact import BlockModule
+from sao_prune.lab.data import Dataset
+from sao_prune.lab.train import TrainSpec, train
+
+Maker = Callable[..., nn.Module]
+SPEC = TrainSpec(epochs=3, batch_size=8, weight_decay=1e-3, clip=1.0)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_both_forms_train_to_the_same_weights_within_rounding(
+    blobs: Dataset, network: Maker, kind: str, optimizer: str
+) -> None:
+    models = {form: network(kind, groups=4) for form in ("masked", "compact")}
+    keys = list(models["masked"].state_dict())
+    histories = {
+        form: train(model, blobs, replace(SPEC, execution=form, optimizer=optimizer), 0.01, 0)
+        for form, model in models.items()
+    }
+    assert histories["masked"].execution == "masked"
+    assert histories["compact"].execution.startswith("compact: ")
+    assert histories["compact"].train_loss == pytest.approx(histories["masked"].train_loss, rel=1e-4)
+    masked, compact = (model.state_dict() for model in models.values())
+    assert list(compact) == keys
+    for key, value in compact.items():
+        # What a mask hides is zero where it was compact.
+        kept = masked[key.replace("_orig", "_mask")] if key.endswith("_orig") else 1
+        assert torch.allclose(value, masked[key] * kept, atol=1e-4), key
+
+
+def test_it_trains_in_the_compact_form_and_gives_the_masked_one_back(blobs: Dataset, network: Maker) -> None:
+    model, inside = network(groups=4), []
+    history = train(
+        model,
+        blobs,
+        replace(SPEC, execution="compact"),
+        0.01,
+        0,
+        on_epoch=lambda _: inside.append(sum(isinstance(m, BlockModule) for m in model.modules())),
+    )
+    assert history.execution == "compact: 2 of 4 layers"
+    assert inside == [2, 2, 2]
+    assert not any(isinstance(m, BlockModule) for m in model.modules())
+
+
+def test_what_ends_a_training_early_leaves_the_masked_form(blobs: Dataset, network: Maker) -> None:
+    model = network(groups=4)
+    keys = list(model.state_dict())
+
+    def stop(history: object) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(model, blobs, replace(SPEC, execution="compact"), 0.01, 0, on_epoch=stop)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("execution", ["auto", "compact"])
+def test_masks_without_blocks_stay_masked(blobs: Dataset, network: Maker, execution: str) -> None:
+    model = network()
+    sao_prune.apply(model, sparsity=0.5, method="lmp", seed=0)
+    history = train(model, blobs, replace(SPEC, execution=execution), 0.01, 0)
+    assert history.execution.startswith("masked")
+
+
+def test_zeros_without_a_mask_are_trained(blobs: Dataset, network: Maker) -> None:
+    model = network(groups=4)
+    sao_prune.remove(model)
+    zeros = model[3].weight == 0
+    assert bool(zeros.any())
+    assert train(model, blobs, replace(SPEC, execution="compact"), 0.05, 0).execution == "dense"
+    assert bool((model[3].weight[zeros] != 0).any())
+
+
+def test_a_compact_model_stays_compact(blobs: Dataset, network: Maker) -> None:
+    model = network(groups=4)
+    sao_prune.compact(model)
+    assert train(model, blobs, SPEC, 0.01, 0).execution == "compact: 2 layers, as given"
+    assert sum(isinstance(m, BlockModule) for m in model.modules()) == 2

@@ -1,0 +1,92 @@
+"""Learning rates are those that papers mean by the same words."""
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from sao_prune.lab.train import ScheduleSpec, TrainSpec
+from sao_prune.lab.train.optimise import make_optimizer, make_scheduler
+
+
+def rates(schedule: ScheduleSpec, epochs: int, lr: float = 1.0) -> list[float]:
+    spec = TrainSpec(epochs=epochs, batch_size=1, schedule=schedule)
+    optimizer = make_optimizer(nn.Linear(2, 2), spec, lr)
+    scheduler = make_scheduler(optimizer, spec, lr)
+    found = []
+    for epoch in range(epochs + 1):
+        scheduler.step(epoch)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def torch_rates(kind: type, epochs: int, **options: object) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = kind(optimizer, **options)
+    found = []
+    for _ in range(epochs + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_constant() -> None:
+    assert rates(ScheduleSpec(), 3) == [1.0] * 4
+
+
+@pytest.mark.parametrize("milestones", [(1, 3), (2,), (50, 150), (60, 120, 160)])
+def test_milestones_are_torchs_epochs_trained_before_the_drop(milestones: tuple[int, ...]) -> None:
+    expected = torch_rates(torch.optim.lr_scheduler.MultiStepLR, 200, milestones=milestones, gamma=0.2)
+    assert rates(ScheduleSpec("multistep", milestones=milestones, factor=0.2), 200) == pytest.approx(expected)
+
+
+def test_cosine_is_torchs_and_ends_at_the_final_rate() -> None:
+    expected = torch_rates(torch.optim.lr_scheduler.CosineAnnealingLR, 30, T_max=30, eta_min=1e-6)
+    found = rates(ScheduleSpec("cosine", final_lr=1e-6), 30)
+    assert found == pytest.approx(expected)
+    assert found[0] == 1.0
+    assert found[-1] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+def test_warm_up_climbs_in_equal_steps_and_shifts_nothing(name: str) -> None:
+    warm, cold = (rates(ScheduleSpec(name, warmup_epochs=w), 20) for w in (5, 0))
+    assert warm[:5] == pytest.approx([0.01, 0.208, 0.406, 0.604, 0.802])
+    assert warm[5:] == cold[5:]
+
+
+def test_warm_up_before_milestones() -> None:
+    schedule = ScheduleSpec("multistep", milestones=(3, 5), warmup_epochs=2)
+    assert rates(schedule, 6) == pytest.approx([0.01, 0.505, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_momentum_is_classical_and_nesterov_is_not() -> None:
+    params = [nn.Parameter(torch.zeros(1))]
+    made = {name: timm.optim.create_optimizer_v2(params, opt=name, lr=0.1) for name in ("momentum", "nesterov")}
+    assert not made["momentum"].defaults["nesterov"]
+    assert made["nesterov"].defaults["nesterov"]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_betas_reach_adam(name: str) -> None:
+    spec = TrainSpec(epochs=1, batch_size=1, optimizer=name, betas=(0.9, 0.99), weight_decay=5e-4)
+    optimizer = make_optimizer(nn.Linear(2, 2), spec, 1e-3)
+    assert type(optimizer) is (torch.optim.Adam if name == "adam" else torch.optim.AdamW)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.99)}
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 5e-4]
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [
+        (ScheduleSpec("cosine", milestones=(3,)), "milestones"),
+        (ScheduleSpec("multistep"), "milestones"),
+        (ScheduleSpec("constant", final_lr=1e-6), "final_lr"),
+        (TrainSpec(epochs=1, batch_size=1, betas=(0.9,)), "betas"),
+    ],
+)
+def test_specifications_that_contradict_themselves(spec: ScheduleSpec | TrainSpec, key: str) -> None:
+    problem = spec.problem()
+    assert problem is not None
+    assert problem[0] == key

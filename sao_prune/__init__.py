@@ -12,7 +12,7 @@ from .allocate import Budget
 from .checkpoint import CheckpointError, load, save
 from .compact import compact, expand
 from .hold import hold, release
-from .methods import EOI, GMP, LMP, LRP, RG, SAO, Method, methods
+from .methods import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
 from .model import apply, plan, remove, report
 from .report import LayerRecord, Report, SparsityWarning
 from .topology import BlockTopology, NotBlockStructuredError
@@ -27,9 +27,11 @@ __all__ = [
     "LRP",
     "RG",
     "SAO",
+    "SNIP",
     "BlockTopology",
     "Budget",
     "CheckpointError",
+    "GraSP",
     "LayerRecord",
     "Method",
     "NotBlockStructuredError",
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "Selection",
     "SparsityWarning",
+    "SynFlow",
     "apply",
     "compact",
     "expand",

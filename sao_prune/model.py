@@ -119,7 +119,7 @@ def apply(
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
     with torch.no_grad():
-        draws = chosen.draw(allocations, weights, base)
+        draws = chosen.draw_for(model, allocations, weights, base)
     by_name = {draw.weight.name: draw for draw in draws}
     records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else left_alone(i) for i in items]
     # Before anything is changed: a warning may be an error.

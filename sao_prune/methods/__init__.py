@@ -3,8 +3,26 @@
 from .base import Method, methods, register, resolve
 from .draw import Draw
 from .eoi import EOI
+from .grasp import GraSP
 from .magnitude import GMP, LMP, LRP
 from .rg import RG
 from .sao import SAO
+from .snip import SNIP
+from .synflow import SynFlow
 
-__all__ = ["EOI", "GMP", "LMP", "LRP", "RG", "SAO", "Draw", "Method", "methods", "register", "resolve"]
+__all__ = [
+    "EOI",
+    "GMP",
+    "LMP",
+    "LRP",
+    "RG",
+    "SAO",
+    "SNIP",
+    "Draw",
+    "GraSP",
+    "Method",
+    "SynFlow",
+    "methods",
+    "register",
+    "resolve",
+]

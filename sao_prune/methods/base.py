@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocate import Allocation
 from ..seeds import named_generator
@@ -53,6 +53,12 @@ class Method:
             seed: base seed; every weight derives its own generator from it and its name.
         """
         raise TypeError(f"{type(self).__name__} does not say how it draws")
+
+    def draw_for(
+        self, model: nn.Module, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int
+    ) -> list[Draw]:
+        """As `draw`, with the whole model to look at: for methods that run it. It must stay as it is."""
+        return self.draw(allocations, weights, seed)
 
 
 _REGISTRY: dict[str, type[Method]] = {}

@@ -52,6 +52,29 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     return keep.view_as(scores)
 
 
+def keep_global(allocations: Sequence[Allocation], scores: Sequence[Tensor], budget: int | None = None) -> list[Tensor]:
+    """Boolean masks of the highest scores of all weights together; of equal scores the earlier ones.
+
+    Args:
+        allocations: what each weight is asked for.
+        scores: of their units, each ``(parts, m, n)``.
+        budget: how many weights stay, a kernel counting all its taps; by default what the allocations ask for
+            together. It is met exactly where all kernels have one size, else to within one kernel.
+    """
+    taps = [prod(a.weight.kernel) for a in allocations]
+    if budget is None:
+        budget = round(sum(a.density * a.weight.numel for a in allocations))
+    flat = torch.cat([s.flatten().to(torch.promote_types(s.dtype, torch.float32)) for s in scores])
+    if len(set(taps)) == 1:
+        keep = keep_top(flat, budget // taps[0])
+    else:
+        sizes = torch.cat([torch.full((s.numel(),), t, device=s.device) for s, t in zip(scores, taps)])
+        order = torch.sort(flat, descending=True, stable=True).indices
+        keep = torch.zeros_like(flat, dtype=torch.bool)
+        keep[order[sizes[order].cumsum(0) <= budget]] = True
+    return [k.view_as(s) for k, s in zip(keep.split([s.numel() for s in scores]), scores)]
+
+
 @register
 @dataclass(frozen=True)
 class LMP(Method):
@@ -85,19 +108,8 @@ class GMP(Method):
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Keep the top units of all weights together, until the budget of weights is spent."""
-        scores = _all_scores(allocations, weights)
-        taps = [prod(a.weight.kernel) for a in allocations]
-        budget = round(sum(a.density * a.weight.numel for a in allocations))
-        flat = torch.cat([s.flatten().float() for s in scores])
-        if len(set(taps)) == 1:
-            keep = keep_top(flat, budget // taps[0])
-        else:
-            sizes = torch.cat([torch.full((s.numel(),), t, device=s.device) for s, t in zip(scores, taps)])
-            order = torch.sort(flat, descending=True, stable=True).indices
-            keep = torch.zeros_like(flat, dtype=torch.bool)
-            keep[order[sizes[order].cumsum(0) <= budget]] = True
-        parts = keep.split([s.numel() for s in scores])
-        return [Draw(a.weight, units=k.view_as(s)) for a, k, s in zip(allocations, parts, scores)]
+        kept = keep_global(allocations, _all_scores(allocations, weights))
+        return [Draw(a.weight, units=units) for a, units in zip(allocations, kept)]
 
 
 @register

@@ -122,16 +122,16 @@ class _Array:
         self.state = state
 
     def numpy(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The array, if it is one of bytes in C order.
+        """The array, if it is one of bytes.
 
         Raises:
             ValueError: if it is anything else.
         """
         _, shape, dtype, fortran, raw = self.state
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        if dtype.name != "u1" or fortran or len(raw) != prod(shape):
-            raise ValueError("not an array of bytes in C order")
-        return np.frombuffer(raw, np.uint8).reshape(shape).copy()
+        if dtype.name not in ("u1", "|u1") or len(raw) != prod(shape):
+            raise ValueError("its data is no array of bytes")
+        return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C").copy(order="C")
 
 
 class _DType:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from ..errors import DataError
 from .folder import square, to_tensor
@@ -71,7 +72,7 @@ def read_timm(name: str, size: int, source: DataSource) -> RawSet:
         )
 
     train, test = make("train"), make("test", "validation")
-    if hasattr(train, "__getitem__"):
+    if not isinstance(train, IterableDataset):
         return _joined(train, test, size)
     parts = [_read_stream(name, stream, size) for stream in (train, test)]
     return RawSet(_class_names(train, parts[0].labels), 3, parts[0], parts[1])
@@ -128,7 +129,7 @@ def _read(dataset: Any, size: int, channels: int, indices: Tensor) -> Tensor:
     return _stack((dataset[i][0] for i in indices.tolist()), len(indices), size, channels)
 
 
-def _read_stream(name: str, stream: Iterable[Any], size: int) -> Part:
+def _read_stream(name: str, stream: Any, size: int) -> Part:
     """A data set without an index, read from its beginning to its end."""
     need_memory(name, len(stream) * 3 * size**2 if hasattr(stream, "__len__") else 0)
     images, labels = [], []

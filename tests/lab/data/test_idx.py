@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from sao_prune.lab.data.idx import read_idx
 from sao_prune.lab.errors import DataError
 
-
-def idx_bytes(values: torch.Tensor) -> bytes:
-    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
-    return bytes([0, 0, 8, values.dim()]) + sizes + bytes(values.flatten().tolist())
+from .conftest import idx_bytes
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,8 +18,8 @@ class VanillaCNN(ImageClassifier):
     """conv(W, 3, 1), conv(W, 3, 2), ``depth - 1`` times conv(W, 3, 1), then the mean over positions and a linear layer.
 
     So there are ``depth + 1`` convolutions, as the table has them. An activation follows each; zero padding, biases,
-    neither normalisation nor skips. Beyond some ten layers it trains only from orthogonal weights, which this
-    constructor does not draw.
+    neither normalisation nor skips. The constructor draws PyTorch's default weights; beyond 128 layers the thesis
+    needs orthogonal ones. With ReLU each layer halves the mean square of its input unless they have gain ``sqrt(2)``.
 
     With ``head="conv"`` (CIFAR-100 and CINIC-10 in the thesis) two more convolutions of width W, kernel 3 and stride
     2, each with its activation, take the average pooling's place: a 32 x 32 image arrives there as 16 x 16 and leaves

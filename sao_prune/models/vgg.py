@@ -10,7 +10,7 @@ from .classifier import ImageClassifier, global_pool
 from .options import check_img_size, check_sizes
 from .registry import refuse_pretrained, register_model, without_timm_options
 
-# Each stage: convolutions, channels in units of the first stage's, and the kernel and stride of the pooling after it.
+# Of each stage: convolutions, channels in units of the first stage's, kernel and stride of the pooling after it.
 STAGES = ((2, 1, 2), (2, 2, 2), (3, 4, 1), (3, 8, 3), (3, 8, 3))
 
 

@@ -3,10 +3,10 @@
 from .lipconvnet import LipConvNet, sao_lipconvnet
 from .mixer import SaoMixer, sao_mixer_nano
 from .mlp import SaoMLP, sao_mlp, sao_mlp7
+from .residual import SaoResNet, sao_resnet, sao_resnet18
 from .resmlp import SaoResMLP, sao_resmlp
-from .resnet import SaoResNet, sao_resnet, sao_resnet18
 from .vanilla import VanillaCNN, sao_vanilla_cnn
-from .vgg import SaoVGG, sao_vgg16
+from .vgg16 import SaoVGG, sao_vgg16
 
 __all__ = [
     "LipConvNet",

@@ -8,7 +8,7 @@ from torch import nn
 import sao_prune
 from sao_prune import models
 from sao_prune.models.options import ACTIVATIONS
-from sao_prune.models.resnet import PadShortcut
+from sao_prune.models.residual import PadShortcut
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -318,3 +318,11 @@ def test_every_network_is_public_and_known_to_timm() -> None:
     assert entries == set(timm.list_models("sao_*"))
     assert {"sao_mixer_nano", "sao_resmlp", "sao_vanilla_cnn", "sao_vgg16", "sao_resnet", "sao_resnet18"} <= entries
     assert all(hasattr(models, name) for name in models.__all__)
+
+
+def test_no_family_of_timm_has_our_networks_in_it() -> None:
+    # timm files a network under the last part of its module's name.
+    for entry in models.__all__:
+        if entry.startswith("sao_"):
+            family = timm.list_models(module=getattr(models, entry).__module__.rpartition(".")[2])
+            assert all(name.startswith("sao_") for name in family)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_cifar(name: str, size: int, source: DataSource) -> RawSet:
     folders = source.folders(*usual)
     folder = _find(spec, folders)
     if folder is None and source.download:
-        fetch(name, source, lambda tv, root: getattr(tv.datasets, spec.torchvision)(str(root), download=True))
+        fetch(name, source, partial(_fetch, spec))
         folder = _find(spec, folders)
     if folder is None:
         raise missing(
@@ -76,6 +77,14 @@ def read_cifar(name: str, size: int, source: DataSource) -> RawSet:
         raise DataError(f"{folder / file}: {len(classes)} class names, not {spec.classes}; fetch it again")
     train, test = (_read_part(name, folder, files) for files in (spec.train, spec.test))
     return RawSet(classes, 3, train, test)
+
+
+def _fetch(spec: _Cifar, torchvision: Any, folder: Path) -> None:
+    """Fetch and unpack the archive that torchvision knows; its class would also unpickle what is in it."""
+    cls = getattr(torchvision.datasets, spec.torchvision)
+    torchvision.datasets.utils.download_and_extract_archive(
+        cls.url, str(folder), filename=cls.filename, md5=cls.tgz_md5
+    )
 
 
 def _find(spec: _Cifar, folders: list[Path]) -> Path | None:

@@ -36,11 +36,11 @@ def read_torchvision(name: str, size: int, source: DataSource) -> RawSet:
 
     def make(options: dict[str, object]) -> Any:
         try:
-            return getattr(datasets, cls)(root, **options, **({"download": True} if source.download else _quiet(cls)))
+            return getattr(datasets, cls)(root, download=source.download, **options)
         except (RuntimeError, OSError, ValueError, ImportError) as error:
             raise DataError(
-                f"{name} cannot be had from torchvision ({error}): put its files under {root} as torchvision does, or "
-                f"have it downloaded with --download"
+                f"{name} cannot be had from torchvision ({_first_line(error)}): put its files under {root} as "
+                f"torchvision does, or have it downloaded with --download"
             ) from error
 
     train = make(train_options)
@@ -65,7 +65,7 @@ def read_timm(name: str, size: int, source: DataSource) -> RawSet:
             try:
                 return create_dataset(wanted, root=root, split=split, download=source.download)
             except (Exception, SystemExit) as error:  # Every reader of timm's fails in its own way.
-                said = said or f"{type(error).__name__}: {error}"
+                said = said or f"{type(error).__name__}: {_first_line(error)}"
         raise DataError(
             f"{name} cannot be had from timm ({said}): put its files under {root} as its reader expects, or have it "
             f"downloaded with --download"
@@ -78,9 +78,8 @@ def read_timm(name: str, size: int, source: DataSource) -> RawSet:
     return RawSet(_class_names(train, parts[0].labels), 3, parts[0], parts[1])
 
 
-def _quiet(cls: str) -> dict[str, object]:
-    # The one set that downloads unless told not to.
-    return {"download": False} if cls == "SEMEION" else {}
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "no reason given")
 
 
 def _joined(train: Any, test: Any, size: int) -> RawSet:

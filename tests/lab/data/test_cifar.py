@@ -130,3 +130,17 @@ def test_damage_is_one_sentence_with_the_file(tmp_path: Path, content: bytes) ->
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(content)
     with pytest.raises(DataError, match=r"test_batch: .*fetch it again"):
         load_dataset("cifar-10", DataSource(tmp_path))
+
+
+@pytest.mark.usefixtures("unknown_files")
+def test_the_archive_is_fetched_with_torchvisions_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    def fetch(url: str, root: str, filename: str, md5: str) -> None:
+        assert url.endswith(f"/{filename}")
+        assert md5 == torchvision.datasets.CIFAR10.tgz_md5
+        write_cifar10(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", fetch)
+    found = load_dataset("torchvision/cifar10", DataSource(tmp_path / "new", download=True))
+    assert found.test_y.tolist() == list(range(10))

@@ -1,5 +1,6 @@
 """Data sets: complete, measured, cut to size, and helpful when they are not there."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,29 @@ def test_a_set_that_does_not_fit_says_how_much_it_needs(monkeypatch: pytest.Monk
     with pytest.raises(DataError, match=r"0.9 GiB are needed, 0.8 GiB are there; take a smaller size:"):
         memory.need_memory("big", 2**30 - 2**27)
     memory.need_memory("small", 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
+    with pytest.raises(DataError, match=r"does not fit in cuda:1: 2.0 GiB are needed, 1.0 GiB are there"):
+        memory.need_memory("big", 2**31, torch.device("cuda:1"))
+
+
+def test_what_is_needed_is_compared_with_what_is_free_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_images: Callable[..., None]
+) -> None:
+    from sao_prune.lab.data import memory
+
+    for part in ("train", "test"):
+        write_images(tmp_path / part / "a", [1, 2, 3])
+        (tmp_path / part / "a" / "0.png").write_bytes(b"damaged, but never looked at")
+    monkeypatch.setattr(memory, "free_memory", lambda: 6 * 3 * 64 * 64 - 1)
+    with pytest.raises(DataError, match="does not fit in main memory"):
+        load_dataset(DataSpec(f"folder:{tmp_path}", size=64))
+
+
+def test_free_memory_is_some_and_less_than_there_is() -> None:
+    from sao_prune.lab.data.memory import free_memory
+
+    free = free_memory()
+    assert free is None or 2**20 < free < 2**50
 
 
 @pytest.mark.parametrize(

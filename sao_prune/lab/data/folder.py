@@ -47,7 +47,7 @@ def read_cinic(name: str, size: int, source: DataSource) -> RawSet:
             folders,
             f"unpack {_CINIC_URL} into {folders[0]}",
             "point --data-dir at the folder that holds it",
-            "have it downloaded with --download (0.7 GB)",
+            "have it downloaded with --download",
         )
     parts = [_class_files(folder / part, _CINIC_CLASSES) for part in ("train", "test")]
     for part, files in zip(("train", "test"), parts):

@@ -53,6 +53,11 @@ def run(
     data_dir: Annotated[Path, typer.Option(help="Folder with data sets.")] = Path("data"),
     download: Annotated[bool, typer.Option("--download", help="Fetch a missing data set into --data-dir.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, .. [default: CUDA where there is one]")] = None,
+    profile: Annotated[str | None, typer.Option(help="One of the recipe's profiles, e.g. smoke or fashion.")] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time on this machine.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Train on a Ray cluster: its address, or auto.")] = None,
+    gpus: Annotated[float, typer.Option(help="Of the cluster, for one training (may be a fraction).")] = 0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into the run's folder.")] = False,
 ) -> None:
     """Train every method of a recipe under identical conditions; goes on where an earlier run stopped."""
     _need_laboratory()
@@ -63,10 +68,10 @@ def run(
 
     console = Console()
     path = find_recipe(recipe)
-    options = RunOptions(out, DataSource(data_dir, download), device)
+    options = RunOptions(out, DataSource(data_dir, download), device, jobs, ray, gpus, tensorboard)
     try:
         with make_display(console) as display:
-            folder = run_recipe(path, options, display)
+            folder = run_recipe(path, options, display, profile)
     except KeyboardInterrupt:
         print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

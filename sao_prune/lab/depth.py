@@ -9,25 +9,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..seeds import named_generator
+
 # More depths than this make no better curve.
 MOST_DEPTHS = 16
+# Convolutional networks are measured along so many directions; all of them would cost a batch of thousands of images.
+SUBSPACE = 64
 
 
 @dataclass(frozen=True)
 class DepthSpectrum:
-    """Singular values of the Jacobian from the input to the output of layer ``depth`` (activation included)."""
+    """Singular values of the Jacobian from the input to the output of layer ``depth`` (activation included).
+
+    Attributes:
+        directions: dimension of the random subspace of inputs that they belong to; ``None`` for all directions.
+    """
 
     depth: tuple[int, ...]
     mean: tuple[float, ...]
     smallest: tuple[float, ...]
     largest: tuple[float, ...]
+    directions: int | None = None
 
 
 def depth_spectrum(model: nn.Module, image: Tensor) -> DepthSpectrum:
     """Measure at up to `MOST_DEPTHS` depths, evenly spread, in float64, by one pass of forward-mode differentiation.
 
-    The output of layer ``k`` is taken where layer ``k + 1`` receives it, so it includes whatever is in between. The
-    model is left in double precision and in evaluation mode.
+    Networks with convolutions are measured on a fixed random subspace of `SUBSPACE` dimensions, whose singular values
+    lie between those of the whole. The output of layer ``k`` is taken where layer ``k + 1`` receives it, so it includes
+    whatever is in between. The model is left in double precision and in evaluation mode.
 
     Args:
         model: linear and convolutional layers, called one after the other; nothing may mix the samples of a batch.
@@ -43,13 +53,12 @@ def depth_spectrum(model: nn.Module, image: Tensor) -> DepthSpectrum:
     tangents: list[Tensor] = []
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     hooks = [m.register_forward_pre_hook(lambda _, args: tangents.append(_tangent(args[0]))) for m in layers]
-    pixels = image.numel()
-    directions = torch.eye(pixels, dtype=torch.float64, device=image.device).reshape(pixels, *image.shape)
+    directions = _directions(image, SUBSPACE if any(not isinstance(m, nn.Linear) for m in layers) else image.numel())
     try:
         # torch compiles forward-mode rules with a tool that it has itself declared out of date, and says so.
         with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
             warnings.simplefilter("ignore", FutureWarning)
-            batch = image.double().expand(pixels, *image.shape).contiguous()
+            batch = image.double().expand_as(directions).contiguous()
             model(forward_ad.make_dual(batch, directions))
     finally:
         for hook in hooks:
@@ -61,7 +70,19 @@ def depth_spectrum(model: nn.Module, image: Tensor) -> DepthSpectrum:
         tuple(float(v.mean()) for v in values),
         tuple(float(v.min()) for v in values),
         tuple(float(v.max()) for v in values),
+        len(directions) if len(directions) < image.numel() else None,
     )
+
+
+def _directions(image: Tensor, count: int) -> Tensor:
+    """Orthonormal directions, ``(count, *image.shape)``: all of them, or a fixed random subspace."""
+    pixels = image.numel()
+    if count >= pixels:
+        basis = torch.eye(pixels, dtype=torch.float64)
+    else:
+        random = torch.randn(pixels, count, dtype=torch.float64, generator=named_generator(0, "subspace", pixels))
+        basis = torch.linalg.qr(random).Q.T.contiguous()
+    return basis.to(image.device).reshape(-1, *image.shape)
 
 
 def _tangent(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def draw_accuracy(summary: Summary, path: Path) -> bool:
     rows = [row for row in summary.rows if row.curves]
     if not rows:
         return False
-    groups = [(title, members) for title, members in _groups(summary, rows) if members]
+    groups = _groups(summary, rows)
     figure, panels = _grid(len(groups), columns=2, size=(7.0, 4.2), margin=0.8)
     figure.suptitle(f"{_name(summary)}\naccuracy over training: mean over seeds, lowest to highest shaded", fontsize=11)
     for axes, (title, members) in zip(panels, groups):
@@ -70,7 +70,7 @@ def draw_spectra(summary: Summary, path: Path) -> bool:
     rows = [row for row in summary.rows if row.spectrum is not None]
     if not rows:
         return False
-    titles = [method.title for method in summary.recipe.methods]
+    titles = _styles(summary)
     figure, panels = _grid(len(rows), columns=4, size=(2.9, 2.5), margin=0.9, share=True)
     figure.suptitle(
         f"{_name(summary)}\nJacobian from the input to layer k, at initialisation: "
@@ -100,19 +100,24 @@ def _name(summary: Summary) -> str:
     return summary.recipe.title or summary.recipe.name
 
 
+def _styles(summary: Summary) -> list[str]:
+    """Method titles in the order of the recipe: a style goes with each."""
+    return list(dict.fromkeys(row.arm.method.title for row in summary.rows))
+
+
 def _groups(summary: Summary, rows: Sequence[Row]) -> list[tuple[str, list[Member]]]:
     """Rows of one network and one amount together, with dense in each group of its network; a style goes with each."""
-    titles = [method.title for method in summary.recipe.methods]
+    titles = _styles(summary)
     groups = []
-    for options in summary.recipe.network.grid():
-        for amount in summary.recipe.prune.grid():
-            members = [
-                (titles.index(row.arm.method.title), row)
-                for row in rows
-                if row.arm.network_options == options and row.arm.prune in ({}, amount)
-            ]
-            varying = ", ".join(summary.recipe.varying(options, amount))
-            groups.append((varying, members))
+    for setting in summary.recipe.settings:
+        for options in setting.network.grid():
+            of_network = [row for row in rows if row.arm.setting == setting and row.arm.options == options]
+            for amount in setting.prune.grid():
+                members = [row for row in of_network if row.arm.prune in ({}, amount)]
+                if members:
+                    arm = max((row.arm for row in members), key=lambda arm: len(arm.amount_title))
+                    title = ", ".join(text for text in (arm.network_title, arm.amount_title) if text)
+                    groups.append((title, [(titles.index(row.arm.method.title), row) for row in members]))
     return groups
 
 

@@ -2,52 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+import sao_prune
 import sao_prune.models
 
 from ..seeds import named_generator
 from .errors import LabError
 
 
-def build_network(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) -> nn.Module:
+def build_network(
+    name: str, options: Mapping[str, Any], classes: int, image_shape: Sequence[int], seed: int = 0
+) -> nn.Module:
     """A network of timm's registry, on the CPU, with the weights that its constructor draws from ``seed``.
+
+    Args:
+        image_shape: channels, height and width of the images; this project's networks are told the size, of others
+            the recipe says it where they must know.
 
     Raises:
         LabError: if timm does not know the name or the network refuses an option.
     """
     if not timm.is_model(name):
-        raise LabError(f"timm knows no network {name!r}; this project's: {', '.join(sao_prune.models.__all__[1:])}")
+        raise LabError(f"timm knows no network {name!r}; this project's: {', '.join(_own_names())}")
+    sizes = {"in_chans": image_shape[0], **({"img_size": image_shape[-1]} if name in _own_names() else {})}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return timm.create_model(name, num_classes=classes, **options)  # type: ignore[no-any-return]
+            return timm.create_model(name, num_classes=classes, **{**sizes, **options})  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
         raise LabError(f"network {name}: {error}") from error
 
 
-def initial_network(name: str, options: Mapping[str, Any], classes: int, gain: float, seed: int) -> nn.Module:
+def initial_network(
+    name: str,
+    options: Mapping[str, Any],
+    classes: int,
+    image_shape: Sequence[int],
+    gain: float = 1.0,
+    init: str = "delta",
+    seed: int = 0,
+) -> nn.Module:
     """A dense network whose weights are orthogonal times ``gain`` and whose linear and convolution biases are zero.
 
     Everything is drawn on the CPU from ``seed`` alone, so any device starts from the same weights; the global random
     state is left as it was.
 
+    Args:
+        init: for convolutions: ``delta`` (orthogonal on the centre tap; Xiao et al., ICML 2018), ``orthogonal`` (on
+            the flattened kernel), ``eco`` (at every frequency); ``default`` keeps all weights of the constructor.
+
     Example:
-        >>> net = initial_network("sao_mlp", {"depth": 2}, classes=10, gain=1.0, seed=0)
+        >>> net = initial_network("sao_mlp", {"depth": 2}, classes=10, image_shape=(1, 32, 32))
         >>> w = net.layers[2].fc.weight
         >>> torch.allclose(w @ w.T, torch.eye(256), atol=1e-5)
         True
     """
     generator = named_generator(seed, "initial weights")
-    model = build_network(name, options, classes, generator.initial_seed())
+    model = build_network(name, options, classes, image_shape, generator.initial_seed())
+    if init == "default":
+        return model
+    if init == "eco":
+        sao_prune.apply(model, groups=1, method=sao_prune.SAO(conv="eco", gain=gain), seed=generator.initial_seed())
+        sao_prune.remove(model)
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        if isinstance(module, nn.Linear) or init == "orthogonal":
             nn.init.orthogonal_(module.weight, gain, generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        elif init == "delta":
+            _delta_orthogonal(module, gain, generator)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     return model
+
+
+def _delta_orthogonal(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, gain: float, generator: torch.Generator) -> None:
+    """An orthogonal matrix on the centre tap of every group, zero on the other taps."""
+    weight = module.weight.detach()
+    out_channels, in_channels, *kernel = weight.shape
+    centre: tuple[Any, ...] = (..., *(size // 2 for size in kernel))
+    taps = torch.zeros_like(weight)
+    for rows in range(0, out_channels, out_channels // module.groups):
+        matrix = torch.empty(out_channels // module.groups, in_channels)
+        nn.init.orthogonal_(matrix, gain, generator=generator)
+        taps[rows : rows + len(matrix)][centre] = matrix
+    weight.copy_(taps)
+
+
+def _own_names() -> list[str]:
+    return [name for name in sao_prune.models.__all__ if name.startswith("sao_")]

@@ -2,52 +2,63 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from .data import dataset_loaders
+from .data import DataSpec
+from .document import Document
 from .errors import RecipeError
 from .methods import MethodSpec
-from .schema import Scalar, read_yaml, rule
+from .schema import Scalar, rule
 from .train.spec import TrainSpec
 
-# Part of every key: raise it when training changes in a way that makes old results incomparable.
-RESULT_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which images, and which part of every training class the learning rates are chosen on."""
-
-    shorthand: ClassVar[str] = "name"
-
-    name: str = rule(choices=dataset_loaders())
-    holdout: float = rule(0.2, above=0, below=1)
+_UNITS = ("sparsity", "degree", "groups")
+INITIALISATIONS = ("delta", "orthogonal", "eco", "default")
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network of timm's registry (this project's are in it), at one or more depths."""
+    """A network of timm's registry (this project's are in it), at one or more depths, widths and options.
+
+    Every option may be a list; the comparison then has a network for every combination.
+    """
 
     shorthand: ClassVar[str] = "name"
 
     name: str
     depth: tuple[int, ...] | None = rule(None, least=1)
-    options: Mapping[str, Scalar] = field(default_factory=dict)
+    width: tuple[int, ...] | None = rule(None, least=1)
+    options: Mapping[str, Scalar | tuple[Scalar, ...]] = field(default_factory=dict)
 
     def problem(self) -> tuple[str, str] | None:
-        """``depth`` has its own key."""
-        return ("options", "depth has a key of its own") if "depth" in self.options else None
+        """``depth`` and ``width`` have their own keys."""
+        for key in ("depth", "width"):
+            if key in self.options:
+                return "options", f"{key} has a key of its own"
+        return None
+
+    def axes(self) -> dict[str, tuple[Scalar, ...]]:
+        """Every option with its values."""
+        axes = {key: value if isinstance(value, tuple) else (value,) for key, value in self.options.items()}
+        sizes = {key: getattr(self, key) for key in ("depth", "width")}
+        return {**axes, **{key: value for key, value in sizes.items() if value is not None}}
 
     def grid(self) -> list[dict[str, Scalar]]:
-        """The options of every network, one a depth."""
-        if self.depth is None:
-            return [dict(self.options)]
-        return [{**self.options, "depth": depth} for depth in self.depth]
+        """The options of every network."""
+        axes = self.axes()
+        return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+    def varying(self, options: Mapping[str, Scalar]) -> list[str]:
+        """What tells the network with these options from the others, in words."""
+        names = {"depth": "N = ", "width": "W = "}
+        return [
+            f"{names[key]}{options[key]}" if key in names else _in_words(key, options[key])
+            for key, values in self.axes().items()
+            if len(values) > 1
+        ]
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,12 @@ class PruneSpec:
     groups: tuple[int, ...] | None = rule(None, least=1)
     skip_first: bool = True
     skip_last: bool = True
+    fit: str = rule("nearest", choices=("nearest", "regular", "exact"))
+    distribution: str = rule("uniform", choices=("uniform", "erk"))
 
     def problem(self) -> tuple[str, str] | None:
         """Exactly one unit."""
-        units = [unit for unit in ("sparsity", "degree", "groups") if getattr(self, unit) is not None]
+        units = [unit for unit in _UNITS if getattr(self, unit) is not None]
         if len(units) == 1:
             return None
         return (
@@ -72,9 +85,18 @@ class PruneSpec:
 
     def grid(self) -> list[dict[str, Scalar]]:
         """What `sao_prune.apply` takes, one mapping an amount."""
-        unit = next(u for u in ("sparsity", "degree", "groups") if getattr(self, u) is not None)
-        where = {"skip_first": self.skip_first, "skip_last": self.skip_last}
+        unit = next(u for u in _UNITS if getattr(self, u) is not None)
+        where: dict[str, Scalar] = {"skip_first": self.skip_first, "skip_last": self.skip_last}
+        extra = {"fit": (self.fit, "nearest"), "distribution": (self.distribution, "uniform")}
+        where.update({key: value for key, (value, default) in extra.items() if value != default})
         return [{unit: amount, **where} for amount in getattr(self, unit)]
+
+    def varying(self, amount: Mapping[str, Scalar]) -> list[str]:
+        """What tells this amount from the others, in words."""
+        if len(self.grid()) < 2 or not amount:
+            return []
+        unit, value = next((unit, value) for unit, value in amount.items() if unit in _UNITS)
+        return [f"{100 * float(value):.5g} %" if unit == "sparsity" else f"{unit} {value}"]
 
 
 @dataclass(frozen=True)
@@ -93,10 +115,16 @@ class LearningRates:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that one comparison needs."""
+class Setting:
+    """One case of a recipe: the grid network x amount x method x seed on one data set, under one training.
 
-    name: str
+    Attributes:
+        gain: scale of the orthogonal initial weights.
+        init: initial weights of convolutions: orthogonal on the centre tap (``delta``), on the flattened kernel
+            (``orthogonal``), at every frequency (``eco``), or the constructor's for all layers (``default``).
+        label: what tells this case from the others.
+    """
+
     data: DataSpec
     network: NetworkSpec
     prune: PruneSpec
@@ -105,12 +133,11 @@ class Recipe:
     train: TrainSpec
     seeds: tuple[int, ...] = rule((0, 1, 2), least=0)
     gain: float = rule(1.0, above=0)
-    title: str | None = None
+    init: str = rule("delta", choices=INITIALISATIONS)
+    label: str | None = None
 
     def problem(self) -> tuple[str, str] | None:
-        """A name that can be a folder's, and nothing twice."""
-        if not self.name.replace("_", "").replace("-", "").isalnum():
-            return "name", f"letters, digits, - and _ only (it names a folder), got {self.name!r}"
+        """Nothing twice."""
         if len(set(self.seeds)) < len(self.seeds):
             return "seeds", "a seed is given twice"
         titles = [method.title for method in self.methods]
@@ -123,15 +150,7 @@ class Recipe:
         for options in self.network.grid():
             for method in self.methods:
                 for amount in [{}] if method.is_dense else self.prune.grid():
-                    title = ", ".join([method.title, *self.varying(options, amount)])
-                    yield Arm(self.data.name, self.network.name, options, self.gain, method, amount, title)
-
-    def varying(self, options: Mapping[str, Scalar], amount: Mapping[str, Scalar]) -> Iterator[str]:
-        """What tells an arm from the others of its method."""
-        if len(self.network.grid()) > 1:
-            yield f"N = {options['depth']}"
-        if len(self.prune.grid()) > 1 and amount:
-            yield next(f"{unit} {value}" for unit, value in amount.items() if not unit.startswith("skip_"))
+                    yield Arm(self, options, method, amount)
 
 
 @dataclass(frozen=True)
@@ -139,64 +158,120 @@ class Arm:
     """One method on one network at one amount: what the learning rate is chosen for, and one row of the table.
 
     Attributes:
+        options: of the network.
         prune: what `sao_prune.apply` takes; empty for dense.
-        title: its name in tables: the method, and what else the recipe's grid varies.
     """
 
-    data: str
-    network: str
-    network_options: Mapping[str, Scalar]
-    gain: float
+    setting: Setting
+    options: Mapping[str, Scalar]
     method: MethodSpec
     prune: Mapping[str, Scalar]
-    title: str
-
-    def cell(self, kind: str, seed: int, **training: Any) -> Cell:
-        """The cell of this arm for one seed."""
-        return Cell(kind, self, seed, **training)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One unit of work: a training (``select`` on the held-out part, ``final`` on the test set) or a ``spectrum``.
-
-    Its key is a digest of all that its result depends on, so equal keys mean equal results.
-    """
-
-    kind: str
-    arm: Arm
-    seed: int
-    lr: float | None = None
-    train: TrainSpec | None = None
-    holdout: float | None = None
-
-    def content(self) -> dict[str, Any]:
-        """What the key is made of, ready for JSON; names for tables are not part of it."""
-        content = asdict(self)
-        del content["arm"]["title"]
-        del content["arm"]["method"]["label"]
-        return content
 
     @property
-    def key(self) -> str:
-        """Sixteen hexadecimal digits of a SHA-256."""
-        text = json.dumps([RESULT_FORMAT, self.content()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def network_title(self) -> str:
+        """What tells its network from the recipe's others."""
+        label = self.setting.label
+        return ", ".join([*([label] if label else []), *self.setting.network.varying(self.options)])
+
+    @property
+    def amount_title(self) -> str:
+        """What tells its amount from the others of its method."""
+        return ", ".join(self.setting.prune.varying(self.prune))
 
     @property
     def title(self) -> str:
-        """One line for a progress display."""
-        rate = "" if self.lr is None else f", lr {self.lr:g}"
-        return f"{self.arm.title}{rate}, seed {self.seed}"
+        """Its name in tables: the method, and what else the recipe varies."""
+        return ", ".join(text for text in (self.method.title, self.network_title, self.amount_title) if text)
+
+    @property
+    def dense(self) -> Arm:
+        """The dense network that a -T method of this arm starts from."""
+        return Arm(self.setting, self.options, MethodSpec("dense"), {})
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe.
+@dataclass(frozen=True)
+class Recipe:
+    """A comparison: one or more cases that share a report."""
+
+    name: str
+    settings: tuple[Setting, ...]
+    title: str | None = None
+
+    def arms(self) -> Iterator[Arm]:
+        """The arms of all cases, in order."""
+        return (arm for setting in self.settings for arm in setting.arms())
+
+    def every_arm(self) -> list[Arm]:
+        """The arms, and the dense ones that -T methods need though the recipe does not list them."""
+        arms = list(self.arms())
+        for arm in [arm.dense for arm in arms if arm.method.is_trained_first]:
+            there = (a.setting == arm.setting and a.options == arm.options for a in arms if a.method.is_dense)
+            if not any(there):
+                arms.append(arm)
+        return arms
+
+
+@dataclass(frozen=True)
+class _Head:
+    name: str
+    title: str | None = None
+
+    def problem(self) -> tuple[str, str] | None:
+        if not self.name.replace("_", "").replace("-", "").isalnum():
+            return "name", f"letters, digits, - and _ only (it names a folder), got {self.name!r}"
+        return None
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe's file, with one of its profiles laid over it.
+
+    Attributes:
+        recipe: what it says.
+        text: YAML that says the same with no profile, for the folder of the run.
+        profiles: the names of all its profiles.
+    """
+
+    recipe: Recipe
+    text: str
+    profiles: tuple[str, ...]
+
+
+def load_recipe(path: Path, profile: str | None = None) -> Recipe:
+    """Read and check a recipe, with one of its profiles if named.
 
     Raises:
         RecipeError: naming the file, the line and the key.
     """
-    return read_yaml(path, Recipe)
+    return read_recipe(path, profile).recipe
+
+
+def read_recipe(path: Path, profile: str | None = None) -> RecipeFile:
+    """Read and check a recipe's file.
+
+    ``profiles`` maps names to keys that replace those of the recipe, mapping by mapping; ``cases`` lists such keys, and
+    each item makes a setting of its own.
+
+    Raises:
+        RecipeError: naming the file, the line and the key.
+    """
+    document = Document.read(path)
+    whole, profiles = document.take("profiles")
+    names = () if profiles is None else profiles.names()
+    if profile is not None:
+        overlay = None if profiles is None else profiles.child(profile)
+        if overlay is None:
+            raise RecipeError(f"{path} has no profile {profile!r}; it has {', '.join(names) or 'none'}")
+        whole = whole.overlaid(overlay).with_suffix("name", f"-{profile}")
+    head_node, body = whole.split("name", "title")
+    head = head_node.build(_Head)
+    body, cases = body.take("cases")
+    parts = [body] if cases is None else [body.overlaid(case) for case in cases.items()]
+    recipe = Recipe(head.name, tuple(part.build(Setting) for part in parts), head.title)
+    titles = [arm.title for arm in recipe.arms()]
+    if len(set(titles)) < len(titles) and cases is not None:
+        raise cases.error("two cases have the same arms; tell them apart with label:")
+    return RecipeFile(recipe, path.read_text(encoding="utf-8") if profile is None else whole.text(), names)
 
 
 def find_recipe(name: str) -> Path:
@@ -223,3 +298,9 @@ def shipped_recipes() -> dict[str, Path]:
         if found := sorted(folder.glob("*.yaml")):
             return {path.stem: path for path in found}
     return {}
+
+
+def _in_words(key: str, value: Scalar) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return value if isinstance(value, str) else f"{key} {value}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -37,11 +37,13 @@ def print_report(summary: Summary, console: Console) -> None:
     """The table, and below it what a reader must know about its rows."""
     table = Table(title=escape(heading(summary)), title_justify="left", caption=escape(caption(summary)))
     table.caption_justify = "left"
+    columns = [_COLUMNS.index(name) for name in (_COLUMNS if console.width >= _WIDE else _NARROW)]
     table.add_column(_COLUMNS[0], overflow="fold", min_width=6)
-    for name in _COLUMNS[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
+    for index in columns[1:]:
+        table.add_column(_COLUMNS[index], justify="right", no_wrap=True)
     for row in summary.rows:
-        table.add_row(*(escape(text) for text in _texts(row)))
+        texts = _texts(row)
+        table.add_row(*(escape(texts[index]) for index in columns))
     console.print(table)
     for line in remarks(summary):
         console.print(escape(f"- {line}"), highlight=False, soft_wrap=True)
@@ -54,19 +56,28 @@ def heading(summary: Summary) -> str:
 
 def caption(summary: Summary) -> str:
     """How the numbers came about, in two sentences."""
-    recipe = summary.recipe
-    train = recipe.train
-    rates = ", ".join(f"{lr:g}" for lr in recipe.lr.grid)
+    settings = summary.recipe.settings
+    first = settings[0]
+    epochs = _several(f"{setting.train.epochs}" for setting in settings)
+    rates = _several(", ".join(f"{lr:g}" for lr in setting.lr.grid) for setting in settings)
     chosen = (
-        f"lr of each method chosen from {rates} on a held-out {recipe.data.holdout:.0%} of the training set"
-        if len(recipe.lr.grid) > 1
+        f"lr of each method chosen from {rates} on a held-out {first.data.holdout:.0%} of the training set"
+        if any(len(setting.lr.grid) > 1 for setting in settings)
         else f"lr {rates}"
     )
     return (
-        f"Accuracy on the test set after {train.epochs} epochs: mean, standard deviation and range over seeds "
-        f"{', '.join(map(str, recipe.seeds))}. Sparsity is that of the pruned layers, time that of one training "
-        f"(median). For a seed every method has the same initial dense weights, batches and order; {chosen}."
+        f"Accuracy on the test set of {_several(setting.data.name for setting in settings)} after {epochs} epochs (a "
+        "-T method trains as many more before it is pruned): mean, standard deviation and range over seeds "
+        f"{_several(', '.join(map(str, setting.seeds)) for setting in settings)}; beside it the mean difference from "
+        "SAO and the p-value of a paired t-test. Sparsity is that of the pruned layers, MACs are multiply-adds with a "
+        "weight that is not zero as a share of the dense network's, time is that of one training (median, its dense "
+        f"phase included). For a seed every method has the same initial dense weights, batches and order; {chosen}."
     )
+
+
+def _several(values: Iterable[str]) -> str:
+    """Each different value once."""
+    return " / ".join(dict.fromkeys(values))
 
 
 def remarks(summary: Summary) -> list[str]:
@@ -77,11 +88,26 @@ def remarks(summary: Summary) -> list[str]:
     return lines + [f"{row.arm.title}: {note}" for row in summary.rows for note in row.notes]
 
 
-_COLUMNS = ("method", "sparsity %", "accuracy %", "range", "lr", "non-zero", "time s")
+_COLUMNS = (
+    "method",
+    "sparsity %",
+    "accuracy %",
+    "range",
+    "vs SAO",
+    "p",
+    "lr",
+    "non-zero",
+    "MACs %",
+    "time s",
+    "CPU s",
+)
+# What fits into 80 characters beside the name of a method.
+_NARROW = ("method", "sparsity %", "accuracy %", "vs SAO", "lr", "non-zero", "time s")
+_WIDE = 120
 
 
 def _texts(row: Row) -> list[str]:
-    mean, spread = row.mean, row.spread
+    mean, spread, paired = row.mean, row.spread, row.against_sao
     accuracy = "-" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
     extent = f"{100 * min(row.accuracies):.2f}–{100 * max(row.accuracies):.2f}" if row.accuracies else "-"
     return [
@@ -89,9 +115,13 @@ def _texts(row: Row) -> list[str]:
         "-" if row.sparsity is None else f"{100 * row.sparsity:.3f}",
         accuracy,
         extent,
+        "-" if paired is None else f"{100 * paired.difference:+.2f}",
+        "-" if paired is None or paired.p is None else f"{paired.p:.2g}",
         "-" if row.lr is None else f"{row.lr:g}",
         "-" if row.nonzero is None else f"{row.nonzero:,}",
+        "-" if row.flops is None or not row.dense_flops else f"{100 * row.flops / row.dense_flops:.1f}",
         "-" if row.seconds is None else f"{row.seconds:.1f}",
+        "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.1f}",
     ]
 
 
@@ -134,6 +164,12 @@ def _csv(summary: Summary) -> str:
             "nonzero",
             "parameters",
             "seconds_median",
+            "cpu_seconds_median",
+            "flops",
+            "dense_flops",
+            "difference_from_sao",
+            "p_value",
+            "execution",
         ]
     )
     for row in summary.rows:
@@ -142,7 +178,7 @@ def _csv(summary: Summary) -> str:
         writer.writerow(
             [
                 row.arm.title,
-                row.arm.network,
+                row.arm.setting.network.name,
                 row.sparsity,
                 row.mean,
                 row.spread,
@@ -152,6 +188,12 @@ def _csv(summary: Summary) -> str:
                 row.nonzero,
                 row.parameters,
                 row.seconds,
+                row.cpu_seconds,
+                row.flops,
+                row.dense_flops,
+                row.against_sao and row.against_sao.difference,
+                row.against_sao and row.against_sao.p,
+                row.execution,
             ]
         )
     return text.getvalue()

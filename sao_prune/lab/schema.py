@@ -9,13 +9,12 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from .errors import RecipeError
 
-T = TypeVar("T")
 Scalar = bool | int | float | str
 
 
@@ -28,36 +27,13 @@ def rule(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata=limits)
 
 
-def read_yaml(path: Path, cls: type[T]) -> T:
-    """Read a YAML file as the frozen dataclass ``cls``.
-
-    Field types may be scalars, ``tuple[X, ...]`` (one value counts as a tuple of one), ``Mapping[str, Scalar]``, other
-    dataclasses, and any of these ``| None``. A class with an attribute ``shorthand`` may be written as that field's
-    value alone; one with a method ``problem()`` may return ``(key, complaint)`` about the object as a whole.
-
-    Raises:
-        RecipeError: naming file, line and key, for a file that cannot be read, is not YAML or does not fit ``cls``.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: not YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        raise RecipeError(f"{path}: the file is empty")
-    return typing.cast(T, _Reader(path).dataclass(root, cls, ""))
-
-
-_Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader:
+class Reader:
+    """Turns the nodes of one file into values of the types that a dataclass asks for."""
+
     path: Path
 
     def fail(self, node: yaml.Node, key: str, message: str) -> typing.NoReturn:
@@ -67,7 +43,7 @@ class _Reader:
     def dataclass(self, node: yaml.Node, cls: Any, key: str) -> Any:
         shorthand = getattr(cls, "shorthand", None)
         if shorthand and isinstance(node, yaml.ScalarNode):
-            pairs: _Pairs = {shorthand: (node, node)}
+            pairs: Pairs = {shorthand: (node, node)}
         else:
             pairs = self.pairs(node, key)
         hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
@@ -77,6 +53,8 @@ class _Reader:
             if name not in fields:
                 self.fail(key_node, inner, unknown("key", name, fields))
             values[name] = self.value(value_node, hints[name], inner)
+            if values[name] == () and fields[name].default != ():
+                self.fail(value_node, inner, "an empty list")
             for value in values[name] if isinstance(values[name], tuple) else (values[name],):
                 if value is not None:
                     self.check(value_node, inner, value, fields[name].metadata)
@@ -94,10 +72,10 @@ class _Reader:
             self.fail(pairs[name][0] if name in pairs else node, f"{key}.{name}" if key else name, message)
         return made
 
-    def pairs(self, node: yaml.Node, key: str) -> _Pairs:
+    def pairs(self, node: yaml.Node, key: str) -> Pairs:
         if not isinstance(node, yaml.MappingNode):
-            self.fail(node, key, f"expected keys and values, got {_say(node)}")
-        found: _Pairs = {}
+            self.fail(node, key, f"expected keys and values, got {say(node)}")
+        found: Pairs = {}
         for key_node, value_node in node.value:
             name = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
             if not name:
@@ -115,18 +93,25 @@ class _Reader:
             return self.value(node, next(a for a in args if a is not type(None)), key)
         if origin is tuple:
             items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-            if not items:
-                self.fail(node, key, "an empty list")
             return tuple(self.value(item, args[0], key) for item in items)
         if origin is Mapping:
-            return {name: self.scalar(v, None, f"{key}.{name}") for name, (_, v) in self.pairs(node, key).items()}
+            lists = any(typing.get_origin(a) is tuple for a in typing.get_args(args[1]))
+            read = self.scalar_or_list if lists else self.scalar
+            return {name: read(v, None, f"{key}.{name}") for name, (_, v) in self.pairs(node, key).items()}
         if dataclasses.is_dataclass(hint):
             return self.dataclass(node, hint, key)
         return self.scalar(node, hint, key)
 
+    def scalar_or_list(self, node: yaml.Node, kind: type | None, key: str) -> Any:
+        if not isinstance(node, yaml.SequenceNode):
+            return self.scalar(node, kind, key)
+        if not node.value:
+            self.fail(node, key, "an empty list")
+        return tuple(self.scalar(item, kind, key) for item in node.value)
+
     def scalar(self, node: yaml.Node, kind: type | None, key: str) -> Any:
         if not isinstance(node, yaml.ScalarNode):
-            self.fail(node, key, f"expected {_KINDS.get(kind, 'one value')}, got {_say(node)}")
+            self.fail(node, key, f"expected {_KINDS.get(kind, 'one value')}, got {say(node)}")
         value = _plain(node)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -181,7 +166,7 @@ def _plain(node: yaml.ScalarNode) -> Scalar | None:
     return value if isinstance(value, bool | int | float | str | None) else str(node.value)
 
 
-def _say(node: yaml.Node) -> str:
+def say(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value)
     return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from .choice import choose_lr, final_cells, selection_cells, spectrum_cell
+from scipy import stats
+
+from .cells import choose_lr, count_cells, final_cells, known_cells, spectrum_cell
 from .errors import ResultsError
 from .recipe import Arm, Recipe, load_recipe
 from .results import Record, read_results
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm of the comparison. Accuracies are fractions; ``seconds`` is the median training time of a run.
+class Paired:
+    """Accuracy minus SAO's, seed by seed: the mean difference, and the p-value of a paired two-sided t-test.
 
     Attributes:
+        p: ``None`` where every seed differs by the same, so that there is nothing to test with.
+    """
+
+    difference: float
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of the comparison. Accuracies are fractions.
+
+    Attributes:
+        flops: multiply-adds of one image that meet a weight that is not zero; ``dense_flops`` without pruning.
+        seconds, cpu_seconds: median training time of a run, the dense phase of a -T method included.
+        execution: how the training ran: masked or compact.
+        against_sao: the paired comparison with SAO on the same network at the same amount; none for SAO itself, or
+            below two seeds in common.
         accuracies: of the finished final runs, in the order of the recipe's seeds.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
@@ -29,11 +48,16 @@ class Row:
     sparsity: float | None
     parameters: int | None
     nonzero: int | None
+    flops: int | None
+    dense_flops: int | None
     seconds: float | None
+    cpu_seconds: float | None
+    execution: str
     accuracies: tuple[float, ...]
     curves: tuple[tuple[float, ...], ...]
     spectrum: Record | None
     notes: tuple[str, ...]
+    against_sao: Paired | None = None
 
     @property
     def mean(self) -> float | None:
@@ -69,44 +93,84 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
         raise ResultsError(f"{folder} holds no run (recipe.yaml and results.jsonl): make one with `sao-prune run`")
     recipe = load_recipe(folder / "recipe.yaml")
     records = read_results(path, warn)
-    rows, used, cells = [], [], 0
-    for arm in recipe.arms():
-        lr = choose_lr(recipe, arm, records)
-        choosing = [cell for group in selection_cells(recipe, arm).values() for cell in group]
-        finals = [] if lr is None else final_cells(recipe, arm, lr)
-        spectrum = spectrum_cell(recipe, arm)
-        cells += len(choosing) + len(recipe.seeds) + 1
-        used += [records[cell.key] for cell in [*choosing, *finals, spectrum] if cell.key in records]
-        done = [records[cell.key]["result"] for cell in finals if cell.key in records]
-        rows.append(_row(recipe, arm, lr, done, records.get(spectrum.key)))
+    used = [
+        records[cell.key] for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key in records
+    ]
     if not used:
         raise ResultsError(f"{path} has no result of the recipe beside it yet: let `sao-prune run` go on")
-    environments = {_environment(record) for record in used}
-    return Summary(recipe, tuple(rows), len(used), cells, tuple(sorted(environments)))
+    rows = [_row(arm, records) for arm in recipe.arms()]
+    return Summary(
+        recipe,
+        tuple(replace(row, against_sao=_against_sao(row, rows)) for row in rows),
+        len(used),
+        sum(count_cells(arm)[0] for arm in recipe.every_arm()),
+        tuple(sorted({_environment(record) for record in used})),
+    )
 
 
-def _row(recipe: Recipe, arm: Arm, lr: float | None, done: list[Record], spectrum: Record | None) -> Row:
-    first = done[0] if done else (spectrum or {}).get("result", {})
-    diverged = sum(result["status"] != "ok" for result in done)
-    notes = [first["note"]] if first.get("note") else []
-    if diverged:
-        notes.append(f"{diverged} of {len(done)} runs diverged")
-    if 0 < len(done) < len(recipe.seeds):
-        notes.append(f"{len(done)} of {len(recipe.seeds)} runs are done")
-    if lr is not None and len(recipe.lr.grid) > 2 and lr in (min(recipe.lr.grid), max(recipe.lr.grid)):
-        notes.append(f"the chosen lr, {lr:g}, is at the edge of the grid")
+def _row(arm: Arm, records: Mapping[str, Record]) -> Row:
+    lr, cells, spectrum = choose_lr(arm, records), final_cells(arm, records) or [], spectrum_cell(arm)
+    cells = [cell for cell in cells if cell.key in records]
+    done = [records[cell.key]["result"] for cell in cells]
+    measured = None if spectrum is None else records.get(spectrum.key, {}).get("result")
+    first = done[0] if done else (measured or {})
+    starts = [records.get(cell.start.key, {}).get("result", {}) for cell in cells if cell.start is not None]
+
+    def typical(key: str) -> float | None:
+        times = [result[key] + (starts[i].get(key, 0.0) if starts else 0.0) for i, result in enumerate(done)]
+        return median(times) if times else None
+
     return Row(
         arm=arm,
         lr=lr,
         sparsity=first.get("sparsity"),
         parameters=first.get("parameters"),
         nonzero=first.get("nonzero"),
-        seconds=median(result["seconds"] for result in done) if done else None,
+        flops=first.get("flops"),
+        dense_flops=first.get("dense_flops"),
+        seconds=typical("seconds"),
+        cpu_seconds=typical("cpu_seconds"),
+        execution=first.get("execution", ""),
         accuracies=tuple(result["accuracy"] for result in done),
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
-        spectrum=None if spectrum is None else spectrum["result"],
-        notes=tuple(notes),
+        spectrum=measured,
+        notes=tuple(_notes(arm, lr, done, first)),
     )
+
+
+def _notes(arm: Arm, lr: float | None, done: list[Record], first: Record) -> Iterator[str]:
+    if first.get("note"):
+        yield first["note"]
+    diverged, rates = sum(result["status"] != "ok" for result in done), arm.setting.lr.grid
+    if diverged:
+        yield f"{diverged} of {len(done)} runs diverged"
+    if 0 < len(done) < len(arm.setting.seeds):
+        yield f"{len(done)} of {len(arm.setting.seeds)} runs are done"
+    if lr is not None and len(rates) > 2 and lr in (min(rates), max(rates)):
+        yield f"the chosen lr, {lr:g}, is at the edge of the grid"
+
+
+def _against_sao(row: Row, rows: Sequence[Row]) -> Paired | None:
+    """The comparison with the first SAO row of the same network and amount."""
+    arm = row.arm
+    same = [
+        other
+        for other in rows
+        if other.arm.method.name == "sao"
+        and other.arm.setting == arm.setting
+        and other.arm.options == arm.options
+        and (arm.method.is_dense or other.arm.prune == arm.prune)
+    ]
+    amounts = len(arm.setting.prune.grid())
+    if not same or same[0] is row or (arm.method.is_dense and amounts > 1):
+        return None
+    mine, theirs = row.accuracies, same[0].accuracies
+    if len(mine) < 2 or len(mine) != len(theirs):
+        return None
+    differences = [a - b for a, b in zip(mine, theirs)]
+    constant = max(differences) - min(differences) < 1e-12
+    p = None if constant else float(stats.ttest_rel(mine, theirs).pvalue)
+    return Paired(fmean(differences), p)
 
 
 def _environment(record: Record) -> str:

@@ -2,204 +2,214 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+import os
+from collections import Counter
+from collections.abc import Iterator, Set
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import torch
-from torch import nn
-
-import sao_prune
-
-from .choice import choose_lr, final_cells, selection_cells, spectrum_cell
-from .data import Dataset, DataSource, load_dataset
-from .depth import depth_spectrum
+from .cells import Cell, choose_lr, count_cells, known_cells
+from .data import DataSource, load_dataset
 from .display import Display
 from .errors import LabError
-from .methods import check_method, prune_network
-from .network import build_network, initial_network
-from .recipe import Cell, Recipe, load_recipe
-from .results import ResultsLog, write_atomically
-from .train import History, train
+from .executors import DataParallel, Executor, InProcess, Processes, RayCluster, follow, lost
+from .isolate import one_line
+from .methods import check_method
+from .network import build_network
+from .recipe import Recipe, read_recipe
+from .results import Record, ResultsLog, write_atomically
+from .train import History, process_group, rank, world
+from .work import OnEpoch, Workplace, denormals_flushed, pick_device
+
+# A cell whose worker died this often is left to the next run.
+TRIES = 3
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes, where data comes from and which device works: all that is not part of the comparison."""
+    """Where a run writes, where data comes from and who works: all that is not part of the comparison.
+
+    Attributes:
+        jobs: processes on this machine; with more than one, each has its share of the cores.
+        ray: address of a Ray cluster, or ``auto``; takes the place of ``jobs``.
+        gpus: of the cluster, for one cell.
+        tensorboard: write event files below the run's folder.
+    """
 
     out: Path = Path("runs")
     source: DataSource = field(default_factory=DataSource)
     device: str | None = None
+    jobs: int = 1
+    ray: str | None = None
+    gpus: float = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise LabError(f"--jobs counts processes, at least 1, got {self.jobs}")
 
 
-def run_recipe(path: Path, options: RunOptions, display: Display) -> Path:
+def run_recipe(path: Path, options: RunOptions, display: Display, profile: str | None = None) -> Path:
     """Run a recipe to its end, or on from where an earlier run of it stopped.
 
     Args:
         path: the recipe's file.
+        profile: one of its profiles, which has a folder of its own.
 
     Returns:
         The folder with ``results.jsonl`` and a copy of the recipe.
 
     Raises:
-        LabError: if the recipe, the data, the network, a method or the device cannot be had; before any training.
+        LabError: if the recipe, the data, the network, a method or the device cannot be had, before any training; or
+            at the end, if a cell failed.
     """
-    with _denormals_flushed():
-        recipe = load_recipe(path)
-        device = pick_device(options.device)
-        data = load_dataset(recipe.data.name, options.source)
-        check_arms(recipe, len(data.classes))
+    with denormals_flushed(), process_group() as own_device:
+        file = read_recipe(path, profile)
+        recipe, device = file.recipe, own_device or pick_device(options.device)
+        check_arms(recipe, options.source)
         folder = options.out / recipe.name
+        place = Workplace(folder, options.source, str(device), _threads(options), options.tensorboard)
+        if rank() > 0:
+            follow(place)
+            return folder
         with ResultsLog(folder / "results.jsonl", display.note) as log:
             copy = folder / "recipe.yaml"
             if not (copy.exists() and copy.samefile(path)):
-                write_atomically(copy, path.read_text(encoding="utf-8"))
-            Sweep(recipe, data.to(device), log, display).run()
+                write_atomically(copy, file.text)
+            sweep = Sweep(recipe, log, display, place)
+            with _executor(options, place, sweep) as executor:
+                sweep.run(executor)
     return folder
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, or CUDA where there is one, else the CPU.
-
-    Raises:
-        LabError: if the one asked for is not there.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LabError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def check_arms(recipe: Recipe, classes: int) -> None:
-    """Find out whether every network can be built and every method applied, before hours are spent on the first.
+def check_arms(recipe: Recipe, source: DataSource) -> None:
+    """Find out whether all data is there, every network can be built and every method applied, before hours are spent.
 
     Raises:
         LabError: for the first that cannot.
     """
-    for options in recipe.network.grid():
-        model = build_network(recipe.network.name, options, classes)
-        for arm in recipe.arms():
-            if arm.network_options == options:
-                check_method(model, arm.method, arm.prune)
+    for setting in recipe.settings:
+        data = load_dataset(setting.data, source)
+        for options in setting.network.grid():
+            model = build_network(setting.network.name, options, len(data.classes), data.image_shape)
+            for arm in setting.arms():
+                if arm.options == options:
+                    check_method(model, arm.method, arm.prune)
 
 
 class Sweep:
-    """The cells of one recipe on one device, with their results in one log."""
+    """The cells of one recipe, with their results in one log, handed out as they become known."""
 
-    def __init__(self, recipe: Recipe, data: Dataset, log: ResultsLog, display: Display) -> None:
-        self._recipe, self._data, self._log, self._display = recipe, data, log, display
-        self._held = data.holdout(recipe.data.holdout)
-        self._device = data.train_x.device
-        self._environment = describe_environment(self._device)
-        self._initial = lru_cache(maxsize=4)(self._draw_initial)
+    def __init__(self, recipe: Recipe, log: ResultsLog, display: Display, place: Workplace) -> None:
+        self._log, self._display, self._place = log, display, place
+        self._arms = recipe.every_arm()
+        self._shown = list(recipe.arms())
+        self._counted: set[tuple[int, str]] = set()
+        self._live: set[str] = set()
+        self._redone: set[str] = set()
+        self._tries: Counter[str] = Counter()
+        self._failed: dict[str, str] = {}
 
-    def run(self) -> None:
-        """All cells that are not on the disk yet, method by method."""
-        recipe, arms = self._recipe, list(self._recipe.arms())
-        rates = len(recipe.lr.grid) * len(recipe.lr.seeds) if len(recipe.lr.grid) > 1 else 0
-        self._display.start(len(arms) * (1 + (rates + len(recipe.seeds)) * recipe.train.epochs), 0)
-        for arm in arms:
-            self._cell(spectrum_cell(recipe, arm))
-            for cells in selection_cells(recipe, arm).values():
-                for cell in cells:
-                    self._cell(cell)
-            lr = choose_lr(recipe, arm, self._log.records)
-            assert lr is not None, "every training that decides was run"
-            results = [self._cell(cell) for cell in final_cells(recipe, arm, lr)]
-            accuracy = fmean(result["accuracy"] for result in results)
-            self._display.note(f"{arm.title}: {accuracy:.1%} on the test set (mean of {len(results)}), lr {lr:g}")
+    def run(self, executor: Executor) -> None:
+        """All cells that are not on the disk yet.
 
-    def _cell(self, cell: Cell) -> Mapping[str, Any]:
-        """The cell's result, from the disk if it is there."""
-        steps = 1 if cell.train is None else cell.train.epochs
-        if cell.key in self._log.records:
-            self._display.step(cell.title, "on the disk already", steps)
-        else:
-            result = self._measure(cell) if cell.train is None else self._train(cell)
-            self._log.append(
-                {
-                    "key": cell.key,
-                    "title": cell.title,
-                    "cell": cell.content(),
-                    "result": result,
-                    "environment": self._environment,
-                }
-            )
-        result_on_disk: Mapping[str, Any] = self._log.records[cell.key]["result"]
-        return result_on_disk
+        Raises:
+            LabError: at the end, if a cell failed; the others are done.
+        """
+        self._display.start(sum(count_cells(arm)[1] for arm in self._arms), 0)
+        self._account()
+        under_way: dict[Future[Record], Cell] = {}
+        while True:
+            while len(under_way) < executor.slots:
+                cell = next(self._missing({cell.key for cell in under_way.values()}), None)
+                if cell is None:
+                    break
+                if cell.key in self._log.records:
+                    self._redone.add(cell.key)
+                under_way[executor.submit(cell)] = cell
+            if not under_way:
+                break
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                self._collect(under_way.pop(future), future)
+            self._account()
+        if self._failed:
+            first = next(iter(self._failed.values()))
+            raise LabError(f"{len(self._failed)} cells failed; the same command tries them again. The first: {first}")
 
-    def _train(self, cell: Cell) -> dict[str, Any]:
-        assert cell.train is not None
-        assert cell.lr is not None
-        epochs, title = cell.train.epochs, cell.title
+    def on_epoch(self, cell: Cell) -> OnEpoch:
+        """What shows the progress of a training in this process."""
+        epochs = cell.steps
+        self._live.add(cell.key)
 
-        def on_epoch(history: History) -> None:
+        def tell(history: History) -> None:
             done = len(history.accuracy)
             # A diverged training takes its remaining steps at once.
             steps = 1 if history.status == "ok" else epochs - done + 1
-            self._display.step(title, f"epoch {done}/{epochs}, accuracy {history.accuracy[-1]:.1%}", steps)
+            self._display.step(cell.title, f"epoch {done}/{epochs}, accuracy {history.accuracy[-1]:.1%}", steps)
 
-        model, pruned = self._network(cell)
-        data = self._data if cell.holdout is None else self._held
-        history = train(model, data, cell.train, cell.lr, cell.seed, on_epoch)
-        return {
-            **asdict(pruned),
-            "status": history.status,
-            "accuracy": history.accuracy[-1],
-            "loss": history.test_loss[-1],
-            "seconds": history.seconds,
-            "curve": {key: getattr(history, key) for key in ("accuracy", "test_loss", "train_loss")},
-        }
+        return tell
 
-    def _measure(self, cell: Cell) -> dict[str, Any]:
-        model, pruned = self._network(cell)
-        self._display.step(cell.title, "singular values of the Jacobian")
-        return {**asdict(pruned), **asdict(depth_spectrum(model, self._data.train_x[0]))}
+    def _missing(self, busy: Set[str]) -> Iterator[Cell]:
+        """The cells that can be begun now, in the order of work; dense ones again where their weights are wanted."""
+        records = self._log.records
+        for arm in self._arms:
+            for cell in known_cells(arm, records):
+                if cell.key in records or cell.key in busy or cell.key in self._failed:
+                    continue
+                if cell.start is None:
+                    yield cell
+                    continue
+                start = cell.start.key
+                if start in busy or start not in records:
+                    continue
+                yield cell if start in self._redone or self._place.weights(cell.start).is_file() else cell.start
 
-    def _network(self, cell: Cell) -> tuple[nn.Module, Any]:
-        """The pruned network: pruned on the CPU, so that every device starts from the same weights."""
-        arm = cell.arm
-        model = deepcopy(self._initial(arm.network, tuple(arm.network_options.items()), arm.gain, cell.seed))
-        pruned = prune_network(model, arm.method, arm.gain, arm.prune, cell.seed)
-        return model.to(self._device), pruned
+    def _collect(self, cell: Cell, future: Future[Record]) -> None:
+        error = future.exception()
+        if error is None:
+            self._log.append({"key": cell.key, **future.result()})
+            return
+        self._tries[cell.key] += 1
+        told = str(error) if isinstance(error, LabError) else one_line(error)
+        if lost(error) and self._tries[cell.key] < TRIES:
+            self._display.note(f"{cell.title}: its worker was lost ({told}); once more")
+            return
+        self._failed[cell.key] = f"{cell.title}: {told}"
+        self._display.note(f"failed: {cell.title}: {told}")
 
-    def _draw_initial(self, network: str, options: tuple[tuple[str, Any], ...], gain: float, seed: int) -> nn.Module:
-        return initial_network(network, dict(options), len(self._data.classes), gain, seed)
+    def _account(self) -> None:
+        """Tell of what is done and was not told yet."""
+        records = self._log.records
+        for index, arm in enumerate(self._arms):
+            before = len(self._counted)
+            cells = known_cells(arm, records)
+            for cell in cells:
+                if cell.key not in records or (index, cell.key) in self._counted:
+                    continue
+                self._counted.add((index, cell.key))
+                if cell.key in self._live and cell.kind != "spectrum":
+                    self._live.discard(cell.key)
+                else:
+                    self._display.step(cell.title, "done", cell.steps)
+            finals = [records[cell.key]["result"] for cell in cells if cell.kind == "final" and cell.key in records]
+            if len(self._counted) > before and len(finals) == len(arm.setting.seeds):
+                accuracy, lr = fmean(result["accuracy"] for result in finals), choose_lr(arm, records)
+                self._display.note(f"{arm.title}: {accuracy:.1%} on the test set (mean of {len(finals)}), lr {lr:g}")
 
 
-@contextmanager
-def _denormals_flushed() -> Iterator[None]:
-    """Deep networks that pass no signal compute with denormal numbers, which slow a CPU down many times over.
-
-    Threads take this setting over from the one that starts them, so it must come before the first parallel work of the
-    process; where a pool of threads exists already, its threads stay slow, and nothing else changes.
-    """
-    before = float(torch.tensor(1e-40) * 1) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
+def _executor(options: RunOptions, place: Workplace, sweep: Sweep) -> Executor:
+    if options.ray is not None:
+        gpus = options.gpus or (1 if place.device.startswith("cuda") else 0)
+        return RayCluster(place, options.ray, gpus=gpus)
+    if world() > 1:
+        return DataParallel(place, sweep.on_epoch)
+    if options.jobs > 1:
+        return Processes(place, options.jobs)
+    return InProcess(place, sweep.on_epoch)
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What a result was made with; not part of its key."""
-    processor = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    return {
-        "sao_prune": sao_prune.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type}: {processor}",
-        "threads": torch.get_num_threads(),
-    }
+def _threads(options: RunOptions) -> int | None:
+    """Each process's share of the cores."""
+    return max(1, (os.cpu_count() or 1) // options.jobs) if options.jobs > 1 else None

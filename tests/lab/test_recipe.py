@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from sao_prune.lab.cells import Cell
 from sao_prune.lab.errors import RecipeError
-from sao_prune.lab.recipe import find_recipe, load_recipe, shipped_recipes
+from sao_prune.lab.recipe import find_recipe, load_recipe, read_recipe, shipped_recipes
 
 Micro = Callable[..., Path]
 
 
 def test_shorthand_and_defaults(micro: Micro) -> None:
     recipe = load_recipe(micro(("methods: [dense, sao,", "methods: [dense, {name: sao, options: {variant: 2}},")))
-    assert recipe.data.name == "digits"
-    assert recipe.network.depth == (2,)
-    assert recipe.train.optimizer == "momentum"
-    assert [m.title for m in recipe.methods] == ["Dense", "SAO (variant 2)", "RG-S", "GMP-S"]
+    assert recipe.settings[0].data.name == "digits"
+    assert recipe.settings[0].network.depth == (2,)
+    assert recipe.settings[0].train.optimizer == "momentum"
+    assert [m.title for m in recipe.settings[0].methods] == ["Dense", "SAO (variant 2)", "RG-S", "GMP-S"]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_shorthand_and_defaults(micro: Micro) -> None:
         (("epochs: 2", "epochs: true"), 8, "expected a whole number"),
         (("epochs: 2", "epochs: 2, epochs: 3"), 8, "given twice"),
         (("epochs: 2, ", ""), 8, "train: missing epochs"),
-        (("data: digits", "data: digit"), 2, r"data\.name: unknown value 'digit'; did you mean 'digits'"),
+        (("data: digits", "data: digit"), 2, r"data\.name: unknown data set 'digit'; did you mean 'digits'"),
         (("rg-s,", "rgs,"), 5, r"unknown value 'rgs'; did you mean 'rg-s'"),
         (("sao,", "{name: sao, options: {varient: 2}},"), 5, "unknown option of sao 'varient'; did you mean 'variant'"),
         (("sao,", "{name: sao, options: {variant: 9}},"), 5, "9"),
@@ -66,8 +67,8 @@ def test_what_is_no_recipe_at_all_is_one_line(tmp_path: Path, text: str) -> None
 
 
 def test_numbers_as_people_write_them(micro: Micro) -> None:
-    assert load_recipe(micro(("0.01]", "1e-2]"))).lr.grid == (0.1, 0.01)
-    assert load_recipe(micro(("[0.1, 0.01]", "1"))).lr.grid == (1.0,)
+    assert load_recipe(micro(("0.01]", "1e-2]"))).settings[0].lr.grid == (0.1, 0.01)
+    assert load_recipe(micro(("[0.1, 0.01]", "1"))).settings[0].lr.grid == (1.0,)
 
 
 def test_dense_is_trained_once_whatever_the_amounts(micro: Micro) -> None:
@@ -80,7 +81,7 @@ def test_keys_depend_on_what_the_result_depends_on_and_on_nothing_else(micro: Mi
     def key(*changes: tuple[str, str], seed: int = 0, lr: float = 0.1) -> str:
         recipe = load_recipe(micro(*changes))
         arm = next(arm for arm in recipe.arms() if arm.method.name == "sao")
-        return arm.cell("final", seed, lr=lr, train=recipe.train).key
+        return Cell("final", arm, seed, lr).key
 
     base = key()
     assert key(("name: micro", "name: other")) == base
@@ -103,20 +104,82 @@ def test_keys_depend_on_what_the_result_depends_on_and_on_nothing_else(micro: Mi
 
 
 def test_shipped_recipes_are_sound_and_found_by_name() -> None:
-    assert {"digits", "mlp_n_fashion"} <= set(shipped_recipes())
+    assert len(shipped_recipes()) == 16  # the demo, and one for each of the fifteen experiments
     for name, path in shipped_recipes().items():
-        assert load_recipe(find_recipe(name)).name == name == path.stem
+        file = read_recipe(find_recipe(name))
+        assert file.recipe.name == name == path.stem
+        assert name == "digits" or "smoke" in file.profiles
+        for profile in file.profiles:
+            assert load_recipe(path, profile).name == f"{name}-{profile}"
+
+
+def test_a_profile_is_laid_over_the_recipe(micro: Micro, tmp_path: Path) -> None:
+    profiles = "profiles: {quick: {data: {subset: 100}, train: {epochs: 1}, methods: [sao]}}\n"
+    path = micro(("seeds: [0, 1]\n", f"seeds: [0, 1]\n{profiles}"))
+    whole, quick = read_recipe(path), read_recipe(path, "quick")
+    assert whole.profiles == ("quick",)
+    (before,), (after,) = whole.recipe.settings, quick.recipe.settings
+    assert (before.data.subset, before.train.epochs, len(before.methods)) == (None, 2, 4)
+    assert (after.data.name, after.data.subset, after.train.epochs, after.train.batch_size) == ("digits", 100, 1, 256)
+    assert [method.name for method in after.methods] == ["sao"]
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(quick.text)
+    assert read_recipe(copy).recipe == quick.recipe
+
+
+def test_cases_share_the_rest(micro: Micro) -> None:
+    cases = "cases:\n  - {label: a, network: {depth: 3}}\n  - {label: b, train: {epochs: 1}}\n"
+    recipe = load_recipe(micro(("seeds: [0, 1]\n", f"seeds: [0, 1]\n{cases}"), ("methods: [dense,", "methods: [")))
+    first, second = recipe.settings
+    assert (first.network.depth, second.network.depth) == ((3,), (2,))
+    assert (first.train.epochs, second.train.epochs) == (2, 1)
+    assert [arm.title for arm in recipe.arms()][:1] == ["SAO, a"]
+
+
+def test_every_option_can_be_an_axis(micro: Micro) -> None:
+    recipe = load_recipe(micro(("activation: tanh", "activation: [tanh, relu], skips: [false, true]")))
+    titles = [arm.title for arm in recipe.arms() if arm.method.is_dense]
+    assert titles == ["Dense, tanh, no skips", "Dense, tanh, skips", "Dense, relu, no skips", "Dense, relu, skips"]
+
+
+def test_a_method_that_trains_first_brings_its_dense_network(micro: Micro) -> None:
+    recipe = load_recipe(micro(("[dense, sao, rg-s, gmp-s]", "[sao, gmp-t]")))
+    assert [arm.title for arm in recipe.arms()] == ["SAO", "GMP-T"]
+    assert [arm.title for arm in recipe.every_arm()] == ["SAO", "GMP-T", "Dense"]
+    listed = load_recipe(micro(("[dense, sao, rg-s, gmp-s]", "[{name: dense, label: Base}, gmp-t]")))
+    assert [arm.title for arm in listed.every_arm()] == ["Base", "GMP-T"]
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ("cases: []", "expected a list of cases"),
+        ("cases: [{network: {depth: 2}}, {gain: 1.1}]", "two cases have the same arms"),
+        ("cases: [{network: {dept: 2}}]", r"network\.dept: unknown key 'dept'; did you mean 'depth'"),
+        ("profiles: {quick: 3}", "expected keys and values, got '3'"),
+    ],
+)
+def test_mistakes_in_cases_and_profiles(micro: Micro, added: str, said: str) -> None:
+    path = micro(("seeds: [0, 1]\n", f"seeds: [0, 1]\n{added}\n"))
+    with pytest.raises(RecipeError, match=said) as caught:
+        load_recipe(path, "quick" if "quick" in added else None)
+    assert str(caught.value).startswith(f"{path}:7: ")
+
+
+def test_a_profile_that_is_not_there_names_those_that_are(micro: Micro) -> None:
+    with pytest.raises(RecipeError, match="no profile 'quick'; it has none"):
+        load_recipe(micro(), "quick")
 
 
 def test_the_default_recipe_is_the_comparison_it_claims_to_be() -> None:
     recipe = load_recipe(find_recipe("digits"))
-    assert recipe.network.depth == (50,)
-    assert recipe.network.options == {"activation": "tanh"}
-    assert recipe.gain == 1.1
-    assert recipe.prune.groups == (64,)
-    assert (recipe.prune.skip_first, recipe.prune.skip_last) == (False, True)
-    assert [m.name for m in recipe.methods] == ["dense", "sao", "rg-s", "rg-n", "gmp-s", "lmp-s", "lrp-s"]
-    assert len(recipe.seeds) >= 3
+    assert recipe.settings[0].network.depth == (50,)
+    assert recipe.settings[0].network.options == {"activation": "tanh"}
+    assert recipe.settings[0].gain == 1.1
+    assert recipe.settings[0].prune.groups == (64,)
+    assert (recipe.settings[0].prune.skip_first, recipe.settings[0].prune.skip_last) == (False, True)
+    assert [m.name for m in recipe.settings[0].methods] == ["dense", "sao", "rg-s", "rg-n", "gmp-s", "lmp-s", "lrp-s"]
+    assert len(recipe.settings[0].seeds) >= 3
 
 
 def test_a_recipe_that_is_nowhere_is_an_error_that_lists_the_shipped(tmp_path: Path) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sao_prune.lab.choice import choose_lr, final_cells, selection_cells
-from sao_prune.lab.data import load_dataset
+from sao_prune.lab.cells import Cell, choose_lr, final_cells, selection_cells
 from sao_prune.lab.errors import LabError, ResultsError
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.report import write_report
-from sao_prune.lab.results import ResultsLog
 from sao_prune.lab.summary import summarise
-from sao_prune.lab.sweep import RunOptions, Sweep, run_recipe
+from sao_prune.lab.sweep import RunOptions, run_recipe
+from sao_prune.lab.work import Worker, Workplace
 
 Micro = Callable[..., Path]
 CELLS = 4 * (1 + 2 + 2)
@@ -32,7 +31,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def without_clock(record: dict) -> dict:
-    result = {key: value for key, value in record["result"].items() if key != "seconds"}
+    result = {key: value for key, value in record["result"].items() if "seconds" not in key}
     return {"key": record["key"], "cell": record["cell"], "result": result}
 
 
@@ -60,13 +59,10 @@ def test_end_to_end(micro: Micro, tmp_path: Path, display) -> None:
     assert (folder / "results.jsonl").read_bytes() == before
 
 
-def test_all_methods_start_from_the_same_dense_network(micro: Micro, tmp_path: Path, display) -> None:
+def test_all_methods_start_from_the_same_dense_network(micro: Micro, tmp_path: Path) -> None:
     recipe = load_recipe(micro(("gmp-s]", "gmp-s, lmp-s, lrp-s, rg-n]")))
-    with ResultsLog(tmp_path / "results.jsonl", pytest.fail) as log:
-        sweep = Sweep(recipe, load_dataset("digits"), log, display)
-        networks = {}
-        for arm in recipe.arms():
-            networks[arm.method.name] = sweep._network(arm.cell("final", 1, lr=0.1, train=recipe.train))[0]
+    worker = Worker(Workplace(tmp_path))
+    networks = {arm.method.name: worker.network(Cell("final", arm, 1, 0.1))[0] for arm in recipe.arms()}
     dense = networks["dense"].state_dict()
     for name, model in networks.items():
         state = model.state_dict()
@@ -82,29 +78,30 @@ def test_learning_rates_are_chosen_on_the_held_out_part_only(micro: Micro, tmp_p
     recipe = load_recipe(micro())
     arm = next(recipe.arms())
     records = {}
-    for lr, cells in selection_cells(recipe, arm).items():
+    choosing = selection_cells(arm, {})
+    for lr, cells in choosing.items():
         for cell in cells:
-            assert (cell.kind, cell.holdout) == ("select", 0.2)
+            assert (cell.kind, cell.content()["holdout"]) == ("select", 0.2)
             records[cell.key] = {"result": {"status": "ok", "accuracy": lr, "loss": 1.0}}
-    assert choose_lr(recipe, arm, {}) is None
-    assert choose_lr(recipe, arm, records) == 0.1
-    assert [cell.holdout for cell in final_cells(recipe, arm, 0.1)] == [None, None]
+    assert choose_lr(arm, {}) is None
+    assert choose_lr(arm, records) == 0.1
+    assert [(cell.lr, cell.content().get("holdout")) for cell in final_cells(arm, records)] == [(0.1, None)] * 2
 
-    best = selection_cells(recipe, arm)[0.1][0].key
+    best = choosing[0.1][0].key
     records[best]["result"].update(status="diverged", loss=None)
-    assert choose_lr(recipe, arm, records) == 0.01
+    assert choose_lr(arm, records) == 0.01
     for record in records.values():
         record["result"].update(status="ok", accuracy=0.5, loss=1.0)
-    assert choose_lr(recipe, arm, records) == 0.01
+    assert choose_lr(arm, records) == 0.01
     records[best]["result"].update(loss=0.5)
-    assert choose_lr(recipe, arm, records) == 0.1
+    assert choose_lr(arm, records) == 0.1
 
 
 def test_a_grid_of_one_is_not_searched(micro: Micro) -> None:
     recipe = load_recipe(micro(("[0.1, 0.01]", "0.1")))
     arm = next(recipe.arms())
-    assert selection_cells(recipe, arm) == {}
-    assert choose_lr(recipe, arm, {}) == 0.1
+    assert selection_cells(arm, {}) == {}
+    assert choose_lr(arm, {}) == 0.1
 
 
 def test_a_diverged_cell_is_a_result(micro: Micro, tmp_path: Path, display) -> None:

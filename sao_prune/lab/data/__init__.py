@@ -6,13 +6,10 @@ from .source import DataSource
 from .spec import DataSpec, dataset_names
 from .split import stratified_split, stratified_subset
 
-dataset_loaders = dataset_names
-
 __all__ = [
     "DataSource",
     "DataSpec",
     "Dataset",
-    "dataset_loaders",
     "dataset_names",
     "load_dataset",
     "stratified_split",

@@ -5,10 +5,12 @@ from .evaluate import evaluate
 from .history import History
 from .loop import train
 from .spec import ScheduleSpec, TrainSpec
+from .tensorboard import TensorBoardWriter
 
 __all__ = [
     "History",
     "ScheduleSpec",
+    "TensorBoardWriter",
     "TrainSpec",
     "evaluate",
     "from_first",

@@ -1,0 +1,222 @@
+"""Does one cell's work: what a process, wherever it runs, turns into a result."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+import sao_prune
+
+from .cells import Cell
+from .data import Dataset, DataSource, DataSpec, load_dataset
+from .depth import depth_spectrum
+from .errors import LabError
+from .methods import Pruned, prune_network
+from .network import initial_network
+from .recipe import Arm
+from .train import History, TensorBoardWriter, rank, train
+
+OnEpoch = Callable[[History], None]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a worker must know beside the cell; another process can be given it.
+
+    Attributes:
+        folder: of the run; weights and checkpoints lie below it.
+        threads: of torch in this process; ``None`` leaves them as they are.
+        tensorboard: write event files below the folder.
+    """
+
+    folder: Path
+    source: DataSource = field(default_factory=DataSource)
+    device: str = "cpu"
+    threads: int | None = None
+    tensorboard: bool = False
+
+    def weights(self, cell: Cell) -> Path:
+        """Where the trained weights of a cell lie."""
+        return self.folder / "weights" / f"{cell.key}.safetensors"
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """Where a training that is not finished is saved."""
+        return self.folder / "unfinished" / f"{cell.key}.pt"
+
+
+class Worker:
+    """Does cells one after the other, and keeps data and initial networks between them."""
+
+    def __init__(self, place: Workplace) -> None:
+        self.place = place
+        if place.threads is not None:
+            torch.set_num_threads(place.threads)
+        self._device = torch.device(place.device)
+        self._data = lru_cache(maxsize=2)(self._load)
+        self._initial = lru_cache(maxsize=2)(self._draw_initial)
+
+    def work(self, cell: Cell, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+        """The record of a cell, all but its key.
+
+        Raises:
+            LabError: if the library refuses the method, or the data cannot be had.
+        """
+        with denormals_flushed():
+            result = self._measure(cell) if cell.kind == "spectrum" else self._train(cell, on_epoch)
+        return {
+            "title": cell.title,
+            "cell": cell.content(),
+            "result": result,
+            "environment": describe_environment(self._device),
+        }
+
+    def network(self, cell: Cell) -> tuple[nn.Module, Pruned]:
+        """The pruned network that a cell starts from, on the CPU, so that every device starts from the same weights."""
+        arm, setting = cell.arm, cell.arm.setting
+        model = deepcopy(self._initial(_network_key(arm), cell.seed))
+        if cell.start is not None:
+            model.load_state_dict(self._start_weights(cell.start))
+        shape = self._data(setting.data).image_shape
+        return model, prune_network(model, arm.method, setting.gain, arm.prune, cell.seed, shape)
+
+    def _train(self, cell: Cell, on_epoch: OnEpoch | None) -> dict[str, Any]:
+        setting, place = cell.arm.setting, self.place
+        assert cell.lr is not None
+        model, pruned = self.network(cell)
+        data = self._data(setting.data)
+        if cell.kind == "select":
+            data = data.holdout(setting.data.holdout)
+        checkpoint = place.checkpoint(cell)
+        model = model.to(self._device)
+        with self._recorder(cell, on_epoch) as record:
+            history = train(
+                model,
+                data,
+                setting.train,
+                cell.lr,
+                cell.seed,
+                record,
+                augment=setting.data.augment,
+                checkpoint=checkpoint,
+                key=cell.key,
+            )
+        if cell.leaves_weights and rank() == 0:
+            _write_weights(model, place.weights(cell))
+        checkpoint.unlink(missing_ok=True)
+        return {
+            **asdict(pruned),
+            "status": history.status,
+            "accuracy": history.accuracy[-1],
+            "loss": history.test_loss[-1],
+            "seconds": history.seconds,
+            "cpu_seconds": history.cpu_seconds,
+            "execution": history.execution,
+            "curve": {key: getattr(history, key) for key in ("accuracy", "test_loss", "train_loss", "lr")},
+            **({"isometry": [asdict(record) for record in history.isometry]} if history.isometry else {}),
+        }
+
+    @contextmanager
+    def _recorder(self, cell: Cell, on_epoch: OnEpoch | None) -> Iterator[OnEpoch | None]:
+        """What a training calls after every epoch: the progress display, and TensorBoard's writer if wanted."""
+        if not self.place.tensorboard or rank() > 0:
+            yield on_epoch
+            return
+        name = "".join(c if c.isalnum() or c in ".,=" else "_" for c in f"{cell.kind} {cell.title} {cell.key}")
+        with TensorBoardWriter(self.place.folder / "tensorboard" / name) as writer:
+
+            def both(history: History) -> None:
+                writer.write(history)
+                if on_epoch is not None:
+                    on_epoch(history)
+
+            yield both
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        model, pruned = self.network(cell)
+        data = self._data(cell.arm.setting.data)
+        image = data.standardise(data.train_x[:1])[0]
+        return {**asdict(pruned), **asdict(depth_spectrum(model.to(self._device), image))}
+
+    def _start_weights(self, cell: Cell) -> dict[str, torch.Tensor]:
+        path = self.place.weights(cell)
+        if not path.is_file():
+            # The file is on another machine, or was deleted: the same training gives the same weights.
+            self._train(cell, None)
+        try:
+            return safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise LabError(f"cannot read the dense weights {path}: {error}; delete the file and run again") from error
+
+    def _load(self, spec: DataSpec) -> Dataset:
+        return load_dataset(spec, self.place.source).to(self._device)
+
+    def _draw_initial(self, key: tuple[Any, ...], seed: int) -> nn.Module:
+        network, options, data, gain, init = key
+        images = self._data(data)
+        return initial_network(network, dict(options), len(images.classes), images.image_shape, gain, init, seed)
+
+
+def _network_key(arm: Arm) -> tuple[Any, ...]:
+    setting = arm.setting
+    return setting.network.name, tuple(arm.options.items()), setting.data, setting.gain, setting.init
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    safetensors.torch.save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, part)
+    part.replace(path)
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Deep networks that pass no signal compute with denormal numbers, which slow a CPU down many times over.
+
+    Threads take this setting over from the one that starts them, so it must come before the first parallel work of the
+    process; where a pool of threads exists already, its threads stay slow, and nothing else changes.
+    """
+    before = float(torch.tensor(1e-40) * 1) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU.
+
+    Raises:
+        LabError: if the one asked for is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LabError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What a result was made with; not part of its key."""
+    processor = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "sao_prune": sao_prune.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type}: {processor}",
+        "threads": torch.get_num_threads(),
+    }

@@ -52,7 +52,12 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     return keep.view_as(scores)
 
 
-def keep_global(allocations: Sequence[Allocation], scores: Sequence[Tensor], budget: int | None = None) -> list[Tensor]:
+def keep_global(
+    allocations: Sequence[Allocation],
+    scores: Sequence[Tensor],
+    budget: int | None = None,
+    among: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """Boolean masks of the highest scores of all weights together; of equal scores the earlier ones.
 
     Args:
@@ -60,18 +65,24 @@ def keep_global(allocations: Sequence[Allocation], scores: Sequence[Tensor], bud
         scores: of their units, each ``(parts, m, n)``.
         budget: how many weights stay, a kernel counting all its taps; by default what the allocations ask for
             together. It is met exactly where all kernels have one size, else to within one kernel.
+        among: boolean masks of the units that may stay; by default all.
     """
     taps = [prod(a.weight.kernel) for a in allocations]
     if budget is None:
         budget = round(sum(a.density * a.weight.numel for a in allocations))
     flat = torch.cat([s.flatten().to(torch.promote_types(s.dtype, torch.float32)) for s in scores])
+    open_ = None if among is None else torch.cat([units.flatten() for units in among])
+    ranked = flat if open_ is None else flat[open_]
     if len(set(taps)) == 1:
-        keep = keep_top(flat, budget // taps[0])
+        keep = keep_top(ranked, budget // taps[0])
     else:
         sizes = torch.cat([torch.full((s.numel(),), t, device=s.device) for s, t in zip(scores, taps)])
-        order = torch.sort(flat, descending=True, stable=True).indices
-        keep = torch.zeros_like(flat, dtype=torch.bool)
+        sizes = sizes if open_ is None else sizes[open_]
+        order = torch.sort(ranked, descending=True, stable=True).indices
+        keep = torch.zeros_like(ranked, dtype=torch.bool)
         keep[order[sizes[order].cumsum(0) <= budget]] = True
+    if open_ is not None:
+        keep = torch.zeros_like(open_).masked_scatter_(open_, keep)
     return [k.view_as(s) for k, s in zip(keep.split([s.numel() for s in scores]), scores)]
 
 

@@ -81,11 +81,9 @@ class SynFlow(Saliency):
                 scores = [unit_sums(a, w.detach() * g) for a, w, g in zip(allocations, own, flow.gradients())]
                 if step == 1:
                     check_scores(allocations, scores)
-                # What is gone stays gone, also where all the rest carries no flow.
-                scores = [s.masked_fill(~k, -1) for s, k in zip(scores, kept)]
                 share = (budget / total) ** (step / self.rounds)
                 left = budget if step == self.rounds else max(round(total * share), budget)
-                kept = keep_global(allocations, scores, left)
+                kept = keep_global(allocations, scores, left, kept)
                 for allocation, weight, units in zip(allocations, own, kept):
                     _mask_(allocation, weight, units)
         return [Draw(a.weight, units=k) for a, k in zip(allocations, kept)]

@@ -126,7 +126,7 @@ def snapshot(model):
 
 def test_what_cannot_be_met_is_refused_and_nothing_changes():
     needs_package()
-    model = mlp()
+    model, masked = mlp(), masked_mlp()
     model[1].eval()
     state, *rest = snapshot(model)
     random = torch.get_rng_state()
@@ -138,7 +138,7 @@ def test_what_cannot_be_met_is_refused_and_nothing_changes():
     with pytest.raises(LabError, match="does not run on"):
         structured(model, torch.zeros(1, 9), flops=0.5)
     with pytest.raises(LabError, match=r"0\.weight has a mask already"):
-        structured(masked_mlp(), torch.zeros(1, 8), flops=0.5)
+        structured(masked, torch.zeros(1, 8), flops=0.5)
     after, *same = snapshot(model)
     assert all(torch.equal(state[k], after[k]) for k in state)
     assert rest == same

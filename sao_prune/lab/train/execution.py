@@ -9,12 +9,18 @@ from torch import Tensor, nn
 
 from ...compact import BlockModule, compact, expand
 
+# Below so many weights a linear layer's masked product costs less than the steps around its blocks.
+_SMALL = 2**15
+
 
 @contextmanager
 def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterator[str]:
     """Give a masked model the form that ``execution`` asks for; when the ``with`` ends, it is masked again.
 
     Layers whose masks have no blocks (magnitude, random) stay masked, and a model that is compact already stays so.
+    ``auto`` follows a rule and measures nothing, since a choice that hangs on timings could round differently in the
+    next run: compact, but for networks whose masked layers are all linear and small (below 2**15 weights on average).
+    ``benchmarks/execution.py`` has the measurements behind it, which were made on one CPU core.
 
     Args:
         execution: as in `TrainSpec`.
@@ -29,7 +35,7 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
         yield f"compact: {given} layers, as given"
     elif not masked:
         yield "dense"
-    elif execution == "masked":
+    elif execution == "masked" or (execution == "auto" and _is_small(model, masked)):
         yield "masked"
     else:
         text = _make_compact(model, masked, example)
@@ -38,6 +44,12 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
         finally:
             if any(isinstance(module, BlockModule) for module in model.modules()):
                 expand(model)
+
+
+def _is_small(model: nn.Module, masked: set[str]) -> bool:
+    masks = [model.get_submodule(name)._buffers["weight_mask"] for name in masked]
+    weights = [mask.numel() for mask in masks if mask is not None and mask.dim() == 2]
+    return len(weights) == len(masks) and sum(weights) < _SMALL * len(weights)
 
 
 def _make_compact(model: nn.Module, masked: set[str], example: Tensor) -> str:

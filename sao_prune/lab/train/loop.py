@@ -162,7 +162,11 @@ class _Trainer:
         for batch in torch.randperm(len(self.data.train_y), generator=order).split(self.spec.batch_size):
             x, y = self.data.batch(batch, self.augment, augmentation)
             x, target = self._objective.mix(x, y, mixing)
-            yield own_share(x), own_share(target), len(batch)
+            if rank() < len(batch):
+                yield own_share(x), own_share(target), len(batch)
+            else:
+                # Nothing is left for this process, but the others wait for its gradient: that of no label is zero.
+                yield x[:1], torch.zeros(1, len(self.data.classes), device=self._device), len(batch)
 
     def _step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, count: int) -> Tensor:
         """One step; returns the loss summed over this process's images."""

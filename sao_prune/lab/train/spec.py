@@ -35,6 +35,8 @@ class ScheduleSpec:
         """Milestones belong to multistep, which needs them; a floor belongs to cosine."""
         if (self.name == "multistep") != (self.milestones is not None):
             return "milestones", "milestones go with the schedule multistep, and with no other"
+        if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
+            return "milestones", f"epochs in ascending order, got {list(self.milestones)}"
         if self.final_lr and self.name != "cosine":
             return "final_lr", "final_lr is where the schedule cosine ends; no other has one"
         return None

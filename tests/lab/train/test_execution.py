@@ -65,6 +65,14 @@ def test_what_ends_a_training_early_leaves_the_masked_form(blobs: Dataset, netwo
     assert list(model.state_dict()) == keys
 
 
+def test_auto_is_compact_but_for_small_linear_layers(blobs: Dataset, network: Maker) -> None:
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 2))
+    sao_prune.apply(wide, groups=8, seed=0)
+    assert train(wide, blobs, SPEC, 0.01, 0).execution == "compact: 1 of 3 layers"
+    assert train(network("cnn", groups=4), blobs, SPEC, 0.01, 0).execution == "compact: 1 of 3 layers"
+    assert train(network(groups=4), blobs, SPEC, 0.01, 0).execution == "masked"
+
+
 @pytest.mark.parametrize("execution", ["auto", "compact"])
 def test_masks_without_blocks_stay_masked(blobs: Dataset, network: Maker, execution: str) -> None:
     model = network()

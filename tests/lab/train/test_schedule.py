@@ -82,6 +82,7 @@ def test_betas_reach_adam(name: str) -> None:
     [
         (ScheduleSpec("cosine", milestones=(3,)), "milestones"),
         (ScheduleSpec("multistep"), "milestones"),
+        (ScheduleSpec("multistep", milestones=(60, 30)), "milestones"),
         (ScheduleSpec("constant", final_lr=1e-6), "final_lr"),
         (TrainSpec(epochs=1, batch_size=1, betas=(0.9,)), "betas"),
     ],

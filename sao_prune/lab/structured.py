@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,22 +40,26 @@ class Structured:
         return self.flops / self.dense_flops
 
 
-def structured(model: nn.Module, example_input: Tensor, flops: float) -> Structured:
+def structured(
+    model: nn.Module, example_input: Tensor, flops: float, scope: Literal["global", "layer"] = "global"
+) -> Structured:
     """Remove whole channels, in place, until at most the share ``flops`` of the multiply-adds is left.
 
     Channels that depend on each other go together (Fang et al., CVPR 2023, through the package torch-pruning). They are
-    ranked over all layers by the mean squared norm of their weights, relative to their layer's; ties, as between the
-    rows of orthogonal weights, thin all layers alike. As few go as meet the share, and every layer keeps one. The
-    outputs of the last layer stay. The model's parameters are new ones afterwards: make the optimiser then.
+    ranked by the mean squared norm of their weights, relative to their layer's; ties, as between the rows of orthogonal
+    weights, thin all layers alike. As few go as meet the share, and every layer keeps one. The outputs of the last
+    layer stay. The model's parameters are new ones afterwards: make the optimiser then.
 
     Args:
         model: a dense network of convolutions and linear layers.
         example_input: what the network takes, one example or more.
         flops: share of the dense network's multiply-adds, in (0, 1].
+        scope: ``"global"``, one ranking over all layers, which may leave a layer of a deep network with one channel;
+            ``"layer"``, every layer loses the same share of its channels.
 
     Raises:
-        LabError: if torch-pruning is missing, the share is out of range, or too few channels can go to meet it; the
-            model is then as it was.
+        LabError: if torch-pruning is missing, the share or the scope is not allowed, or too few channels can go to
+            meet it; the model is then as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -65,9 +69,11 @@ def structured(model: nn.Module, example_input: Tensor, flops: float) -> Structu
     pruning = _torch_pruning()
     if isinstance(flops, bool) or not isinstance(flops, int | float) or not 0 < flops <= 1:
         raise LabError(f"flops is the share of multiply-adds that stays, in (0, 1], got {flops!r}")
+    if scope not in ("global", "layer"):
+        raise LabError(f"scope must be 'global' or 'layer', got {scope!r}")
     work = _Network(pruning, model, tuple(example_input.shape[1:]))
     groups, fragile = work.groups()
-    order = _order(groups)
+    order = _order(groups, scope == "global")
     removed = _fewest(lambda count: work.cost_without(_chosen(groups, order[:count])), len(order), flops * work.dense)
     if removed is None:
         least = work.cost_without(_chosen(groups, order)) / work.dense
@@ -114,13 +120,14 @@ class _Network:
 
     def groups(self) -> tuple[list[_Group], list[str]]:
         """The groups of channels that can be thinned, and the root layers of those that cannot."""
-        names = {id(module): name for name, module in self._model.named_modules()}
-        weights = walk(self._model, Selection(skip_first=False, skip_last=False))
+        model = copy.deepcopy(self._model)
+        names = {id(module): name for name, module in model.named_modules()}
+        weights = walk(model, Selection(skip_first=False, skip_last=False))
         masked = [w.name for w in weights if w.reason == ALREADY_PRUNED]
         if masked:
             raise LabError(f"{masked[0]} has a mask already: the structured baseline starts from a dense network")
-        last = [self._model.get_submodule(w.module) for w in weights if w.last]
-        graph = self._graph(self._model)
+        last = [model.get_submodule(w.module) for w in weights if w.last]
+        graph = self._graph(model)
         found, fragile = [], []
         for group in graph.get_all_groups(ignored_layers=last, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]):
             root, sets = names[id(group[0][0].target.module)], _sets(group)
@@ -173,6 +180,7 @@ class _Network:
 
     def remove(self, model: nn.Module, chosen: Sequence[tuple[_Group, Sequence[int]]]) -> None:
         """Remove channels from a copy of the network."""
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         graph = self._graph(model)
         for group, entries in chosen:
             root = model.get_submodule(group.root)
@@ -181,14 +189,18 @@ class _Network:
                 graph.get_pruning_group(root, function, group.channels(entries)).prune()
             except Exception as error:
                 raise LabError(f"torch-pruning cannot thin {group.root}: {error}") from error
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
 
     def _graph(self, model: nn.Module) -> Any:
+        """How the channels of a copy depend on each other; it is read from autograd's graph, so all must ask for it."""
         example = torch.zeros(1, *self._shape, device=next(model.parameters()).device)
         training = {module: module.training for module in model.modules()}
+        model.eval().requires_grad_(True)
         try:
             with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
-                return self._pruning.DependencyGraph().build_dependency(model.eval(), example_inputs=example)
+                return self._pruning.DependencyGraph().build_dependency(model, example_inputs=example)
         except Exception as error:
             raise LabError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
         finally:
@@ -216,13 +228,13 @@ def _sets(group: Any) -> int:
     return sets
 
 
-def _order(groups: Sequence[_Group]) -> list[tuple[int, int]]:
+def _order(groups: Sequence[_Group], over_all: bool) -> list[tuple[int, int]]:
     """``(group, entry)`` in the order of removal; the best entry of each group is not there."""
     ranked = []
     for place, group in enumerate(groups):
         order = torch.argsort(group.importance, stable=True).tolist()
         ranked += [
-            (round(float(group.importance[entry]), 4), position / len(order), place, entry)
+            (round(float(group.importance[entry]), 4) if over_all else 0.0, position / len(order), place, entry)
             for position, entry in enumerate(order[:-1])
         ]
     return [(place, entry) for _, _, place, entry in sorted(ranked)]

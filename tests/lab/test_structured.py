@@ -119,6 +119,26 @@ def masked_mlp():
     return model
 
 
+def test_frozen_parameters_are_thinned_and_stay_frozen():
+    needs_package()
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    assert set(structured(model, torch.zeros(1, 8), flops=0.5).widths) == {"0", "2"}
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.weight"]
+
+
+def test_layers_may_all_lose_the_same_share():
+    needs_package()
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[:8] *= 10
+    record = structured(model, torch.zeros(1, 8), flops=0.5, scope="layer")
+    (_, first), (_, second) = record.widths.values()
+    assert abs(first - second) <= 1
+    with pytest.raises(LabError, match="scope must be"):
+        structured(model, torch.zeros(1, 8), flops=0.5, scope="local")
+
+
 def snapshot(model):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     return state, [id(p) for p in model.parameters()], [m.training for m in model.modules()]

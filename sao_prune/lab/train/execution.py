@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...compact import BlockModule, compact, expand
 
 # Below so many weights a linear layer's masked product costs less than the steps around its blocks.
-_SMALL = 2**15
+_SMALL = 200 * 200
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
 
     Layers whose masks have no blocks (magnitude, random) stay masked, and a model that is compact already stays so.
     ``auto`` follows a rule and measures nothing, since a choice that hangs on timings could round differently in the
-    next run: compact, but for networks whose masked layers are all linear and small (below 2**15 weights on average).
+    next run: compact, but for networks whose masked layers are all linear and small (below 200 x 200 on average).
     ``benchmarks/execution.py`` has the measurements behind it, which were made on one CPU core.
 
     Args:

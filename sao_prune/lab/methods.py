@@ -6,15 +6,22 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import sao_prune
 
-from .cost import multiply_adds
+from .cost import Cost, multiply_adds
 from .errors import LabError
 from .schema import Scalar, rule, unknown
+from .structured import structured
+
+if TYPE_CHECKING:
+    from .recipe import Arm
+
+Examples = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,10 +29,11 @@ class LabMethod:
     """What a name stands for.
 
     Attributes:
-        pruner: a method class of the library; none for dense.
+        pruner: a method class of the library; none for dense and structured.
         preset: the options that the name fixes.
         trained: prune what a dense training left (the suffix -T), instead of the initial weights.
-        needs_data: its scores need a batch of the training set.
+        needs_data: its scores need examples from the training set.
+        structured: whole channels go, as many as leave the multiply-adds that SAO would leave at the same amount.
     """
 
     label: str
@@ -33,6 +41,7 @@ class LabMethod:
     preset: Mapping[str, Scalar] = field(default_factory=dict)
     trained: bool = False
     needs_data: bool = False
+    structured: bool = False
 
 
 # -S: initialise, prune, train. -T: initialise, train dense, prune, train again (thesis section 3.5.4).
@@ -50,6 +59,11 @@ METHODS: dict[str, LabMethod] = {
     "lrp-s": LabMethod("LRP-S", "LRP"),
     "lrp-t": LabMethod("LRP-T", "LRP", trained=True),
     "eoi": LabMethod("EOI", "EOI"),
+    "snip": LabMethod("SNIP", "SNIP", needs_data=True),
+    "grasp": LabMethod("GraSP", "GraSP", needs_data=True),
+    "synflow": LabMethod("SynFlow", "SynFlow", needs_data=True),
+    "structured-s": LabMethod("Structured-S", None, structured=True),
+    "structured-t": LabMethod("Structured-T", None, structured=True, trained=True),
 }
 
 
@@ -74,7 +88,12 @@ class MethodSpec:
     @property
     def is_dense(self) -> bool:
         """Nothing is pruned."""
-        return METHODS[self.name].pruner is None
+        return METHODS[self.name].pruner is None and not self.is_structured
+
+    @property
+    def is_structured(self) -> bool:
+        """Whole channels go, so that nothing is left to mask."""
+        return METHODS[self.name].structured
 
     @property
     def is_trained_first(self) -> bool:
@@ -94,14 +113,27 @@ class MethodSpec:
             return "options", str(error)
         return None
 
-    def build(self, gain: float) -> Any:
-        """The library's method object, with the recipe's gain where the method draws values; None for dense."""
+    @property
+    def needs_data(self) -> bool:
+        """It cannot decide without examples."""
+        return METHODS[self.name].needs_data
+
+    def build(self, gain: float, examples: Examples | None = None) -> Any:
+        """The library's method object; None for dense and structured.
+
+        Args:
+            gain: the recipe's, for methods that draw values.
+            examples: images and labels, for methods that need them; without, the method can plan but not prune.
+        """
         method = METHODS[self.name]
         if method.pruner is None:
             return None
         cls = getattr(sao_prune, method.pruner)
-        takes_gain = any(f.name == "gain" for f in dataclasses.fields(cls))
-        return cls(**{**({"gain": gain} if takes_gain else {}), **method.preset, **self.options})
+        takes = {f.name for f in dataclasses.fields(cls)}
+        given: dict[str, Any] = {"gain": gain} if "gain" in takes else {}
+        if examples is not None:
+            given.update({key: value for key, value in zip(("inputs", "targets"), examples) if key in takes})
+        return cls(**{**given, **method.preset, **self.options})
 
 
 @dataclass(frozen=True)
@@ -124,46 +156,62 @@ class Pruned:
 
 
 def prune_network(
-    model: nn.Module, method: MethodSpec, gain: float, options: Mapping[str, Any], seed: int, image_shape: Sequence[int]
+    model: nn.Module, arm: Arm, seed: int, image_shape: Sequence[int], examples: Examples | None = None
 ) -> Pruned:
-    """Prune ``model`` in place.
+    """Prune ``model`` in place, as an arm of a recipe says.
 
     Args:
-        options: what `sao_prune.apply` takes: the amount, ``skip_first``, ``skip_last``.
         image_shape: of one input, without the batch dimension; multiply-adds are counted for it.
+        examples: images and labels of the training set, for methods that need them.
 
     Raises:
         LabError: if the library refuses, with its reason.
     """
-    cost = multiply_adds(model, image_shape)
-    pruner = method.build(gain)
-    if pruner is None:
+    method, cost = arm.method, multiply_adds(model, image_shape)
+    if method.is_dense:
         parameters = sum(p.numel() for p in model.parameters())
         return Pruned(0.0, parameters, parameters, cost.total, cost.total)
+    if method.is_structured:
+        return _remove_channels(model, arm, cost, image_shape)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
-            report = sao_prune.apply(model, method=pruner, seed=seed, **options)
+            pruner = method.build(arm.setting.gain, examples)
+            report = sao_prune.apply(model, method=pruner, seed=seed, **arm.prune)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise LabError(f"{method.title}: {error}") from error
     left = cost.after({layer.name: layer.achieved for layer in report.pruned})
     return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, _off_target(report))
 
 
-def check_method(model: nn.Module, method: MethodSpec, options: Mapping[str, Any]) -> None:
+def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, image_shape: Sequence[int]) -> Pruned:
+    """Whole channels, until no more multiply-adds are left than SAO leaves at the same amount."""
+    report = _plan(model, "sao", arm)
+    share = cost.after({layer.name: layer.achieved for layer in report.pruned}) / cost.total
+    # Orthogonal rows have equal norms: one ranking over all layers would leave some of them a single channel.
+    scope: Literal["global", "layer"] = "global" if arm.method.is_trained_first else "layer"
+    done = structured(model, torch.zeros(1, *image_shape), share, scope)
+    note = f"{done.share:.2%} of the multiply-adds are left, in {done.parameters:,} parameters, none of them zero"
+    return Pruned(0.0, done.dense_parameters, done.parameters, done.flops, cost.total, note)
+
+
+def check_method(model: nn.Module, arm: Arm) -> None:
     """Find out whether `prune_network` would work, touching no weight.
 
     Raises:
         LabError: if the library refuses, with its reason.
     """
-    if method.is_dense:
-        return
+    if not arm.method.is_dense:
+        _plan(model, "sao" if arm.method.is_structured else arm.method.build(1.0), arm)
+
+
+def _plan(model: nn.Module, method: Any, arm: Arm) -> sao_prune.Report:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
-            sao_prune.plan(model, method=method.build(1.0), **options)
+            return sao_prune.plan(model, method=method, **arm.prune)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise LabError(f"{method.title}: {error}") from error
+        raise LabError(f"{arm.method.title}: {error}") from error
 
 
 def _off_target(report: sao_prune.Report) -> str:
@@ -176,4 +224,5 @@ def _off_target(report: sao_prune.Report) -> str:
 
 def _free_options(method: LabMethod) -> list[str]:
     cls = getattr(sao_prune, str(method.pruner))
-    return [f.name for f in dataclasses.fields(cls) if f.init and f.name not in method.preset]
+    given = ("inputs", "targets", "loss")
+    return [f.name for f in dataclasses.fields(cls) if f.init and f.name not in method.preset and f.name not in given]

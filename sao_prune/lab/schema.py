@@ -115,7 +115,8 @@ class Reader:
         value = _plain(node)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if kind is str and node.style is None and isinstance(value, int | float) and not isinstance(value, bool):
+        # What YAML 1.1 reads as a number or as off, yes and the like is text where text is meant.
+        if kind is str and node.style is None and isinstance(value, bool | int | float):
             value = node.value
         wrong = value is None or (kind is not None and type(value) is not kind)
         if wrong or (isinstance(value, float) and not math.isfinite(value)):

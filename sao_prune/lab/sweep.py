@@ -6,21 +6,24 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+
+import torch
 
 from .cells import Cell, choose_lr, count_cells, known_cells
 from .data import DataSource, load_dataset
 from .display import Display
 from .errors import LabError
-from .executors import DataParallel, Executor, InProcess, Processes, RayCluster, follow, lost
+from .cluster import RayCluster
+from .executors import DataParallel, Executor, InProcess, Processes, follow, lost
 from .isolate import one_line
 from .methods import check_method
 from .network import build_network
 from .recipe import Recipe, read_recipe
 from .results import Record, ResultsLog, write_atomically
-from .train import History, process_group, rank, world
+from .train import History, in_turn, process_group, rank, world
 from .work import OnEpoch, Workplace, denormals_flushed, pick_device
 
 # A cell whose worker died this often is left to the next run.
@@ -34,7 +37,7 @@ class RunOptions:
     Attributes:
         jobs: processes on this machine; with more than one, each has its share of the cores.
         ray: address of a Ray cluster, or ``auto``; takes the place of ``jobs``.
-        gpus: of the cluster, for one cell.
+        cpus, gpus: of the cluster, for one cell.
         tensorboard: write event files below the run's folder.
     """
 
@@ -43,12 +46,17 @@ class RunOptions:
     device: str | None = None
     jobs: int = 1
     ray: str | None = None
+    cpus: float = 1
     gpus: float = 0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise LabError(f"--jobs counts processes, at least 1, got {self.jobs}")
+        if self.ray is not None and self.jobs > 1:
+            raise LabError("--jobs is for this machine; on a Ray cluster --cpus and --gpus say what one training gets")
+        if min(self.cpus, self.gpus) < 0:
+            raise LabError(f"--cpus and --gpus cannot be negative, got {self.cpus:g} and {self.gpus:g}")
 
 
 def run_recipe(path: Path, options: RunOptions, display: Display, profile: str | None = None) -> Path:
@@ -65,12 +73,14 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
         LabError: if the recipe, the data, the network, a method or the device cannot be had, before any training; or
             at the end, if a cell failed.
     """
-    with denormals_flushed(), process_group() as own_device:
+    with denormals_flushed(), process_group(options.device) as own_device:
+        if own_device is not None and (options.jobs > 1 or options.ray is not None):
+            raise LabError("--jobs and --ray are for trainings beside each other: start them without torchrun")
         file = read_recipe(path, profile)
-        recipe, device = file.recipe, own_device or pick_device(options.device)
-        check_arms(recipe, options.source)
+        recipe = file.recipe
+        in_turn(lambda: check_arms(recipe, options.source))
         folder = options.out / recipe.name
-        place = Workplace(folder, options.source, str(device), _threads(options), options.tensorboard)
+        place = _workplace(options, folder, own_device)
         if rank() > 0:
             follow(place)
             return folder
@@ -96,7 +106,7 @@ def check_arms(recipe: Recipe, source: DataSource) -> None:
             model = build_network(setting.network.name, options, len(data.classes), data.image_shape)
             for arm in setting.arms():
                 if arm.options == options:
-                    check_method(model, arm.method, arm.prune)
+                    check_method(model, arm)
 
 
 class Sweep:
@@ -108,7 +118,7 @@ class Sweep:
         self._shown = list(recipe.arms())
         self._counted: set[tuple[int, str]] = set()
         self._live: set[str] = set()
-        self._redone: set[str] = set()
+        self._trained: set[str] = set()
         self._tries: Counter[str] = Counter()
         self._failed: dict[str, str] = {}
 
@@ -126,8 +136,6 @@ class Sweep:
                 cell = next(self._missing({cell.key for cell in under_way.values()}), None)
                 if cell is None:
                     break
-                if cell.key in self._log.records:
-                    self._redone.add(cell.key)
                 under_way[executor.submit(cell)] = cell
             if not under_way:
                 break
@@ -162,14 +170,16 @@ class Sweep:
                     yield cell
                     continue
                 start = cell.start.key
-                if start in busy or start not in records:
+                if start in busy or start in self._failed or start not in records:
                     continue
-                yield cell if start in self._redone or self._place.weights(cell.start).is_file() else cell.start
+                # What was trained in this run is where its worker can find it, which may be another machine's disk.
+                yield cell if start in self._trained or self._place.weights(cell.start).is_file() else cell.start
 
     def _collect(self, cell: Cell, future: Future[Record]) -> None:
         error = future.exception()
         if error is None:
             self._log.append({"key": cell.key, **future.result()})
+            self._trained.add(cell.key)
             return
         self._tries[cell.key] += 1
         told = str(error) if isinstance(error, LabError) else one_line(error)
@@ -202,7 +212,7 @@ class Sweep:
 def _executor(options: RunOptions, place: Workplace, sweep: Sweep) -> Executor:
     if options.ray is not None:
         gpus = options.gpus or (1 if place.device.startswith("cuda") else 0)
-        return RayCluster(place, options.ray, gpus=gpus)
+        return RayCluster(place, options.ray, options.cpus, gpus)
     if world() > 1:
         return DataParallel(place, sweep.on_epoch)
     if options.jobs > 1:
@@ -210,6 +220,19 @@ def _executor(options: RunOptions, place: Workplace, sweep: Sweep) -> Executor:
     return InProcess(place, sweep.on_epoch)
 
 
-def _threads(options: RunOptions) -> int | None:
-    """Each process's share of the cores."""
-    return max(1, (os.cpu_count() or 1) // options.jobs) if options.jobs > 1 else None
+def _workplace(options: RunOptions, folder: Path, own_device: torch.device | None) -> Workplace:
+    if options.ray is None:
+        device = str(own_device or pick_device(options.device))
+        return Workplace(folder, options.source, device, _threads(options.jobs), options.tensorboard)
+    # On the nodes, the working folder is another; whether they have a GPU is theirs to find out.
+    device = options.device or ("cuda" if options.gpus else str(pick_device()))
+    source = replace(options.source, data_dir=options.source.data_dir.expanduser().resolve())
+    return Workplace(folder.resolve(), source, device, max(1, int(options.cpus)), options.tensorboard)
+
+
+def _threads(jobs: int) -> int | None:
+    """Each process's share of the cores; no more than this process has, which ``OMP_NUM_THREADS`` may limit."""
+    if jobs == 1:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(1, cores // jobs), torch.get_num_threads())

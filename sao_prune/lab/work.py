@@ -17,14 +17,19 @@ from torch import nn
 
 import sao_prune
 
+from ..seeds import named_generator
 from .cells import Cell
 from .data import Dataset, DataSource, DataSpec, load_dataset
 from .depth import depth_spectrum
 from .errors import LabError
+from .locks import locked
 from .methods import Pruned, prune_network
 from .network import initial_network
 from .recipe import Arm
-from .train import History, TensorBoardWriter, rank, train
+from .train import History, TensorBoardWriter, from_first, rank, train, world
+
+# What GraSP takes, and SNIP with ten classes about as many as one batch.
+EXAMPLES_PER_CLASS = 10
 
 OnEpoch = Callable[[History], None]
 
@@ -82,20 +87,19 @@ class Worker:
 
     def network(self, cell: Cell) -> tuple[nn.Module, Pruned]:
         """The pruned network that a cell starts from, on the CPU, so that every device starts from the same weights."""
-        arm, setting = cell.arm, cell.arm.setting
+        arm = cell.arm
         model = deepcopy(self._initial(_network_key(arm), cell.seed))
         if cell.start is not None:
             model.load_state_dict(self._start_weights(cell.start))
-        shape = self._data(setting.data).image_shape
-        return model, prune_network(model, arm.method, setting.gain, arm.prune, cell.seed, shape)
+        data = self._data_of(cell)
+        chosen = examples(data, cell.seed) if arm.method.needs_data else None
+        return model, prune_network(model, arm, cell.seed, data.image_shape, chosen)
 
     def _train(self, cell: Cell, on_epoch: OnEpoch | None) -> dict[str, Any]:
         setting, place = cell.arm.setting, self.place
         assert cell.lr is not None
         model, pruned = self.network(cell)
-        data = self._data(setting.data)
-        if cell.kind == "select":
-            data = data.holdout(setting.data.holdout)
+        data = self._data_of(cell)
         checkpoint = place.checkpoint(cell)
         model = model.to(self._device)
         with self._recorder(cell, on_epoch) as record:
@@ -112,7 +116,8 @@ class Worker:
             )
         if cell.leaves_weights and rank() == 0:
             _write_weights(model, place.weights(cell))
-        checkpoint.unlink(missing_ok=True)
+        if rank() == 0:
+            checkpoint.unlink(missing_ok=True)
         return {
             **asdict(pruned),
             "status": history.status,
@@ -149,13 +154,21 @@ class Worker:
 
     def _start_weights(self, cell: Cell) -> dict[str, torch.Tensor]:
         path = self.place.weights(cell)
+        if world() > 1:
+            if not from_first(path.is_file()):
+                self._train(cell, None)
+            return from_first(_read_weights(path) if rank() == 0 else {})
         if not path.is_file():
             # The file is on another machine, or was deleted: the same training gives the same weights.
-            self._train(cell, None)
-        try:
-            return safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise LabError(f"cannot read the dense weights {path}: {error}; delete the file and run again") from error
+            with locked(path):
+                if not path.is_file():
+                    self._train(cell, None)
+        return _read_weights(path)
+
+    def _data_of(self, cell: Cell) -> Dataset:
+        spec = cell.arm.setting.data
+        data = self._data(spec)
+        return data.holdout(spec.holdout) if cell.kind == "select" else data
 
     def _load(self, spec: DataSpec) -> Dataset:
         return load_dataset(spec, self.place.source).to(self._device)
@@ -166,9 +179,28 @@ class Worker:
         return initial_network(network, dict(options), len(images.classes), images.image_shape, gain, init, seed)
 
 
+def examples(data: Dataset, seed: int, per_class: int = EXAMPLES_PER_CLASS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training images of every class, standardised, on the CPU where networks are pruned, and their labels."""
+    generator = named_generator(seed, "pruning examples")
+    labels = data.train_y.cpu()
+    chosen = [
+        members[torch.randperm(len(members), generator=generator)[:per_class]]
+        for members in (torch.nonzero(labels == label).flatten() for label in range(len(data.classes)))
+    ]
+    x, y = data.batch(torch.cat(chosen))
+    return x.cpu(), y.cpu()
+
+
 def _network_key(arm: Arm) -> tuple[Any, ...]:
     setting = arm.setting
     return setting.network.name, tuple(arm.options.items()), setting.data, setting.gain, setting.init
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LabError(f"cannot read the dense weights {path}: {error}; delete the file and run again") from error
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:
@@ -219,4 +251,5 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": f"{device.type}: {processor}",
         "threads": torch.get_num_threads(),
+        "processes": world(),
     }

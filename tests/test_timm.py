@@ -136,10 +136,10 @@ def test_batch_norms_may_be_converted_afterwards(net):
     assert sao_prune.report(convert_sync_batchnorm(created())).sparsity == 0.875
 
 
-def test_gradient_checkpointing_after_a_first_pass():
-    plain, saving = created(model="test_vit"), created(model="test_vit")
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+def test_gradient_checkpointing_from_the_first_pass_on(model):
+    plain, saving = created(model=model), created(model=model)
     images, labels = batch(160)
-    saving(images)
     saving.set_grad_checkpointing(True)
     for net in (plain, saving):
         F.cross_entropy(net(images), labels).backward()

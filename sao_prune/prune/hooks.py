@@ -40,7 +40,7 @@ class MaskPruning(BasePruningMethod):
 
     def __init__(self, mask: Tensor | None = None) -> None:
         self._mask = mask
-        self.called = False
+        self.called = self.settled = False
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The given mask where the earlier one keeps an entry."""
@@ -122,16 +122,26 @@ class RefreshAll:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for descendant in module.modules():
             if descendant._forward_pre_hooks and not _costly(descendant):
+                _settle(descendant)
                 refresh(descendant)
 
 
 class RefreshChildren:
-    """As `RefreshAll`, for the children of one module that never were called: where a part of a model runs alone."""
+    """As `RefreshAll`, for the children of one module that were never called before: where a part of a model runs alone.
+
+    What was called in this very pass does not count: checkpointing runs a part again, and has to find it the same.
+    """
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for child in module._modules.values():
-            if child is not None and any(not getattr(hook, "called", False) for hook in pruning_hooks(child)):
+            if child is not None and any(not getattr(hook, "settled", False) for hook in pruning_hooks(child)):
                 refresh(child)
+
+
+def _settle(module: nn.Module) -> None:
+    for hook in pruning_hooks(module):
+        if isinstance(hook, MaskPruning) and getattr(hook, "settled", False) != hook.called:
+            hook.settled = hook.called
 
 
 _REFRESHERS = (RefreshAll, RefreshChildren)

@@ -120,5 +120,13 @@ def _norm_bound(kernel: Tensor) -> Tensor:
     g, r, c, h, w = kernel.shape
     tall = kernel.permute(0, 1, 3, 2, 4).reshape(g, r * h, c * w)
     flat = kernel.reshape(g, r, c * h * w)
-    norms = [torch.linalg.matrix_norm(m.double(), ord=2) for m in (tall, flat)]
+    norms = [_spectral_norm(m.double()) for m in (tall, flat)]
     return (torch.minimum(*norms) * sqrt(h * w)).to(kernel.dtype)
+
+
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """Largest singular value, from the smaller Gram matrix; NaN if an entry is not finite, as in a diverged training."""
+    gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
+    finite = torch.isfinite(gram).all(-1).all(-1)
+    largest = torch.linalg.eigvalsh(gram.nan_to_num(0.0, 0.0, 0.0))[..., -1]
+    return torch.where(finite, largest.clamp(min=0).sqrt(), torch.nan)

@@ -47,3 +47,10 @@ def test_maxmin_sorts_pairs_and_is_isometric():
     assert spectrum.largest == pytest.approx(1)
     with pytest.raises(ValueError, match="odd number"):
         MaxMin()(torch.zeros(1, 3))
+
+
+def test_weights_that_are_not_finite_give_nan_and_no_error():
+    conv = SkewConv2d(4, 4, seed=0)
+    with torch.no_grad():
+        conv.weight[0, 0, 0, 0] = torch.inf
+    assert conv(torch.ones(1, 4, 6, 6)).isnan().any()

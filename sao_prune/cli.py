@@ -56,26 +56,33 @@ def run(
     profile: Annotated[str | None, typer.Option(help="One of the recipe's profiles, e.g. smoke or fashion.")] = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Train on a Ray cluster: its address, or auto.")] = None,
+    cpus: Annotated[float, typer.Option(help="Of the cluster, for one training.")] = 1,
     gpus: Annotated[float, typer.Option(help="Of the cluster, for one training (may be a fraction).")] = 0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into the run's folder.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files into the run's folder.")
+    ] = False,
 ) -> None:
     """Train every method of a recipe under identical conditions; goes on where an earlier run stopped."""
     _need_laboratory()
     from .lab.data import DataSource
     from .lab.display import make_display
+    from .lab.launch import is_first
     from .lab.recipe import find_recipe
     from .lab.sweep import RunOptions, run_recipe
 
-    console = Console()
+    first = is_first()
+    console = Console(quiet=not first)
     path = find_recipe(recipe)
-    options = RunOptions(out, DataSource(data_dir, download), device, jobs, ray, gpus, tensorboard)
+    options = RunOptions(out, DataSource(data_dir, download), device, jobs, ray, cpus, gpus, tensorboard)
     try:
         with make_display(console) as display:
             folder = run_recipe(path, options, display, profile)
     except KeyboardInterrupt:
-        print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
+        if first:
+            print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    _show(folder, console)
+    if first:
+        _show(folder, console)
 
 
 @app.command()
@@ -136,13 +143,16 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except Exception as error:
-        from .lab.errors import LabError
+        from .lab.errors import FollowerError, LabError
+        from .lab.launch import is_first_of_machine
 
         # Wrong usage of the command line: typer brings its own copy of click's errors, which have this method.
         usage = getattr(error, "format_message", None)
         if usage is None and not isinstance(error, LabError):
             raise
-        print(f"sao-prune: {' '.join(str(usage() if usage else error).split())}", file=sys.stderr)
+        # Processes that train together run into the same error together: one of them tells.
+        if is_first_of_machine() or isinstance(error, FollowerError):
+            print(f"sao-prune: {' '.join(str(usage() if usage else error).split())}", file=sys.stderr)
         sys.exit(USER_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -17,3 +17,7 @@ class DataError(LabError, ValueError):
 
 class ResultsError(LabError, ValueError):
     """Results that are missing, or that another run is writing."""
+
+
+class FollowerError(LabError):
+    """What went wrong in a process other than the first of those that train together."""

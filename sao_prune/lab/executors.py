@@ -1,18 +1,22 @@
-"""Where cells are worked on: in this process, in processes of their own, or on a Ray cluster."""
+"""Where cells are worked on: in this process, in processes of their own, or in several together."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
-from importlib.util import find_spec
+from contextlib import contextmanager
+from threading import Thread, current_thread, main_thread
 from types import TracebackType
 from typing import Any, Protocol
 
 from .cells import Cell
-from .errors import LabError
-from .train import from_first
+from .errors import FollowerError, LabError
+from .isolate import one_line
+from .train import from_first, rank
 from .work import OnEpoch, Worker, Workplace
 
 Result = dict[str, Any]
@@ -39,9 +43,18 @@ class Executor(Protocol):
         """Nothing goes on after this."""
 
 
+class WorkerLost(Exception):
+    """The worker of a cell went away: its machine, its process or the way to it."""
+
+
 def lost(error: BaseException) -> bool:
-    """Whether a cell failed because its worker went away, so that another may succeed."""
-    return isinstance(error, BrokenExecutor | CancelledError) or type(error).__module__.startswith("ray")
+    """Whether a cell failed because its worker went away, so that another may succeed.
+
+    Example:
+        >>> lost(WorkerLost("node 3 does not answer")), lost(ValueError("too sparse"))
+        (True, False)
+    """
+    return isinstance(error, WorkerLost | BrokenExecutor | CancelledError)
 
 
 class InProcess:
@@ -71,7 +84,10 @@ class InProcess:
 
 
 class Processes:
-    """So many processes on this machine, each a pool of its own, so that the death of one costs its cell alone."""
+    """So many processes on this machine, each a pool of its own, so that the death of one costs its cell alone.
+
+    None outlives this process, however that ends.
+    """
 
     def __init__(self, place: Workplace, jobs: int) -> None:
         self.slots = jobs
@@ -79,26 +95,26 @@ class Processes:
         method = "spawn" if sys.platform == "win32" else "forkserver"
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            self._context.set_forkserver_preload(["sao_prune.lab.work"])
-        self._idle: list[ProcessPoolExecutor] = []
-        self._pools: list[ProcessPoolExecutor] = []
+            self._context.set_forkserver_preload([__name__])
+            from multiprocessing import forkserver
+
+            with _uninterrupted():
+                forkserver.ensure_running()
+        self._pools: dict[ProcessPoolExecutor, Future[Result] | None] = {}
 
     def submit(self, cell: Cell) -> Future[Result]:
         """Begin a cell in an idle process; there is one as long as no more than ``slots`` are under way."""
-        pool = self._idle.pop() if self._idle else self._start()
-        future = pool.submit(_work, cell)
-        future.add_done_callback(lambda done: self._free(pool, done))
-        return future
-
-    def _start(self) -> ProcessPoolExecutor:
+        for pool in [pool for pool, last in self._pools.items() if last is None or last.done()]:
+            try:
+                future = self._pools[pool] = pool.submit(_work, cell)
+                return future
+            except BrokenExecutor:
+                # Its process died, under a cell or after one.
+                del self._pools[pool]
         pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_hire, initargs=(self._place,))
-        self._pools.append(pool)
-        return pool
-
-    def _free(self, pool: ProcessPoolExecutor, done: Future[Result]) -> None:
-        broken = not done.cancelled() and isinstance(done.exception(), BrokenExecutor)
-        if not broken:
-            self._idle.append(pool)
+        self._pools[pool] = None
+        future = self._pools[pool] = pool.submit(_work, cell)
+        return future
 
     def __enter__(self) -> Processes:
         return self
@@ -106,11 +122,24 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            for process in [process for pool in self._pools for process in (pool._processes or {}).values()]:
+                process.kill()
         for pool in self._pools:
-            if kind is not None:
-                for process in list((pool._processes or {}).values()):
-                    process.kill()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes started in here are deaf to Ctrl-C, which a terminal sends to all: their driver ends them."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _worker: Worker | None = None
@@ -118,7 +147,17 @@ _worker: Worker | None = None
 
 def _hire(place: Workplace) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(place)
+
+
+def _end_with_parent() -> None:
+    """A worker whose driver was killed would wait for its next cell for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(cell: Cell) -> Result:
@@ -129,18 +168,28 @@ def _work(cell: Cell) -> Result:
 class DataParallel:
     """One cell at a time, its batches shared by the processes of ``torchrun`` or ``accelerate launch``.
 
-    The first process decides and writes; the others `follow`.
+    The first process decides and writes; the others `follow`. An error in a cell ends the run: the others may be in the
+    middle of what the failed one no longer takes part in.
     """
 
     slots = 1
 
     def __init__(self, place: Workplace, progress: Callable[[Cell], OnEpoch]) -> None:
-        self._inside = InProcess(place, progress)
+        self._worker, self._progress = Worker(place), progress
 
     def submit(self, cell: Cell) -> Future[Result]:
-        """Tell the others, and do the cell together with them."""
+        """Tell the others, and do the cell together with them.
+
+        Raises:
+            LabError: if it fails.
+        """
         from_first(cell)
-        return self._inside.submit(cell)
+        future: Future[Result] = Future()
+        try:
+            future.set_result(self._worker.work(cell, self._progress(cell)))
+        except Exception as error:
+            raise LabError(f"{cell.title}: {error if isinstance(error, LabError) else one_line(error)}") from error
+        return future
 
     def __enter__(self) -> DataParallel:
         return self
@@ -153,59 +202,14 @@ class DataParallel:
 
 
 def follow(place: Workplace) -> None:
-    """Work on the cells that the first process names, until it is through."""
-    worker = Worker(place)
-    while (cell := from_first(None)) is not None:
-        worker.work(cell)
-
-
-class RayCluster:
-    """A Ray cluster: each cell a task with its request for processors, tried again where a node is lost.
-
-    Args:
-        address: of the cluster, or ``auto``.
-        cpus, gpus: what one cell asks for.
+    """Work on the cells that the first process names, until it is through.
 
     Raises:
-        LabError: if Ray is not installed or no cluster answers.
+        FollowerError: if a cell fails, or the first process ended before its time.
     """
-
-    def __init__(self, place: Workplace, address: str, cpus: float = 1, gpus: float = 0) -> None:
-        if find_spec("ray") is None:
-            raise LabError("--ray needs Ray: pip install 'sao-prune[ray]'")
-        import ray
-
-        self._ray, self._place = ray, place
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise LabError(f"no Ray cluster at {address!r}: {' '.join(str(error).split())[:200]}") from error
-        have = ray.cluster_resources()
-        by_cpu = have.get("CPU", 0) / cpus if cpus else float("inf")
-        by_gpu = have.get("GPU", 0) / gpus if gpus else float("inf")
-        self.slots = int(min(by_cpu, by_gpu, 1024))
-        if self.slots < 1:
-            ray.shutdown()
-            offer = f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
-            raise LabError(f"the cluster has {offer}; one cell asks for {cpus:g} and {gpus:g}")
-        self._task = ray.remote(_work_anywhere).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
-
-    def submit(self, cell: Cell) -> Future[Result]:
-        """Hand a cell to the cluster."""
-        future: Future[Result] = self._task.remote(self._place, cell).future()
-        return future
-
-    def __enter__(self) -> RayCluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ray.shutdown()
-
-
-def _work_anywhere(place: Workplace, cell: Cell) -> Result:
-    global _worker
-    if _worker is None or _worker.place != place:
-        _worker = Worker(place)
-    return _worker.work(cell)
+    worker = Worker(place)
+    try:
+        while (cell := from_first(None)) is not None:
+            worker.work(cell)
+    except Exception as error:
+        raise FollowerError(f"process {rank()}: {error if isinstance(error, LabError) else one_line(error)}") from error

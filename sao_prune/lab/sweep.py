@@ -13,10 +13,10 @@ from statistics import fmean
 import torch
 
 from .cells import Cell, choose_lr, count_cells, known_cells
+from .cluster import RayCluster
 from .data import DataSource, load_dataset
 from .display import Display
 from .errors import LabError
-from .cluster import RayCluster
 from .executors import DataParallel, Executor, InProcess, Processes, follow, lost
 from .isolate import one_line
 from .methods import check_method

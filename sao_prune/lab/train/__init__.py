@@ -1,6 +1,6 @@
 """One training, the same for every method."""
 
-from .distributed import from_first, process_group, rank, world
+from .distributed import from_first, in_turn, process_group, rank, world
 from .evaluate import evaluate
 from .history import History
 from .loop import train
@@ -14,6 +14,7 @@ __all__ = [
     "TrainSpec",
     "evaluate",
     "from_first",
+    "in_turn",
     "process_group",
     "rank",
     "train",

@@ -185,3 +185,13 @@ def test_the_default_recipe_is_the_comparison_it_claims_to_be() -> None:
 def test_a_recipe_that_is_nowhere_is_an_error_that_lists_the_shipped(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"neither a file nor one of digits"):
         find_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_the_documented_recipe_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    path = tmp_path / "my.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    small, warm = load_recipe(path).settings
+    assert (small.network.width, warm.network.width) == ((32,), (64,))
+    assert (small.train.schedule.warmup_epochs, warm.train.schedule.warmup_epochs) == (0, 2)
+    assert load_recipe(path, "smoke").settings[0].data.subset is None

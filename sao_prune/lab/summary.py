@@ -9,7 +9,7 @@ from statistics import fmean, median, stdev
 
 from scipy import stats
 
-from .cells import choose_lr, count_cells, final_cells, known_cells, spectrum_cell
+from .cells import choose_lr, count_cells, final_cells, known_cells, selection_cells, spectrum_cell
 from .errors import ResultsError
 from .recipe import Arm, Recipe, load_recipe
 from .results import Record, read_results
@@ -28,6 +28,20 @@ class Paired:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A learning rate of the grid, and what it reached on the held-out part of the training set.
+
+    Attributes:
+        accuracy: mean over the seeds that decide, as a fraction; ``None`` before all of them are done.
+        diverged: how many of the trainings diverged.
+    """
+
+    lr: float
+    accuracy: float | None
+    diverged: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One arm of the comparison. Accuracies are fractions.
 
@@ -37,6 +51,7 @@ class Row:
         execution: how the training ran: masked or compact.
         against_sao: the paired comparison with SAO on the same network at the same amount; none for SAO itself, or
             below two seeds in common.
+        rates: the grid that ``lr`` was chosen from; empty where it leaves no choice.
         accuracies: of the finished final runs, in the order of the recipe's seeds.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
@@ -53,6 +68,7 @@ class Row:
     seconds: float | None
     cpu_seconds: float | None
     execution: str
+    rates: tuple[Rate, ...]
     accuracies: tuple[float, ...]
     curves: tuple[tuple[float, ...], ...]
     spectrum: Record | None
@@ -72,13 +88,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows of a recipe, how much of it is done, and what it was done with."""
+    """All rows of a recipe, how much of it is done, and what it was done with.
+
+    Attributes:
+        recipe_text: the recipe as YAML.
+        done, cells: finished cells, and those that the whole recipe has.
+        seconds, cpu_seconds: of all trainings together, those that chose learning rates included.
+        environments: a line for each set of versions and hardware.
+    """
 
     recipe: Recipe
+    recipe_text: str
     rows: tuple[Row, ...]
     done: int
     cells: int
+    seconds: float
+    cpu_seconds: float
     environments: tuple[str, ...]
+
+    @property
+    def heading(self) -> str:
+        """The comparison's title."""
+        return " ".join((self.recipe.title or self.recipe.name).split())
 
 
 def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
@@ -93,18 +124,21 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
         raise ResultsError(f"{folder} holds no run (recipe.yaml and results.jsonl): make one with `sao-prune run`")
     recipe = load_recipe(folder / "recipe.yaml")
     records = read_results(path, warn)
-    used = [
-        records[cell.key] for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key in records
-    ]
+    done = [cell.key for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key in records]
+    # Arms of two cases may share a cell: it was worked once, and counts for each.
+    used = [records[key] for key in dict.fromkeys(done)]
     if not used:
         raise ResultsError(f"{path} has no result of the recipe beside it yet: let `sao-prune run` go on")
     rows = [_row(arm, records) for arm in recipe.arms()]
     return Summary(
-        recipe,
-        tuple(replace(row, against_sao=_against_sao(row, rows)) for row in rows),
-        len(used),
-        sum(count_cells(arm)[0] for arm in recipe.every_arm()),
-        tuple(sorted({_environment(record) for record in used})),
+        recipe=recipe,
+        recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        rows=tuple(replace(row, against_sao=_against_sao(row, rows)) for row in rows),
+        done=len(done),
+        cells=sum(count_cells(arm)[0] for arm in recipe.every_arm()),
+        seconds=sum(record["result"].get("seconds", 0.0) for record in used),
+        cpu_seconds=sum(record["result"].get("cpu_seconds", 0.0) for record in used),
+        environments=tuple(sorted({_environment(record) for record in used})),
     )
 
 
@@ -131,11 +165,24 @@ def _row(arm: Arm, records: Mapping[str, Record]) -> Row:
         seconds=typical("seconds"),
         cpu_seconds=typical("cpu_seconds"),
         execution=first.get("execution", ""),
+        rates=tuple(_rates(arm, records)),
         accuracies=tuple(result["accuracy"] for result in done),
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
         spectrum=measured,
         notes=tuple(_notes(arm, lr, done, first)),
     )
+
+
+def _rates(arm: Arm, records: Mapping[str, Record]) -> Iterator[Rate]:
+    """What each rate of the grid reached so far."""
+    choosing = selection_cells(arm, records)
+    if choosing is None:
+        choosing = {lr: [] for lr in arm.setting.lr.grid}
+    for lr, cells in choosing.items():
+        done = [records[cell.key]["result"] for cell in cells if cell.key in records]
+        whole = bool(done) and len(done) == len(cells)
+        mean = fmean(result["accuracy"] for result in done) if whole else None
+        yield Rate(lr, mean, sum(result["status"] != "ok" for result in done))
 
 
 def _notes(arm: Arm, lr: float | None, done: list[Record], first: Record) -> Iterator[str]:
@@ -174,8 +221,12 @@ def _against_sao(row: Row, rows: Sequence[Row]) -> Paired | None:
 
 
 def _environment(record: Record) -> str:
-    made = record["environment"]
-    return (
-        f"sao_prune {made['sao_prune']}, torch {made['torch']}, Python {made['python']}, {made['device']}, "
-        f"{made['threads']} threads"
-    )
+    made = dict(record["environment"])
+    threads, processes = _count(made.pop("threads"), "thread"), made.pop("processes", 1)
+    said = [f"sao_prune {made.pop('sao_prune')}", f"torch {made.pop('torch')}", f"Python {made.pop('python')}"]
+    said += [made.pop("device"), threads + (f" in each of {processes} processes" if processes > 1 else "")]
+    return ", ".join([*said, *(f"{key} {value}" for key, value in made.items())])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,49 @@
+"""The report of a run: on the terminal, and as a page, Markdown, CSV and figures beside the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..results import write_atomically
+from ..summary import Summary, summarise
+from .curves import accuracy_chart, spectrum_chart
+from .drawing import draw_png, styles
+from .markdown import markdown_text
+from .page import html_page
+from .spreadsheet import csv_text
+from .terminal import print_report
+from .versus import depth_chart, sparsity_chart
+
+__all__ = ["print_report", "write_report"]
+
+_CHARTS = {
+    "sparsity": sparsity_chart,
+    "depth": depth_chart,
+    "accuracy": accuracy_chart,
+    "jacobian": spectrum_chart,
+}
+
+
+def write_report(folder: Path, warn: Callable[[str], None]) -> Summary:
+    """Write ``report.html``, ``report.md``, ``results.csv`` and the figures as PNG into a run's folder.
+
+    A figure of an earlier report that the results no longer make is removed.
+
+    Raises:
+        ResultsError: if the folder holds no results.
+    """
+    summary = summarise(folder, warn)
+    style = styles([(row.arm.method.title, row.arm.method.is_dense) for row in summary.rows])
+    charts = []
+    for name, make in _CHARTS.items():
+        chart, path = make(summary), folder / f"{name}.png"
+        if chart is None:
+            path.unlink(missing_ok=True)
+        else:
+            draw_png(chart, path, summary.heading, style)
+            charts.append(chart)
+    write_atomically(folder / "results.csv", csv_text(summary))
+    write_atomically(folder / "report.md", markdown_text(summary, charts))
+    write_atomically(folder / "report.html", html_page(summary, charts, style))
+    return summary

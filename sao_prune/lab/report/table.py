@@ -1,0 +1,162 @@
+"""What a table of results holds: its columns, their texts and numbers, and which rows stand together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..summary import Rate, Row, Summary
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that people read.
+
+    Attributes:
+        narrow: it is among those that fit into 80 characters.
+    """
+
+    title: str
+    text: Callable[[Row], str]
+    narrow: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that compete: the methods at one amount.
+
+    Attributes:
+        title: the amount, where the recipe has several.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+
+    def best(self) -> list[Row]:
+        """The pruned rows whose mean accuracy reads highest; none where all finished ones read the same."""
+        finished = [row for row in self.rows if len(row.accuracies) == len(row.arm.setting.seeds)]
+        rivals = [row for row in finished if not row.arm.method.is_dense]
+        read = [float(_percent(row.mean)) for row in rivals]
+        return [row for row, value in zip(rivals, read) if min(read) < value == max(read)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rows of one network of one case.
+
+    Attributes:
+        title: what tells it from the recipe's other groups; empty where there is but one.
+    """
+
+    title: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of all blocks."""
+        return tuple(row for block in self.blocks for row in block.rows)
+
+
+def groups(summary: Summary) -> list[Group]:
+    """The rows by network, and below it by amount; dense stands in the first block where there are several amounts."""
+    found = []
+    for setting in summary.recipe.settings:
+        for options in setting.network.grid():
+            rows = [row for row in summary.rows if row.arm.setting == setting and row.arm.options == options]
+            amounts = setting.prune.grid()
+            if len(amounts) == 1:
+                blocks = [Block("", tuple(rows))]
+            else:
+                blocks = [_block(rows, amount) for amount in [{}, *amounts]]
+            if rows:
+                found.append(Group(rows[0].arm.network_title, tuple(block for block in blocks if block.rows)))
+    return found
+
+
+def _block(rows: Sequence[Row], amount: object) -> Block:
+    members = tuple(row for row in rows if row.arm.prune == amount)
+    return Block(members[0].arm.amount_title if members else "", members)
+
+
+def row_title(row: Row) -> str:
+    """Its name inside its group: the method, and the amount where there are several."""
+    return ", ".join(text for text in (row.arm.method.title, row.arm.amount_title) if text)
+
+
+def _percent(value: float | None, digits: int = 2, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.{digits}f}".replace("-", "−")
+
+
+def _accuracy(row: Row) -> str:
+    return _percent(row.mean) + ("" if row.spread is None else f" ± {_percent(row.spread)}")
+
+
+def _range(row: Row) -> str:
+    return f"{_percent(min(row.accuracies))}–{_percent(max(row.accuracies))}" if row.accuracies else "-"
+
+
+def _difference(row: Row) -> str:
+    return "-" if row.against_sao is None else _percent(row.against_sao.difference, sign="+")
+
+
+def _p_value(row: Row) -> str:
+    paired = row.against_sao
+    return "-" if paired is None or paired.p is None else f"{paired.p:.2g}"
+
+
+def _operations(row: Row) -> str:
+    return "-" if row.flops is None or not row.dense_flops else f"{100 * row.flops / row.dense_flops:.1f}"
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f}"
+
+
+COLUMNS = (
+    Column("method", row_title, narrow=True),
+    Column("sparsity %", lambda row: _percent(row.sparsity, 3), narrow=True),
+    Column("accuracy %", _accuracy, narrow=True),
+    Column("range", _range),
+    Column("vs SAO", _difference, narrow=True),
+    Column("p", _p_value),
+    Column("lr", lambda row: "-" if row.lr is None else f"{row.lr:g}", narrow=True),
+    Column("non-zero", lambda row: "-" if row.nonzero is None else f"{row.nonzero:,}", narrow=True),
+    Column("MACs %", _operations),
+    Column("time s", lambda row: _time(row.seconds), narrow=True),
+    Column("CPU s", lambda row: _time(row.cpu_seconds)),
+    Column("execution", lambda row: re.split(r"\W", row.execution)[0] or "-"),
+)
+
+
+def rates_of(group: Group) -> tuple[float, ...]:
+    """The learning rates that the group's methods chose from; none where the grid left no choice."""
+    return tuple(dict.fromkeys(rate.lr for row in group.rows for rate in row.rates))
+
+
+def rate_text(rate: Rate) -> str:
+    """Its held-out accuracy in per cent."""
+    return _percent(rate.accuracy) + (" (diverged)" if rate.diverged else "")
+
+
+# The columns of results.csv: plain numbers, for programs.
+FIELDS: dict[str, Callable[[Row], object]] = {
+    "method": lambda row: row.arm.title,
+    "network": lambda row: row.arm.setting.network.name,
+    "sparsity": lambda row: row.sparsity,
+    "accuracy_mean": lambda row: row.mean,
+    "accuracy_sd": lambda row: row.spread,
+    "accuracy_min": lambda row: min(row.accuracies, default=None),
+    "accuracy_max": lambda row: max(row.accuracies, default=None),
+    "seeds": lambda row: len(row.accuracies),
+    "lr": lambda row: row.lr,
+    "nonzero": lambda row: row.nonzero,
+    "parameters": lambda row: row.parameters,
+    "seconds_median": lambda row: row.seconds,
+    "cpu_seconds_median": lambda row: row.cpu_seconds,
+    "flops": lambda row: row.flops,
+    "dense_flops": lambda row: row.dense_flops,
+    "difference_from_sao": lambda row: row.against_sao and row.against_sao.difference,
+    "p_value": lambda row: row.against_sao and row.against_sao.p,
+    "execution": lambda row: row.execution,
+}

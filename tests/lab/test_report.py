@@ -1,0 +1,321 @@
+"""The report: a page that stands alone, texts that stay texts, and figures that show what was compared."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sao_prune.lab.cells import Cell, known_cells
+from sao_prune.lab.recipe import load_recipe
+from sao_prune.lab.report import print_report, write_report
+from sao_prune.lab.report.chart import MOST_PANELS
+from sao_prune.lab.report.curves import accuracy_chart, spectrum_chart
+from sao_prune.lab.report.drawing import DARK, LIGHT, styles
+from sao_prune.lab.report.page import style_sheet
+from sao_prune.lab.report.table import groups
+from sao_prune.lab.report.versus import depth_chart, sparsity_chart
+from sao_prune.lab.report.words import command
+from sao_prune.lab.summary import summarise
+
+PLAIN = """\
+name: plain
+data: {name: digits, holdout: 0.25}
+network: {name: sao_mlp, depth: 3}
+prune: {groups: 4}
+methods: [dense, sao, gmp-t]
+seeds: [0, 1]
+lr: {grid: [0.1, 0.03, 0.01]}
+train: {epochs: 3, batch_size: 64}
+"""
+AMOUNTS = PLAIN.replace("{groups: 4}", "{sparsity: [0.5, 0.75, 0.875]}").replace("depth: 3", "depth: [3, 6]")
+DEPTHS = PLAIN.replace("depth: 3", "depth: [2, 4, 8]")
+CASES = PLAIN + "cases:\n  - {label: few <i>, train: {epochs: 2}}\n  - {label: many, prune: {groups: [2, 8]}}\n"
+HOSTILE = PLAIN + "title: '<script>alert(1)</script> & $x_1$ \"q\" | `*`'\n"
+
+VOID = {"meta", "br", "link"}
+Ran = Callable[..., Path]
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Ran:
+    """A run's folder with made-up results; accuracies are ``level`` of the cell, or a law of its own."""
+
+    def make(text: str, keep: int | None = None, level: Callable[[Cell], float] | None = None) -> Path:
+        (tmp_path / "recipe.yaml").write_text(text)
+        recipe, records = load_recipe(tmp_path / "recipe.yaml"), {}
+        while missing := [
+            cell for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key not in records
+        ]:
+            records |= {cell.key: record(cell, level or accuracy) for cell in missing}
+        lines = [json.dumps(made) for made in records.values()]
+        (tmp_path / "results.jsonl").write_text("\n".join(lines[:keep]) + "\n")
+        return tmp_path
+
+    return make
+
+
+def accuracy(cell: Cell) -> float:
+    """Best at lr 0.03; SAO above the others."""
+    bonus = {"dense": 0.05, "sao": 0.02}.get(cell.arm.method.name, 0.0)
+    return 0.8 + bonus - 0.01 * abs(math.log(cell.lr / 0.03)) + 0.001 * cell.seed
+
+
+def record(cell: Cell, level: Callable[[Cell], float]) -> dict:
+    prune = cell.arm.prune
+    sparsity = prune.get("sparsity", 1 - 1 / prune.get("groups", 1))
+    result = {"sparsity": sparsity, "parameters": 100, "nonzero": 50, "flops": 40, "dense_flops": 80, "note": ""}
+    if cell.kind == "spectrum":
+        values = {"depth": [1, 2], "mean": [1.0, 0.5], "smallest": [0.5, 0.0], "largest": [2.0, None]}
+        result |= {**values, "directions": 64}
+    else:
+        reached = level(cell)
+        curve = [reached * epoch / cell.steps for epoch in range(1, cell.steps + 1)]
+        result |= {"status": "ok", "accuracy": reached, "loss": 1.0, "seconds": 10.0, "cpu_seconds": 20.0}
+        result |= {"execution": "compact", "curve": {"accuracy": curve}}
+    made = {"sao_prune": "1", "torch": "2", "python": "3", "device": "cpu: none", "threads": 1}
+    return {"key": cell.key, "cell": cell.content(), "result": result, "environment": made}
+
+
+class Page(HTMLParser):
+    """Balanced elements, with the text of each; fails at anything that a browser would fetch or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[tuple[tuple[str, ...], str]] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "img")
+        for name, value in attrs:
+            assert not name.startswith("on")
+            assert name not in ("src", "srcset", "action")
+            assert "http" not in (value or "")
+            if name == "href":
+                self.references.append(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((tuple(self.open), data))
+
+    def all(self, tag: str) -> list[str]:
+        return [text for path, text in self.texts if tag in path and text.strip()]
+
+
+def page(folder: Path) -> Page:
+    write_report(folder, pytest.fail)
+    return Page((folder / "report.html").read_text())
+
+
+@pytest.mark.parametrize("text", [PLAIN, CASES])
+def test_the_page_stands_alone_and_names_every_arm(ran: Ran, text: str) -> None:
+    folder = ran(text)
+    found = page(folder)
+    assert len(set(found.ids)) == len(found.ids)
+    assert {reference.removeprefix("#") for reference in found.references} <= set(found.ids)
+    source = (folder / "report.html").read_text()
+    assert "@import" not in source
+    assert "http" not in source.split("<body>")[0]
+    summary = summarise(folder, pytest.fail)
+    headers = found.all("th")
+    for group in groups(summary):
+        for block in group.blocks:
+            assert group.title in ["", *found.all("h3")]
+            assert block.title in ["", *headers]
+    for row in summary.rows:
+        # Once in the results, once among the learning rates.
+        assert headers.count(row.arm.method.title) == 2 * sum(
+            other.arm.method == row.arm.method for other in summary.rows
+        )
+    assert len(found.all("summary")) == 1
+    assert folder.joinpath("recipe.yaml").read_text() in found.all("pre")
+
+
+def test_a_users_text_stays_text(ran: Ran) -> None:
+    folder = ran(HOSTILE)
+    found = page(folder)
+    title = '<script>alert(1)</script> & $x_1$ "q" | `*`'
+    assert found.all("title") == found.all("h1") == [title]
+    assert "\\<script>" in (folder / "report.md").read_text().splitlines()[0]
+
+
+def test_every_rate_is_shown_and_the_chosen_one_stands_out(ran: Ran) -> None:
+    folder = ran(PLAIN)
+    found = page(folder)
+    assert "85.00" in found.all("strong")
+    assert "82.00" in found.all("strong")
+    assert "83.90" in found.all("td")
+    text = (folder / "report.md").read_text()
+    assert "| held-out accuracy % | lr 0.1 | lr 0.03 | lr 0.01 |" in text
+    assert "| Dense | 83.80 | **85.00** | 83.90 |" in text
+    assert "held-out 25 % of the training set (mean over seed 0)" in text
+
+
+def test_the_best_pruned_row_is_emphasised_and_ties_are_shared(ran: Ran) -> None:
+    (group,) = groups(summarise(ran(PLAIN), pytest.fail))
+    assert [row.arm.method.name for row in group.blocks[0].best()] == ["sao"]
+    (group,) = groups(summarise(ran(PLAIN, level=lambda cell: 0.5), pytest.fail))
+    assert group.blocks[0].best() == []
+    ties = PLAIN.replace("gmp-t]", "rg-s, gmp-t]")
+    (group,) = groups(
+        summarise(ran(ties, level=lambda cell: 0.5 - 0.1 * cell.arm.method.is_trained_first), pytest.fail)
+    )
+    assert [row.arm.method.name for row in group.blocks[0].best()] == ["sao", "rg-s"]
+
+
+@pytest.mark.parametrize("keep", [1, 4, 9, 14])
+def test_an_unfinished_run_has_a_page_that_says_so(ran: Ran, keep: int) -> None:
+    found = page(ran(AMOUNTS, keep))
+    (told,) = [text for text in found.all("p") if text.startswith("unfinished")]
+    assert f"{keep} of " in told
+
+
+def test_accuracy_against_sparsity(ran: Ran) -> None:
+    folder = ran(AMOUNTS)
+    summary = write_report(folder, pytest.fail)
+    chart = sparsity_chart(summary)
+    assert [panel.title for panel in chart.panels] == ["N = 3", "N = 6"]
+    dense, sao, _ = chart.panels[0].lines
+    assert (dense.form, dense.y) == ("level", pytest.approx((85.05,)))
+    assert sao.x == (1, 2, 3)
+    assert sao.y == pytest.approx((82.05,) * 3)
+    assert (sao.low, sao.high) == (pytest.approx((82.0,) * 3), pytest.approx((82.1,) * 3))
+    assert chart.ticks == ((1, "50"), (2, "75"), (3, "87.5"))
+    assert depth_chart(summary) is None
+    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "depth.png").exists()
+    assert "sparsity" in Page((folder / "report.html").read_text()).ids
+
+
+def test_accuracy_against_depth_takes_the_place_of_an_older_figure(ran: Ran) -> None:
+    folder = ran(DEPTHS)
+    (folder / "sparsity.png").write_bytes(b"of an earlier report")
+    summary = write_report(folder, pytest.fail)
+    (panel,) = depth_chart(summary).panels
+    assert [line.x for line in panel.lines] == [(1, 2, 3)] * 3
+    assert (folder / "depth.png").exists()
+    assert not (folder / "sparsity.png").exists()
+
+
+def test_depths_that_were_trained_differently_are_not_joined(ran: Ran) -> None:
+    cases = PLAIN + "cases:\n  - {label: a, network: {depth: 2}}\n  - {label: b, network: {depth: 4}%s}\n"
+    assert depth_chart(summarise(ran(cases % ""), pytest.fail)) is not None
+    assert depth_chart(summarise(ran(cases % ", train: {epochs: 9}"), pytest.fail)) is None
+
+
+def test_a_jacobian_panel_holds_all_methods_and_says_along_which_directions(ran: Ran) -> None:
+    chart = spectrum_chart(summarise(ran(AMOUNTS), pytest.fail))
+    assert len(chart.panels) == 6
+    assert all([line.method for line in panel.lines] == ["Dense", "SAO"] for panel in chart.panels)
+    assert "random subspace of 64 dimensions" in chart.caption
+    assert math.isnan(chart.panels[0].lines[0].high[1])
+
+
+def test_too_many_panels_are_left_out_and_said_so(ran: Ran) -> None:
+    many = AMOUNTS.replace("depth: [3, 6]", f"depth: [{', '.join(map(str, range(1, 14)))}]")
+    chart = accuracy_chart(summarise(ran(many), pytest.fail))
+    assert len(chart.panels) == 13 <= MOST_PANELS
+    assert all("87.5 %" in panel.title for panel in chart.panels)
+    assert "only the last amount" in chart.caption
+
+
+def test_long_curves_are_thinned_to_their_last_epoch_and_said_so(ran: Ran) -> None:
+    chart = accuracy_chart(summarise(ran(PLAIN.replace("epochs: 3", "epochs: 250")), pytest.fail))
+    assert chart.panels[0].lines[0].x[:2] == (1, 4)
+    assert chart.panels[0].lines[0].x[-1] == 250
+    assert "after every 3 epochs" in chart.caption
+
+
+def test_a_method_has_one_style_and_no_two_share_it() -> None:
+    titles = [f"m{i}" for i in range(30)]
+    given = styles([("Dense", True), *((title, False) for title in titles), ("m0", False)])
+    assert given["Dense"] == 0
+    assert sorted(given.values()) == list(range(31))
+
+
+def test_the_report_is_the_same_each_time(ran: Ran) -> None:
+    folder = ran(PLAIN)
+    write_report(folder, pytest.fail)
+    before = (folder / "report.html").read_bytes()
+    write_report(folder, pytest.fail)
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_the_terminal_shows_all_methods_in_80_columns(ran: Ran) -> None:
+    summary = summarise(ran(AMOUNTS), pytest.fail)
+    console = Console(width=80, color_system=None)
+    with console.capture() as captured:
+        print_report(summary, console)
+    lines = captured.get().splitlines()
+    assert max(map(len, (line for line in lines if not line.startswith("- ")))) <= 80
+    assert sum(line.strip() == "87.5 %" for line in lines) == 2
+    assert sum(line.split()[:3] == ["GMP-T", "87.500", "80.05"] for line in lines) == 2
+
+
+def test_a_shipped_recipe_is_run_again_by_its_name(ran: Ran) -> None:
+    from sao_prune.lab.recipe import read_recipe, shipped_recipes
+
+    shipped = read_recipe(shipped_recipes()["mlp7"], "laptop")
+    assert command(shipped.recipe) == "sao-prune run mlp7 --profile laptop"
+    assert command(summarise(ran(PLAIN), pytest.fail).recipe) == "sao-prune run recipe.yaml"
+
+
+def colours(scheme: str) -> dict[str, str]:
+    """The variables of the page in one colour scheme."""
+    found: dict[str, str] = {}
+    for part in style_sheet().split(":root")[1:]:
+        body = part[part.index("{") + 1 : part.index("}")]
+        pairs = dict(item.split(":", 1) for item in body.split(";") if item.strip().startswith("--"))
+        dark = list({key.strip(): value.strip() for key, value in pairs.items()}.items())
+        declared = dict(dark)
+        is_dark = declared.get("--ink", declared.get("--ground")) in (DARK["ink"], "#14171c")
+        if is_dark == (scheme == "dark"):
+            found |= declared
+    return found
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    dim, bright = sorted((luminance(a), luminance(b)))
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def text_pairs() -> Iterator[tuple[str, str, float]]:
+    for ink in ("--ink", "--soft", "--accent"):
+        yield ink, "--ground", 4.5
+        yield ink, "--raised", 4.5
+    yield "--warn", "--warn-ground", 4.5
+    for index in range(1, 7):
+        yield f"--c{index}", "--ground", 3.0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_of_text_and_lines(scheme: str) -> None:
+    given = colours(scheme)
+    assert given["--ink"] == (DARK if scheme == "dark" else LIGHT)["ink"]
+    for front, back, least in text_pairs():
+        assert contrast(given[front], given[back]) >= least, (front, back)

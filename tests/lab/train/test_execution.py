@@ -10,7 +10,9 @@ from torch import nn
 import sao_prune
 from sao_prune.compact import BlockModule
 from sao_prune.lab.data import Dataset
+from sao_prune.lab.network import initial_network
 from sao_prune.lab.train import TrainSpec, train
+from sao_prune.lab.train.execution import execution_form
 
 Maker = Callable[..., nn.Module]
 SPEC = TrainSpec(epochs=3, batch_size=8, weight_decay=1e-3, clip=1.0)
@@ -95,3 +97,15 @@ def test_a_compact_model_stays_compact(blobs: Dataset, network: Maker) -> None:
     sao_prune.compact(model)
     assert train(model, blobs, SPEC, 0.01, 0).execution == "compact: 2 layers, as given"
     assert sum(isinstance(m, BlockModule) for m in model.modules()) == 2
+
+
+def test_a_network_that_amplifies_rounding_is_compact_too():
+    net = initial_network("sao_mlp", {"depth": 300}, 10, (1, 32, 32), gain=1.3)
+    sao_prune.apply(net, groups=64, method=sao_prune.SAO(gain=1.3), seed=0, skip_first=False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with execution_form(net, "auto", images) as form:
+        assert form.startswith("compact")
+        assert all(p.dtype == torch.float32 for p in net.parameters())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])

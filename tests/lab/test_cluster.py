@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,6 +21,12 @@ from tests.lab.test_executors import LONG, by_key, until
 from tests.lab.test_sweep import lines
 
 Micro = Callable[..., Path]
+
+# Ray reads these when it is imported: the loopback interface for all, and patience on a busy machine.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_" + "raylet_start_wait_time_s", "180")
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 
 
 @pytest.mark.parametrize(
@@ -70,18 +77,13 @@ def test_an_error_comes_back_as_one_line(micro: Micro, tmp_path: Path, monkeypat
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[Any]:
-    """A head that works on nothing; all that it says goes through the loopback interface."""
-    pytest.importorskip("ray")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    patch.setenv("RAY_raylet_start_wait_time_s", "180")
+    """A head that works on nothing."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
     made = Cluster(initialize_head=True, head_node_args=head)
     yield made
     made.shutdown()
-    patch.undo()
 
 
 @contextmanager
@@ -107,6 +109,7 @@ def workers() -> list[int]:
     return found
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_cluster_gives_the_same_results_though_a_worker_and_a_node_are_killed(
     micro: Micro, tmp_path: Path, display, ray_cluster: Any, one_thread: None
@@ -134,6 +137,7 @@ def test_a_cluster_gives_the_same_results_though_a_worker_and_a_node_are_killed(
     assert by_key(folder) == by_key(run_recipe(path, RunOptions(tmp_path / "here"), display))
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_cluster_that_is_too_small(micro: Micro, tmp_path: Path, display, ray_cluster: Any) -> None:
     options = RunOptions(tmp_path, ray=ray_cluster.address, cpus=2)
@@ -142,9 +146,9 @@ def test_a_cluster_that_is_too_small(micro: Micro, tmp_path: Path, display, ray_
     assert "\n" not in str(caught.value)
 
 
+@needs_ray
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
 def test_no_cluster_at_the_address(micro: Micro, tmp_path: Path, display, address: str) -> None:
-    pytest.importorskip("ray")
     with pytest.raises(LabError, match="Ray cluster") as caught:
         run_recipe(micro(), RunOptions(tmp_path, ray=address), display)
     assert "\n" not in str(caught.value)

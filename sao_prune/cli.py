@@ -89,7 +89,7 @@ def run(
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")] = Path("runs/digits"),
 ) -> None:
-    """Table, figures and report.md of a run, finished or not."""
+    """The page report.html, tables and figures of a run, finished or not."""
     _need_laboratory()
     _show(folder, Console())
 

@@ -141,7 +141,7 @@ def final_cells(arm: Arm, records: Mapping[str, Record]) -> list[Cell] | None:
 
 
 def spectrum_cell(arm: Arm) -> Cell | None:
-    """The measurement at initialisation, for the first seed; none for a -T method, which starts from trained weights."""
+    """The measurement at initialisation, for the first seed; none for a -T method, which starts from a training."""
     return None if arm.method.is_trained_first else Cell("spectrum", arm, arm.setting.seeds[0])
 
 

@@ -115,7 +115,6 @@ class Sweep:
     def __init__(self, recipe: Recipe, log: ResultsLog, display: Display, place: Workplace) -> None:
         self._log, self._display, self._place = log, display, place
         self._arms = recipe.every_arm()
-        self._shown = list(recipe.arms())
         self._counted: set[tuple[int, str]] = set()
         self._live: set[str] = set()
         self._trained: set[str] = set()

@@ -125,7 +125,7 @@ def _norm_bound(kernel: Tensor) -> Tensor:
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
-    """Largest singular value, from the smaller Gram matrix; NaN if an entry is not finite, as in a diverged training."""
+    """Largest singular value, from the smaller Gram matrix; NaN if an entry is not finite, as after divergence."""
     gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
     finite = torch.isfinite(gram).all(-1).all(-1)
     largest = torch.linalg.eigvalsh(gram.nan_to_num(0.0, 0.0, 0.0))[..., -1]

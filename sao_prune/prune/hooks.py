@@ -127,7 +127,7 @@ class RefreshAll:
 
 
 class RefreshChildren:
-    """As `RefreshAll`, for the children of one module that were never called before: where a part of a model runs alone.
+    """As `RefreshAll`, for children that were never called before: where a part of a model runs alone.
 
     What was called in this very pass does not count: checkpointing runs a part again, and has to find it the same.
     """

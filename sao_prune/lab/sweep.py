@@ -192,18 +192,19 @@ class Sweep:
         """Tell of what is done and was not told yet."""
         records = self._log.records
         for index, arm in enumerate(self._arms):
-            before = len(self._counted)
+            final = False
             cells = known_cells(arm, records)
             for cell in cells:
                 if cell.key not in records or (index, cell.key) in self._counted:
                     continue
                 self._counted.add((index, cell.key))
+                final |= cell.kind == "final"
                 if cell.key in self._live and cell.kind != "spectrum":
                     self._live.discard(cell.key)
                 else:
                     self._display.step(cell.title, "done", cell.steps)
             finals = [records[cell.key]["result"] for cell in cells if cell.kind == "final" and cell.key in records]
-            if len(self._counted) > before and len(finals) == len(arm.setting.seeds):
+            if final and len(finals) == len(arm.setting.seeds):
                 accuracy, lr = fmean(result["accuracy"] for result in finals), choose_lr(arm, records)
                 self._display.note(f"{arm.title}: {accuracy:.1%} on the test set (mean of {len(finals)}), lr {lr:g}")
 

@@ -26,7 +26,7 @@ from tests.lab.test_sweep import lines, without_clock
 
 Micro = Callable[..., Path]
 FEW = ("[dense, sao, rg-s, gmp-s]", "[dense, sao]")
-LONG = ("epochs: 2", "epochs: 20")
+LONG = ("epochs: 2", "epochs: 10")
 
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 
@@ -100,6 +100,7 @@ def test_two_jobs_give_the_records_of_one(micro: Micro, tmp_path: Path, display,
     assert by_key(one) == by_key(two)
     assert {line["environment"]["threads"] for line in lines(two)} == {1}
     assert not multiprocessing.active_children()
+    assert [note.split(":")[0] for note in display.notes].count("SAO") == 2
 
 
 def test_a_killed_worker_costs_its_cell_only(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:

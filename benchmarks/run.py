@@ -23,6 +23,8 @@ import stacks
 import torch
 from timing import Row
 
+from sao_prune.lab.work import processor_name
+
 _TIMED = {
     True: "Times are CPU times of the one thread, free of other work on the machine.",
     False: "Times are wall-clock times; the machine must be idle otherwise.",
@@ -76,7 +78,7 @@ def _document(lines: list[str], seconds: float, threads: int) -> str:
             "# Measured speed and memory",
             "",
             f"`python {' '.join(sys.argv)}`, {date.today()}, {seconds / 60:.0f} minutes.",
-            f"Python {platform.python_version()}, {versions}; {threads} threads; {_processor()}.",
+            f"Python {platform.python_version()}, {versions}; {threads} threads; {processor_name()}.",
             "",
             _TIMED[threads == 1],
             "All ways of a row run in turn in one process. *ratio* is of the median times, *best* of the least times;",
@@ -89,14 +91,6 @@ def _document(lines: list[str], seconds: float, threads: int) -> str:
             "",
         ]
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -242,9 +242,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a result was made with; not part of its key."""
-    processor = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "sao_prune": sao_prune.__version__,
         "torch": torch.__version__,
@@ -253,3 +251,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": world(),
     }
+
+
+def processor_name() -> str:
+    """The CPU's model, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

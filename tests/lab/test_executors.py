@@ -144,7 +144,8 @@ def test_a_killed_driver_leaves_no_worker(micro: Micro, tmp_path: Path, display)
 
 @linux
 def test_an_interrupt_ends_all_at_once(micro: Micro, tmp_path: Path) -> None:
-    with driver(micro(DENSE, LONG), tmp_path / "runs", 1) as (process, below):
+    # Long enough that it cannot be over before the interrupt, however busy the machine is.
+    with driver(micro(DENSE, ("epochs: 2", "epochs: 5000")), tmp_path / "runs", 1) as (process, below):
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130

@@ -109,6 +109,19 @@ def _operations(row: Row) -> str:
     return "-" if row.flops is None or not row.dense_flops else f"{100 * row.flops / row.dense_flops:.1f}"
 
 
+def execution_word(text: str) -> str:
+    """The form that a training ran in; a magnitude mask may have a few layers that happen to be blocks.
+
+    Example:
+        >>> execution_word("compact: 51 of 52 layers"), execution_word("compact: 1 of 52 layers"), execution_word("")
+        ('compact', 'masked', '-')
+    """
+    counts = re.match(r"compact: (\d+) of (\d+) layers", text)
+    if counts and 2 * int(counts[1]) < int(counts[2]):
+        return "masked"
+    return re.split(r"\W", text)[0] or "-"
+
+
 def _time(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.1f}"
 
@@ -125,7 +138,7 @@ COLUMNS = (
     Column("MACs %", _operations),
     Column("time s", lambda row: _time(row.seconds), narrow=True),
     Column("CPU s", lambda row: _time(row.cpu_seconds)),
-    Column("execution", lambda row: re.split(r"\W", row.execution)[0] or "-"),
+    Column("execution", lambda row: execution_word(row.execution)),
 )
 
 

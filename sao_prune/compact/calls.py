@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..walk import call
 from .base import BlockModule
@@ -37,20 +39,39 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
             inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
         count[id(module)] = count.get(id(module), 0) + 1
 
-    training = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_pre_hook(note) for module in watched]
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with _evaluating(model), torch.no_grad():
             output = call(model, example_input)
     except Exception as error:
         raise ValueError(f"the model does not run on the example input: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
+    return Calls(output, inputs, count)
+
+
+def run_model(model: nn.Module, example_input: Any, mode: Literal["train", "infer"]) -> None:
+    """Run a model once, with ``"train"`` backwards too; nothing of the model changes, gradients included."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with _evaluating(model), torch.set_grad_enabled(mode == "train"):
+        output = call(model, example_input)
+        parts = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if parts and parameters:
+            torch.autograd.grad(parts, parameters, [torch.ones_like(t) for t in parts], allow_unused=True)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own mode and the random state come back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
         for module, mode in training.items():
             module.training = mode
-    return Calls(output, inputs, count)
 
 
 def to_channels_last(model: nn.Module) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from .calls import Calls, record_calls, to_channels_last, to_contiguous
 from .eligible import Ineligible, check_state, dense_class, dense_weight, layers, read_from_outside, read_topology
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
-from .tune import Candidate, Tune, choose
+from .tune import Candidate, Plan, Tune, plans, time_model
 
 
 def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -> CompactReport:
@@ -57,33 +58,63 @@ def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -
     candidates, records = _candidates(model, found, calls)
     if not candidates:
         raise ValueError(_nothing(model, records))
-    choices = choose(candidates, calls, tune)
-    changes: Changes = []
-    undo_format: list[Tensor] = []
+    ways = plans(candidates, calls, tune)
+    plan = ways[0] if len(ways) == 1 else _faster(model, candidates, ways, example_input, tune)
+    undo = _convert(model, candidates, plan)
     try:
-        for candidate in candidates:
-            choice = choices[candidate.name]
-            if choice.execution is None:
-                records[candidate.name] = replace(records[candidate.name], reason=choice.reason, ratio=choice.ratio)
-                continue
-            candidate.block.run_as(choice.execution)
-            changes.append(become(candidate.module, candidate.block))
-            records[candidate.name] = replace(
-                records[candidate.name], execution=str(choice.execution), ratio=choice.ratio
-            )
-        if any(isinstance(m, BlockModule) and m.execution.channels_last for _, m in found):
-            undo_format = to_channels_last(model)
-        absorb(model)
         if calls is not None:
             _verify(model, example_input, calls.output)
     except BaseException:
-        restore(changes)
-        to_contiguous(undo_format)
+        undo()
         raise
     if not any(True for module in model.modules() for _ in pruning_hooks(module)):
         for module in model.modules():
             unwatch(module)
+    for name, choice in plan.items():
+        execution = "" if choice.execution is None else str(choice.execution)
+        records[name] = replace(records[name], execution=execution, ratio=choice.ratio, reason=choice.reason)
     return CompactReport(tuple(records.values()), "compact")
+
+
+def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> Callable[[], None]:
+    """Make the layers compact as planned; returns what undoes it. If it fails, it is undone."""
+    changes: Changes = []
+    formats: list[Tensor] = []
+
+    def undo() -> None:
+        restore(changes)
+        to_contiguous(formats)
+        # Layers that were compact before must not go on relying on the orders of those that no longer are.
+        absorb(model)
+
+    try:
+        for candidate in candidates:
+            execution = plan[candidate.name].execution
+            if execution is not None:
+                candidate.block.run_as(execution)
+                changes.append(become(candidate.module, candidate.block))
+        if any(isinstance(m, BlockModule) and m.execution.channels_last for _, m in layers(model)):
+            formats += to_channels_last(model)
+        absorb(model)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _faster(
+    model: nn.Module, candidates: Sequence[Candidate], ways: Sequence[Plan], example_input: Any, tune: Tune
+) -> Plan:
+    """The plan with which the whole model runs fastest."""
+    assert tune is not None
+    seconds = []
+    for plan in ways:
+        undo = _convert(model, candidates, plan)
+        try:
+            seconds.append(time_model(model, example_input, tune))
+        finally:
+            undo()
+    return ways[seconds.index(min(seconds))]
 
 
 def _check(model: nn.Module, example_input: Any, tune: Tune) -> None:

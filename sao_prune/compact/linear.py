@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..topology import BlockTopology
 from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
-from .matmul import block_matmul, plain_block_matmul
+from .matmul import block_matmul, plain_block_matmul, plane_matmul
 from .order import is_plain
 
 
@@ -72,6 +72,9 @@ class BlockLinear(BlockModule):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if x.dim() == 2:
             return block_matmul(x, weight, bias, packing, self.features_first)
+        if x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous() and not self.folded[1]:
+            y = plane_matmul(x.mT.flatten(0, -3), weight, bias, packing)
+            return y.view(*x.shape[:-2], self.out_features, x.shape[-2]).mT
         flat = block_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
         return flat.view(*x.shape[:-1], self.out_features)
 

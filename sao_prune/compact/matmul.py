@@ -14,9 +14,10 @@ from .order import Kind, Order, is_features_first, take
 from .packing import Packing
 
 
-def _is_view(order: Order, features_first: bool) -> bool:
-    """Whether BLAS can read or write the channels in this order as they lie."""
-    return order.kind is Kind.IDENTITY or (features_first and order.kind is Kind.STRIDED and order.dims[2] == 1)
+def _is_view(order: Order, dims: tuple[int, int], features_first: bool) -> bool:
+    """Whether BLAS can read or write the channels in this order as they lie, given the dims of a strided one."""
+    strided = order.kind is Kind.STRIDED and order.dims == (*dims, 1)
+    return order.kind is Kind.IDENTITY or (features_first and strided)
 
 
 def _split(x: Tensor, groups: int, strided: bool) -> Tensor:
@@ -115,7 +116,8 @@ def block_matmul(
     features_first = came_features_first if features_first is None else features_first and x.shape[0] > 1
     if not came_features_first and not x.is_contiguous():
         x = x.contiguous()
-    in_view, out_view = _is_view(inputs, came_features_first), packing.raw or _is_view(outputs, features_first)
+    in_view = _is_view(inputs, (packing.cols, packing.groups), came_features_first)
+    out_view = packing.raw or _is_view(outputs, (packing.groups, packing.rows), features_first)
     if not in_view:
         x = take(x, inputs)
     natural = out_view and not packing.raw
@@ -124,6 +126,57 @@ def block_matmul(
     strided = in_view and inputs.kind is Kind.STRIDED, natural and outputs.kind is Kind.STRIDED
     y: Tensor = _BlockProduct.apply(x, weight, bias, strided, features_first)
     return y if out_view else take(y, outputs)
+
+
+class _PlaneProduct(torch.autograd.Function):
+    """The product for inputs ``(batch, groups * cols, length)`` whose last dimension is contiguous."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        groups, rows, cols = weight.shape
+        batch, _, length = x.shape
+        y = torch.bmm(_repeat(weight, batch), x.view(batch * groups, cols, length)).view(batch, groups * rows, length)
+        if bias is not None:
+            y += bias[:, None]
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+        groups, rows, cols = weight.shape
+        batch, _, length = x.shape
+        outer = grad.contiguous().view(batch * groups, rows, length)
+        grad_x = grad_weight = grad_bias = None
+        if needs[0]:
+            grad_x = torch.bmm(_repeat(weight.mT, batch), outer).view(x.shape)
+        if needs[1]:
+            inner = x.view(batch * groups, cols, length)
+            grad_weight = torch.bmm(outer, inner.mT).view(batch, *weight.shape).sum(0)
+        if needs[2]:
+            grad_bias = grad.sum((0, 2))
+        return grad_x, grad_weight, grad_bias
+
+
+def _repeat(weight: Tensor, batch: int) -> Tensor:
+    return weight.expand(batch, *weight.shape).flatten(0, 1)
+
+
+def plane_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
+    """`block_matmul` along dimension 1 of ``(batch, n, length)``, as token mixing has it: no transposition is made.
+
+    Args:
+        x: shape ``(batch, n, length)``, contiguous.
+        weight: the packed matrices, shape ``(groups, rows, cols)``.
+        bias: shape ``(m,)`` or ``None``.
+        packing: channel orders.
+
+    Returns:
+        Shape ``(batch, m, length)``, contiguous.
+    """
+    y: Tensor = _PlaneProduct.apply(take(x, packing.inputs), weight, packing.bias(bias))
+    return y if packing.raw else take(y, packing.outputs)
 
 
 def plain_block_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:

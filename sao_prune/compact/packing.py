@@ -74,8 +74,8 @@ def pack_topology(topology: BlockTopology, merge: int = 1) -> Packing:
     groups = -(-topology.groups // merge)
     row_group = _spread(topology.row_set, merge, groups)
     col_group = _spread(topology.col_set, merge, groups)
-    rows, row_place = _places(row_group, groups)
-    cols, col_place = _places(col_group, groups)
+    rows, row_place = _places(topology.row_set, row_group, groups)
+    cols, col_place = _places(topology.col_set, col_group, groups)
     slots = torch.cat(
         [
             (row_place[b.rows][:, :, None] * cols + (col_place[b.cols] % cols)[:, None, :]).flatten()
@@ -106,11 +106,15 @@ def _spread(sets: Tensor, merge: int, groups: int) -> Tensor:
     return group
 
 
-def _places(group: Tensor, groups: int) -> tuple[int, Tensor]:
-    """The width of the widest matrix and, for every channel, its position when all are padded to it."""
+def _places(sets: Tensor, group: Tensor, groups: int) -> tuple[int, Tensor]:
+    """The width of the widest matrix and, for every channel, its position when all are padded to it.
+
+    Merged blocks stand one after the other, so that an order that is strided without merging is so with it.
+    """
     counts = torch.bincount(group, minlength=groups)
     width = int(counts.max())
-    order = torch.argsort(group, stable=True)
+    order = torch.argsort(torch.where(sets < 0, len(sets), sets), stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
     start = counts.cumsum(0) - counts
     place = torch.empty_like(group)
     place[order] = torch.arange(len(group)) - start[group[order]] + group[order] * width

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import perf_counter, thread_time
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .base import BlockModule, Execution
-from .calls import Calls
+from .calls import Calls, run_model
 from .conv import BlockConv2d, _BlockConv
 
 Tune = Literal["train", "infer"] | None
@@ -39,22 +39,34 @@ class Choice:
     reason: str | None = None
 
 
-def choose(candidates: Sequence[Candidate], calls: Calls | None, tune: Tune) -> dict[str, Choice]:
-    """Choose the execution of every candidate layer; of equal layers only the first is timed."""
+Plan = dict[str, Choice]
+
+
+def plans(candidates: Sequence[Candidate], calls: Calls | None, tune: Tune) -> list[Plan]:
+    """The ways to run the candidate layers that are worth trying; of equal layers only the first is timed.
+
+    One, or where convolutions can run in two memory formats one for each, between which `time_model` decides: what
+    the rest of the model gains from a format, the layers do not tell.
+    """
     if tune is None or calls is None:
-        return {c.name: Choice(default_execution(c.block)) for c in candidates}
+        return [{c.name: Choice(default_execution(c.block)) for c in candidates}]
     timings: dict[Hashable, _Timings] = {}
     keys = {c.name: _key(c, calls) for c in candidates}
     for candidate in candidates:
         key = keys[candidate.name]
         if key not in timings:
             timings[key] = _time_layer(candidate, calls.inputs[id(candidate.module)], tune)
-    layouts = [
-        sum(timings[keys[c.name]].best(layout)[1] * calls.count[id(c.module)] for c in candidates)
-        for layout in (False, True)
+    found = [
+        {c.name: timings[keys[c.name]].choice(channels_last) for c in candidates} for channels_last in (False, True)
     ]
-    channels_last = layouts[1] < layouts[0]
-    return {c.name: timings[keys[c.name]].choice(channels_last) for c in candidates}
+    return found[:1] if found[0] == found[1] else found
+
+
+def time_model(model: nn.Module, example_input: Any, tune: Literal["train", "infer"]) -> float:
+    """Least seconds of a run of the whole model."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    run_model(model, example_input, tune)
+    return min(_clock(lambda: run_model(model, example_input, tune), device) for _ in range(3))
 
 
 def default_execution(block: BlockModule) -> Execution:
@@ -145,7 +157,8 @@ def _stock(block: BlockModule) -> nn.Module:
 
 
 def _input(like: Tensor, block: BlockModule, channels_last: bool) -> Tensor:
-    x = torch.randn(like.shape, dtype=like.dtype, device=block.blocks.device)
+    # As it lies in memory: tokens come to a mixing layer transposed.
+    x = torch.empty_like(like, device=block.blocks.device).normal_()
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return x

@@ -215,6 +215,25 @@ def test_a_failed_verification_restores_the_model():
     assert list(model.state_dict()) == list(state)
 
 
+def test_a_failed_verification_leaves_older_block_layers_right():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(3))), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x) + self.calls
+
+    model, x = Fickle(), torch.randn(2, 16, 9, 9)
+    sao_prune.apply(model.net, method=sao_prune.SAO(topology="ramanujan"), groups=4, skip_first=False, seed=0)
+    sao_prune.compact(model.net[0])
+    y = model.net(x)
+    with pytest.raises(ValueError, match="differs from the original's"):
+        sao_prune.compact(model, example_input=x)
+    torch.testing.assert_close(model.net(x), y, rtol=0, atol=1e-5)
+
+
 def test_half_compact_model_is_finished():
     model = _mlp()
     sao_prune.apply(model, groups=4, seed=0)

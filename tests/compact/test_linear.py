@@ -44,11 +44,27 @@ def test_equals_the_dense_layer(topology, lead, bias, features_first, transposed
     assert_same(layer, dense, x)
 
 
-@given(topologies(8))
+@given(
+    topologies(), st.sampled_from([(1, 3), (4, 5), (2, 3, 5), (2, 1), (0, 3), (3, 0)]), st.booleans(),
+    st.sampled_from([Execution(), Execution(merge=2)]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_transposed_tokens_need_no_copy(topology, lead, bias, execution):
+    layer, dense = _pair(topology, bias)
+    layer.run_as(execution)
+    x = torch.randn(*lead[:-1], layer.in_features, lead[-1], dtype=torch.float64).mT
+    assert_same(layer, dense, x)
+    if min(x.shape) > 1 and layer.out_features > 1:
+        assert layer(x).mT.is_contiguous()
+
+
+@given(topologies(8), st.booleans())
 @settings(max_examples=15, deadline=None)
-def test_second_derivatives(topology):
+def test_second_derivatives(topology, tokens):
     layer, _ = _pair(topology)
     x = torch.randn(2, layer.in_features, dtype=torch.float64, requires_grad=True)
+    if tokens:
+        x = torch.randn(2, layer.in_features, 2, dtype=torch.float64).mT.requires_grad_()
 
     def run(x, blocks, bias):
         return torch.func.functional_call(layer, {"blocks": blocks, "bias": bias}, (x,)).tanh()

@@ -105,9 +105,15 @@ def csr(repeats: int = 15) -> Iterator[Row]:
         return infer
 
     columns = transposed.t()
+    stored = layers["interleaved"].blocks.detach()
+    with torch.no_grad():
+        diagonal = torch.block_diag(*stored).to_sparse_bsr(stored.shape[1:])
+    sets = transposed.view(GROUPS, -1, BATCH)
     ways: dict[str, Callable[[], object]] = {
         "csr": without_gradients(lambda: sparse @ transposed),
         "csr, rows": without_gradients(lambda: nn.functional.linear(x, sparse)),
+        "bsr": without_gradients(lambda: diagonal @ transposed),
+        "bare": without_gradients(lambda: torch.bmm(stored, sets)),
     }
     for name, layer in layers.items():
         ways[name] = without_gradients(lambda layer=layer: layer(columns))
@@ -117,3 +123,7 @@ def csr(repeats: int = 15) -> Iterator[Row]:
         for name in layers:
             work = f"Linear {WIDTH}, batch {BATCH}, {GROUPS} blocks, inference, {name}, {note}"
             yield at_least(work, "torch.sparse CSR", 5, times, "csr" + order, name + order)
+    work = f"Linear {WIDTH}, batch {BATCH}, {GROUPS} blocks, inference, features first for both"
+    yield at_least(f"{work}, the limit: the bare product", "torch.sparse CSR", None, times, "csr", "bare")
+    label = "torch.sparse BSR of the blocks in a row, in which no channel has to move"
+    yield at_least(f"{work}, interleaved", label, None, times, "bsr", "interleaved")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import timm
 import torch
+from limits import without_block_layers
 from timing import Row, at_least, race
 from torch import Tensor, nn
 
@@ -51,12 +52,15 @@ def _compare(name: str, batch: int, target: float, mode: str, repeats: int) -> I
         report = sao_prune.compact(model, example_input=x, tune=mode)
         worst += [(layer.ratio, layer.name, topology) for layer in report.layers if layer.ratio is not None]
         ways[topology] = _way(model, x, labels, mode)
+        if topology == "interleaved":
+            ways["limit"] = _way(without_block_layers(model), x, labels, mode)
     times = race(ways, repeats, warm_up=1)
     work = f"{'training step' if mode == 'train' else 'inference'}, {name}, batch {batch}, {SPARSITY:.3%}"
     yield at_least(work, "dense", target, times, "dense", "interleaved", "interleaved")
     yield at_least(work, "dense", None, times, "dense", "ramanujan", "ramanujan")
     if "dense, channels last" in ways:
         yield at_least(work, "dense, channels last", None, times, "dense, channels last", "interleaved", "interleaved")
+    yield at_least(f"{work}, the limit: block layers take no time", "dense", None, times, "dense", "limit")
     ratio, layer, topology = min(worst)
     yield Row(
         f"slowest of {len(worst)} layers of {name}, {'training' if mode == 'train' else 'inference'}",

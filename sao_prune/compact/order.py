@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.fx import Proxy
 
 # Elements from which on a gather in parallel pays for its start.
 _MANY = 1 << 16
@@ -173,7 +174,7 @@ def take(x: Tensor, order: Order) -> Tensor:
     """
     if order.kind is Kind.IDENTITY:
         return x
-    if is_plain():
+    if is_plain() or isinstance(x, Proxy):
         return order.planes(x)
     return _Take.apply(x, order)  # type: ignore[no-any-return]
 

@@ -110,8 +110,6 @@ def test_onnx(case, tmp_path):
 
 def test_symbolic_trace(case):
     model, x, expected = case
-    if x.dim() == 4:
-        pytest.skip("a convolution's memory format is not traced")
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -22,3 +22,19 @@ def locked(path: Path) -> Iterator[None]:
     with path.with_name(path.name + ".lock").open("ab") as file:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         yield
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file without waiting; whether it worked, or there are no such locks.
+
+    The system lets go of the lock when the process ends, however it ends.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

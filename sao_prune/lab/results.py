@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from .errors import ResultsError
+from .locks import try_lock
 
 Record = dict[str, Any]
 
@@ -40,7 +41,7 @@ class ResultsLog:
             self._file = path.open("a+b")
         except OSError as error:
             raise ResultsError(f"cannot write {path}: {error.strerror}") from error
-        if not _lock(self._file.fileno()):
+        if not try_lock(self._file.fileno()):
             self._file.close()
             raise ResultsError(f"another run is writing {path}: wait for it, or give this one another --out folder")
         raw = _read(path)
@@ -119,16 +120,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether this process may write; the system lets go of the lock when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

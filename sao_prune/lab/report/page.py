@@ -19,6 +19,7 @@ def html_page(summary: Summary, charts: Sequence[Chart], style: Styles) -> str:
     found = groups(summary)
     body = [
         _header(summary),
+        _contents(charts),
         *(_chart(chart, style) for chart in charts if chart.headline),
         element("section", element("h2", "Results"), *(_results(group) for group in found), id="results"),
         *(_chart(chart, style) for chart in charts if not chart.headline),
@@ -56,6 +57,20 @@ def _header(summary: Summary) -> Markup:
         element("dl", *terms, class_="facts"),
         element("p", caption(summary), class_="lead"),
     )
+
+
+def _contents(charts: Sequence[Chart]) -> Markup:
+    """Links to the sections, in the order of the page."""
+    first, others = ([(c.name, c.title) for c in charts if c.headline is headline] for headline in (True, False))
+    sections = [
+        *first,
+        ("results", "Results"),
+        *others,
+        ("learning-rates", "Learning rates"),
+        ("again", "To run it again"),
+    ]
+    links = (element("li", element("a", title, href=f"#{name}")) for name, title in sections)
+    return element("nav", element("ul", *links), aria_label="Contents")
 
 
 def _results(group: Group) -> Markup:

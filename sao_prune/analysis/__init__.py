@@ -10,6 +10,7 @@ from .graph import (
     spectrum,
 )
 from .masks import SpectrumTooLargeError
+from .meanfield import MeanField, mean_field
 from .reach import depth_to_full_reachability, least_depth, reachability
 from .robustness import Certificate, certified_accuracy, certified_radii, pgd_l2
 from .similarity import KSResult, ks_test
@@ -23,6 +24,7 @@ __all__ = [
     "JacobianSpectrum",
     "KSResult",
     "LayerStorage",
+    "MeanField",
     "RamanujanGap",
     "SpectrumTooLargeError",
     "Storage",
@@ -36,6 +38,7 @@ __all__ = [
     "jacobian_spectrum",
     "ks_test",
     "least_depth",
+    "mean_field",
     "pgd_l2",
     "ramanujan_gap",
     "reachability",

@@ -131,8 +131,20 @@ def block_matmul(
     if not natural:
         bias = packing.bias(bias)
     strided = in_view and inputs.kind is Kind.STRIDED, natural and outputs.kind is Kind.STRIDED
-    y: Tensor = _BlockProduct.apply(x, weight, bias, strided, features_first)
+    if torch.is_grad_enabled():
+        y: Tensor = _BlockProduct.apply(x, weight, bias, strided, features_first)
+    else:
+        y = _product(weight, _split(x, weight.shape[0], strided[0]), bias, strided[1], features_first)
     return y if out_view else take(y, outputs)
+
+
+def _plane_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    groups, rows, cols = weight.shape
+    batch, _, length = x.shape
+    y = torch.bmm(_repeat(weight, batch), x.view(batch * groups, cols, length)).view(batch, groups * rows, length)
+    if bias is not None:
+        y += bias[:, None]
+    return y
 
 
 class _PlaneProduct(torch.autograd.Function):
@@ -140,13 +152,8 @@ class _PlaneProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        groups, rows, cols = weight.shape
-        batch, _, length = x.shape
-        y = torch.bmm(_repeat(weight, batch), x.view(batch * groups, cols, length)).view(batch, groups * rows, length)
-        if bias is not None:
-            y += bias[:, None]
         ctx.save_for_backward(x, weight)
-        return y
+        return _plane_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -182,7 +189,8 @@ def plane_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packin
     Returns:
         Shape ``(batch, m, length)``, contiguous.
     """
-    y: Tensor = _PlaneProduct.apply(take(x, packing.inputs), weight, packing.bias(bias))
+    product = _PlaneProduct.apply if torch.is_grad_enabled() else _plane_product
+    y: Tensor = product(take(x, packing.inputs), weight, packing.bias(bias))
     return y if packing.raw else take(y, packing.outputs)
 
 

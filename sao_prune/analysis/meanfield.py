@@ -20,7 +20,8 @@ class MeanField:
     Attributes:
         variance: mean square of the last layer's pre-activations.
         growth: mean squared singular value of the Jacobian of all layers together; 1 is isometric on average.
-        correlation: of the pre-activations of two inputs. Near 1, inputs can no longer be told apart; near 0 all are equally far.
+        correlation: of the pre-activations of two inputs. Near 1, inputs can no longer be told apart; near 0, all are
+            equally far from one another.
     """
 
     variance: float

@@ -37,10 +37,11 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, strided: bool, features_
     if not features_first and not strided and b.stride(2) == 1 and groups > 1:
         # Columns in, rows out: BLAS is twice as fast into a result of its own, copied over with the bias.
         product = torch.bmm(b.mT, a.mT).transpose(0, 1)
-        rows = y.view(batch, groups, width)
-        return (
-            rows.copy_(product) if bias is None else torch.add(product, bias.view(groups, width), out=rows)
-        ).view_as(y)
+        if bias is None:
+            y.view(batch, groups, width).copy_(product)
+        else:
+            torch.add(product, bias.view(groups, width), out=y.view(batch, groups, width))
+        return y
     if strided:
         torch.bmm(a, b, out=y.t().view(width, groups, batch).transpose(0, 1))
     elif features_first:
@@ -141,9 +142,9 @@ def block_matmul(
 def _plane_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     groups, rows, cols = weight.shape
     batch, _, length = x.shape
-    y = torch.bmm(_repeat(weight, batch), x.view(batch * groups, cols, length)).view(batch, groups * rows, length)
+    y = torch.bmm(_repeat(weight, batch), x.view(batch * groups, cols, length))
     if bias is not None:
-        y += bias[:, None]
+        y.view(batch, groups * rows, length).add_(bias[:, None])
     return y
 
 
@@ -161,7 +162,7 @@ class _PlaneProduct(torch.autograd.Function):
         needs = ctx.needs_input_grad  # type: ignore[attr-defined]
         groups, rows, cols = weight.shape
         batch, _, length = x.shape
-        outer = grad.contiguous().view(batch * groups, rows, length)
+        outer = grad.contiguous()
         grad_x = grad_weight = grad_bias = None
         if needs[0]:
             grad_x = torch.bmm(_repeat(weight.mT, batch), outer).view(x.shape)
@@ -169,7 +170,7 @@ class _PlaneProduct(torch.autograd.Function):
             inner = x.view(batch * groups, cols, length)
             grad_weight = torch.bmm(outer, inner.mT).view(batch, *weight.shape).sum(0)
         if needs[2]:
-            grad_bias = grad.sum((0, 2))
+            grad_bias = outer.view(batch, groups * rows, length).sum((0, 2))
         return grad_x, grad_weight, grad_bias
 
 
@@ -191,6 +192,7 @@ def plane_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packin
     """
     product = _PlaneProduct.apply if torch.is_grad_enabled() else _plane_product
     y: Tensor = product(take(x, packing.inputs), weight, packing.bias(bias))
+    y = y.view(len(x), packing.groups * packing.rows, x.shape[2])
     return y if packing.raw else take(y, packing.outputs)
 
 

@@ -76,7 +76,7 @@ class Order:
         return x.index_select(-1, self.index)
 
     def rows(self, x: Tensor) -> Tensor:
-        """`last` of a matrix ``(batch, channels)`` whose rows are contiguous, as fast as its device can."""
+        """`last` of a matrix ``(batch, channels)``, as fast as its device can."""
         if self.kind is Kind.IDENTITY:
             return x
         batch, channels = x.shape
@@ -84,7 +84,7 @@ class Order:
             return self.last(x)
         if self._is_shuffle:
             # As one image of 1 x batch pixels, channels last: measured at the speed of a copy.
-            image = x.as_strided((1, channels, 1, batch), (x.numel(), 1, x.numel(), channels))
+            image = x.contiguous().as_strided((1, channels, 1, batch), (x.numel(), 1, x.numel(), channels))
             return torch.native_channel_shuffle(image, self.dims[0]).as_strided((batch, channels), (channels, 1))
         # index_select along the last dimension uses one thread, and is fast for single precision only.
         if x.numel() >= _MANY and (torch.get_num_threads() > 1 or x.dtype is not torch.float32):
@@ -96,7 +96,7 @@ class Order:
         if self.kind is Kind.IDENTITY:
             return x
         if x.dim() == 2:
-            return self.first(x.t()).t() if is_features_first(x) else self.rows(x.contiguous())
+            return self.first(x.t()).t() if is_features_first(x) else self.rows(x)
         if is_channels_last(x):
             # A gather from a matrix is several times as fast as one from a tensor of more dimensions.
             pixels = x.movedim(1, -1)
@@ -155,7 +155,9 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, order: Order) -> Tensor:
         ctx.order = order  # type: ignore[attr-defined]
-        return order.channels(x)
+        y = order.channels(x)
+        # A view made in here could not be changed in place afterwards, as activations do.
+        return y.new_empty(0).set_(y.untyped_storage(), 0, y.shape, y.stride()) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -53,3 +53,15 @@ def assert_same(layer: BlockModule, dense: nn.Module, x: Tensor, tolerance: floa
     torch.testing.assert_close(layer.blocks.grad, blocks, rtol=0, atol=tolerance)
     if layer.bias is not None:
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=0, atol=tolerance)
+    # Activations change an output in place, and gradients come as parts of wider tensors or expanded.
+    again = x.clone().requires_grad_()
+    y = layer(again * 1)
+    dimension = 1 if y.dim() > 2 and isinstance(dense, nn.modules.conv._ConvNd) else -1
+    width = gradient.shape[dimension]
+    part = torch.cat([gradient, gradient], dimension).narrow(dimension, 0, width)
+    (grad,) = torch.autograd.grad(y, again, part, retain_graph=True)
+    torch.testing.assert_close(grad, theirs.grad, rtol=0, atol=tolerance)
+    one = torch.ones((), dtype=y.dtype).expand(y.shape)
+    expected = torch.autograd.grad(dense(theirs), theirs, one)[0]
+    torch.testing.assert_close(torch.autograd.grad(y, again, one)[0], expected, rtol=0, atol=tolerance)
+    layer(again * 1).relu_().sum().backward()

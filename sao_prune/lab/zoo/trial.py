@@ -1,4 +1,4 @@
-"""One pruned model at work: train, copy, save, load and bake it."""
+"""One pruned model at work: train, copy, compact, bake, save and load it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ...checkpoint import load, save
+from ...compact import compact
 from ...model import apply, remove
 from ...prune import MaskedWeight
 from ...report import Report
@@ -78,7 +79,7 @@ def run_one(task: RunTask) -> ZooRun:
     start = time.perf_counter()
     trial = Trial(task)
     stages: tuple[Callable[[], None], ...] = (
-        trial.build, trial.train_dense, trial.prune, trial.train, trial.copy, trial.bake, trial.load,
+        trial.build, trial.train_dense, trial.prune, trial.train, trial.copy, trial.compact, trial.bake, trial.load,
     )  # fmt: skip
     error = None
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -161,6 +162,31 @@ class Trial:
         optimizer.step()
         self._check_equal(self.model, "the original, after its copy was trained")
 
+    def compact(self) -> None:
+        """A compact copy gives equal outputs, and equal gradients to what it shares with the original."""
+        twin = copy.deepcopy(self.model)
+        try:
+            compact(twin)
+        except ValueError:
+            return  # it says of every layer why it stays as it is
+        self._check_equal(twin, "compact")
+        gradients = []
+        for model in (self.model, twin):
+            torch.manual_seed(0)
+            model.zero_grad(set_to_none=True)
+            self._forward_backward(model, training=False)
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad(set_to_none=True)
+        ours, theirs = gradients
+        typical = max(float(grad.norm()) for grad in ours.values())
+        wrong = [
+            name
+            for name in ours.keys() & theirs.keys()
+            if float((ours[name] - theirs[name]).norm()) > 0.05 * float(ours[name].norm()) + 1e-4 * typical
+        ]
+        if wrong:
+            raise BrokenLawError(f"compact: other gradients of {_some(wrong)}")
+
     def bake(self) -> None:
         """Remove leaves plain weights with the zeros in place, and equal outputs; saved before and after."""
         save(self.model, self._file("pruned"))
@@ -184,8 +210,8 @@ class Trial:
     def _file(self, kind: str) -> str:
         return os.path.join(self.folder, f"{kind}.safetensors")
 
-    def _forward_backward(self, model: nn.Module) -> None:
-        model.train()
+    def _forward_backward(self, model: nn.Module, training: bool = True) -> None:
+        model.train(training)
         outputs = _tensors(model(self.images))
         loss = torch.stack([(out.float() - 1).square().mean() for out in outputs if out.requires_grad]).sum()
         if not bool(loss.isfinite()):

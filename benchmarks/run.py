@@ -81,7 +81,7 @@ def _document(lines: list[str], seconds: float, threads: int) -> str:
             f"Python {platform.python_version()}, {versions}; {threads} threads; {processor_name()}.",
             "",
             _TIMED[threads == 1],
-            "All ways of a row run in turn in one process. *ratio* is of the median times, *best* of the least times;",
+            "All ways of a row run in turn in one process, twice each, and the second time counts. *ratio* is of the median times, *best* of the least times;",
             "times in the note are medians, the compared way first. Rows without a target are there for information.",
             "One row alone: `python benchmarks/run.py --only NAME`.",
             "",

@@ -42,20 +42,26 @@ class Choice:
 Plan = dict[str, Choice]
 
 
-def plans(candidates: Sequence[Candidate], calls: Calls | None, tune: Tune) -> list[Plan]:
+def default_plan(candidates: Sequence[Candidate]) -> Plan:
+    """The plan without timing."""
+    return {c.name: Choice(default_execution(c.block)) for c in candidates}
+
+
+def plans(
+    candidates: Sequence[Candidate], calls: Calls, compact_calls: Calls, tune: Literal["train", "infer"]
+) -> list[Plan]:
     """The ways to run the candidate layers that are worth trying; of equal layers only the first is timed.
 
     One, or where convolutions can run in two memory formats one for each, between which `time_model` decides: what
     the rest of the model gains from a format, the layers do not tell.
     """
-    if tune is None or calls is None:
-        return [{c.name: Choice(default_execution(c.block)) for c in candidates}]
     timings: dict[Hashable, _Timings] = {}
-    keys = {c.name: _key(c, calls) for c in candidates}
+    inputs = {c.name: _inputs(c, calls, compact_calls) for c in candidates}
+    keys = {c.name: _key(c, *inputs[c.name]) for c in candidates}
     for candidate in candidates:
         key = keys[candidate.name]
         if key not in timings:
-            timings[key] = _time_layer(candidate, calls.inputs[id(candidate.module)], tune)
+            timings[key] = _time_layer(candidate, *inputs[candidate.name], tune)
     found = [
         {c.name: timings[keys[c.name]].choice(channels_last) for c in candidates} for channels_last in (False, True)
     ]
@@ -118,9 +124,16 @@ class _Timings:
         return Choice(execution, self.dense / seconds)
 
 
-def _key(candidate: Candidate, calls: Calls) -> Hashable:
+def _inputs(candidate: Candidate, calls: Calls, compact_calls: Calls) -> tuple[Tensor, Tensor]:
+    """What the layer is given in the model as it was, and in the compact one, where tokens may come transposed."""
+    before = calls.inputs[id(candidate.module)]
+    # A convolution is timed in both memory formats, whatever it was given.
+    return before, before if isinstance(candidate.block, _BlockConv) else compact_calls.inputs[id(candidate.module)]
+
+
+def _key(candidate: Candidate, x: Tensor, compact_x: Tensor) -> Hashable:
     """What decides a layer's timings: its shape, topology, geometry and input."""
-    block, x = candidate.block, calls.inputs[id(candidate.module)]
+    block = candidate.block
     packing = block.packing
     orders = packing.inputs.kind, packing.inputs.dims, packing.outputs.kind, packing.outputs.dims
     geometry = tuple(
@@ -129,10 +142,11 @@ def _key(candidate: Candidate, calls: Calls) -> Hashable:
     masked = "weight_mask" in candidate.module._buffers
     shape = packing.groups, packing.rows, packing.cols, packing.slots is None, block.weight_shape
     weight = block.blocks
-    return type(block), shape, orders, geometry, x.shape, x.stride(), x.dtype, weight.dtype, weight.device, masked
+    strides = x.stride(), compact_x.stride()
+    return type(block), shape, orders, geometry, x.shape, strides, x.dtype, weight.dtype, weight.device, masked
 
 
-def _time_layer(candidate: Candidate, like: Tensor, tune: Literal["train", "infer"]) -> _Timings:
+def _time_layer(candidate: Candidate, like: Tensor, compact_like: Tensor, tune: Literal["train", "infer"]) -> _Timings:
     """Time the layer and its block form in each execution, in turn, so that disturbances hit all alike."""
     module, block = candidate.module, candidate.block
     stock = _stock(block)
@@ -145,7 +159,7 @@ def _time_layer(candidate: Candidate, like: Tensor, tune: Literal["train", "infe
         form.__dict__.update(block.__dict__)
         form.run_as(execution)
         forms[execution] = form
-        runs[execution] = _run(form, _input(like, block, execution.channels_last), tune)
+        runs[execution] = _run(form, _input(compact_like, block, execution.channels_last), tune)
     seconds = _race(runs, block.blocks.device)
     return _Timings(seconds["dense"], seconds.get("current", seconds["dense"]), {e: seconds[e] for e in forms})
 

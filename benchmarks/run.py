@@ -83,7 +83,7 @@ def _document(lines: list[str], seconds: float, threads: int) -> str:
             _TIMED[threads == 1],
             "All ways of a row run in turn in one process, twice each, and the second time counts. *ratio* is of the",
             "median times, *best* of the least times; times in the note are medians, the compared way first. Rows",
-            "without a target are there for information.",
+            "without a target are there for information. The ways of mlp-1000 run once, for an epoch.",
             "One row alone: `python benchmarks/run.py --only NAME`.",
             "",
             "| name | work | against | target | ratio | best | met | note |",

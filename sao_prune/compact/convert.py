@@ -32,7 +32,8 @@ def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -
         example_input: a tensor, tuple or dict to run once before and once after; if the outputs differ, or a layer's
             weight turns out to be read without calling it, that is undone. Needed for ``tune``.
         tune: choose each layer's execution by timing it on the example input, for ``"train"`` (forward and backward)
-            or ``"infer"``; a layer that no block form makes faster is left. ``None`` uses fixed rules.
+            or ``"infer"``, and the memory format of convolutions by timing the whole model so, in eval mode; a layer
+            that no block form makes faster is left. ``None`` uses fixed rules.
 
     Returns:
         A `CompactReport`; with ``tune``, measured ratios to the dense layer in it.

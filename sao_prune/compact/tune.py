@@ -71,7 +71,12 @@ def plans(
 def time_model(model: nn.Module, example_input: Any, tune: Literal["train", "infer"]) -> float:
     """Least seconds of a run of the whole model."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    run_model(model, example_input, tune)
+    try:
+        run_model(model, example_input, tune)
+    except RuntimeError:
+        # Some layers have no backward in eval mode (cuDNN's recurrent ones): the forward pass must tell.
+        tune = "infer"
+        run_model(model, example_input, tune)
     return min(_clock(lambda: run_model(model, example_input, tune), device) for _ in range(3))
 
 
@@ -128,7 +133,9 @@ def _inputs(candidate: Candidate, calls: Calls, compact_calls: Calls) -> tuple[T
     """What the layer is given in the model as it was, and in the compact one, where tokens may come transposed."""
     before = calls.inputs[id(candidate.module)]
     # A convolution is timed in both memory formats, whatever it was given.
-    return before, before if isinstance(candidate.block, _BlockConv) else compact_calls.inputs[id(candidate.module)]
+    if isinstance(candidate.block, _BlockConv):
+        return before, before
+    return before, compact_calls.inputs.get(id(candidate.module), before)
 
 
 def _key(candidate: Candidate, x: Tensor, compact_x: Tensor) -> Hashable:

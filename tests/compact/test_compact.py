@@ -255,6 +255,26 @@ def test_tuning_measures_and_keeps_outputs(kind, tune):
     torch.testing.assert_close(model(x), y, rtol=0, atol=1e-5)
 
 
+def test_tuning_needs_no_backward_in_eval_mode():
+    class OnlyInTraining(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("backward can only be called in training mode")
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.training else OnlyInTraining.apply(y)
+
+    model = Net(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)))
+    sao_prune.apply(model, groups=4, seed=0)
+    assert sao_prune.compact(model, example_input=torch.randn(2, 16, 8, 8), tune="train").layers
+
+
 def test_torch_prune_masks_are_read_too():
     layer = nn.Linear(6, 6)
     torch.nn.utils.prune.custom_from_mask(layer, "weight", sao_prune.topology.interleaved(6, 6, 3).mask())

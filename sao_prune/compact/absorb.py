@@ -76,7 +76,9 @@ def _absorb(module: nn.Module) -> None:
     for node in graph.nodes:
         layer = calls.module(node)
         if isinstance(layer, BlockLinear) and calls.called_once(node):
-            layer.__dict__["features_first"] = calls.reaches_only_linear(node)
+            # The native kernels turn rows into planes themselves, faster than planes come from distant memory.
+            columns = not layer.execution.native and calls.reaches_only_linear(node)
+            layer.__dict__["features_first"] = columns
     for node in graph.nodes:
         if isinstance(calls.module(node), BlockModule):
             _fold(node, calls)
@@ -128,7 +130,10 @@ class _Graph:
         if not node.users or depth > 64:
             return False
         for user in node.users:
-            if isinstance(self.module(user), BlockLinear) or type(self.module(user)) is nn.Linear:
+            reader = self.module(user)
+            if isinstance(reader, BlockLinear) and reader.execution.native:
+                return False
+            if isinstance(reader, BlockLinear) or type(reader) is nn.Linear:
                 continue
             mixed = user.op == "call_function" and user.target in _SUMS
             if not (self.is_elementwise(user) or mixed) or not self.reaches_only_linear(user, depth + 1):

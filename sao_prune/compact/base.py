@@ -22,17 +22,21 @@ class Execution:
         dense: as an ordinary layer, its weight filled up with zeros.
         merge: neighbouring blocks put into one wider matrix, zeros between them.
         channels_last: memory format of a convolution.
+        native: by the kernels of `sao_prune.compact.native`; where those cannot be had, or cannot take an input, as
+            if this were not set.
     """
 
     dense: bool = False
     merge: int = 1
     channels_last: bool = False
+    native: bool = False
 
     def __str__(self) -> str:
         if self.dense:
             return "dense"
         merged = f", {self.merge} merged" if self.merge > 1 else ""
-        return f"blocks{merged}{', channels last' if self.channels_last else ''}"
+        native = ", native" if self.native else ""
+        return f"blocks{merged}{', channels last' if self.channels_last else ''}{native}"
 
 
 def joined_topology(parts: Sequence[BlockTopology]) -> BlockTopology:

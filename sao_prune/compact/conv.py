@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..topology import BlockTopology
 from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
+from .native import native_conv, ready, suits_conv
 from .order import is_plain, take
 
 
@@ -80,12 +81,27 @@ class _BlockConv(BlockModule):
         if run.dense:
             return self._convolve(x, self.weight, self.bias, self.groups)
         packing = self.packing
+        if run.native and not is_plain() and ready(x, self.blocks) and self._suits(x):
+            return native_conv(x, self.packed_weight(), self.bias, packing, self.dilation, self._plain)
         weight = self.packed_weight().flatten(0, 1)
         if run.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         bias = packing.bias(self.bias, is_plain())
         y = self._convolve(take(x, packing.inputs), weight, bias, packing.groups)
         return y if packing.raw else take(y, packing.outputs)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        packing = self.packing
+        y = self._convolve(packing.inputs.planes(x), weight.flatten(0, 1), bias, packing.groups)
+        return y if packing.raw else packing.outputs.planes(y)
+
+    def _suits(self, x: Tensor) -> bool:
+        return self.suits_native and x.dim() == len(self.kernel_size) + 2 and x.shape[1] == self.in_channels
+
+    @property
+    def suits_native(self) -> bool:
+        """Whether the native kernels know this geometry."""
+        return suits_conv(self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         padding: Any = self.padding

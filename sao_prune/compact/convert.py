@@ -17,7 +17,7 @@ from .calls import Calls, record_calls, to_channels_last, to_contiguous
 from .eligible import Ineligible, check_state, dense_class, dense_weight, layers, read_from_outside, read_topology
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
-from .tune import Candidate, Plan, Tune, default_plan, plans, time_model
+from .tune import Candidate, Plan, Timings, Tune, default_plan, native_plan, plans, time_model
 
 
 def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -> CompactReport:
@@ -107,13 +107,19 @@ def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> C
 def _tuned(
     model: nn.Module, candidates: Sequence[Candidate], calls: Calls, example_input: Any, tune: Literal["train", "infer"]
 ) -> Plan:
-    """The fastest execution of each layer and, of two memory formats, the one in which the whole model runs faster."""
-    undo = _convert(model, candidates, default_plan(candidates))
-    try:
-        compact_calls = record_calls(model, [c.module for c in candidates], example_input)
-    finally:
-        undo()
-    ways = plans(candidates, calls, compact_calls, tune)
+    """The fastest execution of each layer; with or without the native kernels, and in the memory format, as the whole
+    model runs fastest."""
+    ways: list[Plan] = []
+    timings: Timings = {}
+    for native, first in ((False, default_plan(candidates)), (True, native_plan(candidates))):
+        if first is None:
+            continue
+        undo = _convert(model, candidates, first)
+        try:
+            compact_calls = record_calls(model, [c.module for c in candidates], example_input)
+        finally:
+            undo()
+        ways += [w for w in plans(candidates, calls, compact_calls, tune, native, timings) if w not in ways]
     seconds = []
     for plan in ways if len(ways) > 1 else []:
         undo = _convert(model, candidates, plan)

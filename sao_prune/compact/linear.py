@@ -11,6 +11,7 @@ from ..topology import BlockTopology
 from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
 from .matmul import block_matmul, plain_block_matmul, plane_matmul
+from .native import native_matmul, native_plane_matmul, ready
 from .order import is_plain
 
 
@@ -70,12 +71,15 @@ class BlockLinear(BlockModule):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        multiply, multiply_planes = block_matmul, plane_matmul
+        if self.execution.native and ready(x, weight):
+            multiply, multiply_planes = native_matmul, native_plane_matmul
         if x.dim() == 2:
-            return block_matmul(x, weight, bias, packing, self.features_first)
+            return multiply(x, weight, bias, packing, self.features_first)
         if x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous() and not self.folded[1]:
-            y = plane_matmul(x.mT.flatten(0, -3), weight, bias, packing)
+            y = multiply_planes(x.mT.flatten(0, -3), weight, bias, packing)
             return y.view(*x.shape[:-2], self.out_features, x.shape[-2]).mT
-        flat = block_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
+        flat = multiply(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
         return flat.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

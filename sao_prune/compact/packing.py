@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ class Packing:
     def size(self) -> int:
         """Numbers in the packed matrices, zeros included."""
         return self.groups * self.rows * self.cols
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the result."""
+        return self.groups * self.rows if self.raw else len(self.outputs.index)
+
+    @cached_property
+    def channel_tables(self) -> tuple[Tensor, Tensor]:
+        """The input and the output channel of every position, int32; -1 where a position is padding."""
+        inputs = torch.full((self.groups * self.cols,), -1, dtype=torch.int32)
+        inputs[self.inputs.inverse] = torch.arange(len(self.inputs.inverse), dtype=torch.int32)
+        outputs = torch.full((self.groups * self.rows,), -1, dtype=torch.int32)
+        positions = torch.arange(len(outputs)) if self.raw else self.outputs.index
+        outputs[positions] = torch.arange(len(positions), dtype=torch.int32)
+        return inputs, outputs
 
     def to(self, device: torch.device) -> Packing:
         """The same packing with its indices on another device."""

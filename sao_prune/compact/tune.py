@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import BlockModule, Execution
 from .calls import Calls, run_model
 from .conv import BlockConv2d, _BlockConv
+from .native import ready
 
 Tune = Literal["train", "infer"] | None
 
@@ -47,15 +48,38 @@ def default_plan(candidates: Sequence[Candidate]) -> Plan:
     return {c.name: Choice(default_execution(c.block)) for c in candidates}
 
 
+Timings = dict[Hashable, "_Timings"]
+
+
+def native_plan(candidates: Sequence[Candidate]) -> Plan | None:
+    """The plan without timing that uses the native kernels wherever they can be; ``None`` if they cannot."""
+    ways = {c.name: next((e for e in _executions(c.block) if e.native), None) for c in candidates}
+    if not any(ways.values()):
+        return None
+    return {c.name: Choice(ways[c.name] or default_execution(c.block)) for c in candidates}
+
+
 def plans(
-    candidates: Sequence[Candidate], calls: Calls, compact_calls: Calls, tune: Literal["train", "infer"]
+    candidates: Sequence[Candidate],
+    calls: Calls,
+    compact_calls: Calls,
+    tune: Literal["train", "infer"],
+    native: bool,
+    timings: Timings,
 ) -> list[Plan]:
     """The ways to run the candidate layers that are worth trying; of equal layers only the first is timed.
 
     One, or where convolutions can run in two memory formats one for each, between which `time_model` decides: what
     the rest of the model gains from a format, the layers do not tell.
+
+    Args:
+        candidates: the layers.
+        calls: what they are given in the model as it was.
+        compact_calls: what they are given in the compact one.
+        tune: forward and backward, or forward alone.
+        native: whether the native kernels may be chosen.
+        timings: known from earlier calls; new ones are added.
     """
-    timings: dict[Hashable, _Timings] = {}
     inputs = {c.name: _inputs(c, calls, compact_calls) for c in candidates}
     keys = {c.name: _key(c, *inputs[c.name]) for c in candidates}
     for candidate in candidates:
@@ -63,7 +87,8 @@ def plans(
         if key not in timings:
             timings[key] = _time_layer(candidate, *inputs[candidate.name], tune)
     found = [
-        {c.name: timings[keys[c.name]].choice(channels_last) for c in candidates} for channels_last in (False, True)
+        {c.name: timings[keys[c.name]].choice(channels_last, native) for c in candidates}
+        for channels_last in (False, True)
     ]
     return found[:1] if found[0] == found[1] else found
 
@@ -98,14 +123,17 @@ def _merge_to(block: BlockModule, width: int) -> int:
 
 def _executions(block: BlockModule) -> list[Execution]:
     """The ways a layer can run, likely good ones first."""
+    # Meta tensors and other types are left to the tensor library, as the kernels leave them.
+    suits = ready(block.blocks, block.blocks) and (not isinstance(block, _BlockConv) or block.suits_native)
+    layouts = [False, True] if isinstance(block, BlockConv2d) else [False]
+    native = [Execution(native=True, channels_last=layout) for layout in layouts] if suits else []
     if not isinstance(block, _BlockConv):
-        return [Execution(), Execution(dense=True)]
+        return [*native, Execution(), Execution(dense=True)]
     first = _merge_to(block, _NARROWEST)
     merges = [first]
     merges += [m for m in (first * 2, first * 4, first // 2, first // 4) if 1 <= m <= block.topology.groups]
-    layouts = [False, True] if isinstance(block, BlockConv2d) else [False]
     found = [Execution(merge=m, channels_last=layout) for layout in layouts for m in dict.fromkeys(merges)]
-    return found + [Execution(dense=True, channels_last=layout) for layout in layouts]
+    return native + found + [Execution(dense=True, channels_last=layout) for layout in layouts]
 
 
 class _Timings:
@@ -114,15 +142,16 @@ class _Timings:
     def __init__(self, dense: float, current: float, blocks: dict[Execution, float]) -> None:
         self.dense, self.current, self.blocks = dense, current, blocks
 
-    def best(self, channels_last: bool) -> tuple[Execution, float]:
+    def best(self, channels_last: bool, native: bool) -> tuple[Execution, float]:
         """The fastest execution in a memory format; layers without formats take part in both."""
         formats = {e.channels_last for e in self.blocks}
         wanted = channels_last if len(formats) > 1 else next(iter(formats))
-        return min(((e, t) for e, t in self.blocks.items() if e.channels_last == wanted), key=lambda item: item[1])
+        allowed = {e: t for e, t in self.blocks.items() if e.channels_last == wanted and native >= e.native}
+        return min(allowed.items(), key=lambda item: item[1])
 
-    def choice(self, channels_last: bool) -> Choice:
+    def choice(self, channels_last: bool, native: bool) -> Choice:
         """The fastest, unless the layer as it was is faster still."""
-        execution, seconds = self.best(channels_last)
+        execution, seconds = self.best(channels_last, native)
         if seconds > self.current:
             ratio = self.dense / self.current
             return Choice(None, ratio, f"faster as it is ({execution} takes {seconds / self.current:.2f}x the time)")

@@ -1,0 +1,7 @@
+"""Kernels for small blocks, compiled by the machine's own C compiler where it has one; never needed, only faster."""
+
+from __future__ import annotations
+
+from .ops import native_conv, native_matmul, native_plane_matmul, ready, suits_conv
+
+__all__ = ["native_conv", "native_matmul", "native_plane_matmul", "ready", "suits_conv"]

@@ -1,0 +1,116 @@
+"""Compile the kernels once for a processor, keep the result, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_SOURCES = ("rows.c", "planes.c")
+_HEADERS = ("inner.h",)
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_SWITCH = "SAO_PRUNE_NATIVE"
+_log = logging.getLogger(__name__)
+
+_pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_SIGNATURES = {
+    "rows_forward": [_pointer] * 4 + [_long] * 12 + [_pointer] * 2 + [_int] * 2 + [_long, _int],
+    "rows_backward": [_pointer] * 6 + [_long] * 12 + [_pointer] * 2 + [_int] * 3 + [_long, _int],
+    "planes_forward": [_pointer] * 4 + [_long] * 12 + [_pointer] * 2 + [_int],
+    "planes_backward": [_pointer] * 6 + [_long] * 12 + [_pointer] * 2 + [_int],
+}
+
+
+class Unavailable(Exception):
+    """Why there are no native kernels."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or ``None`` where they cannot be had; the reason is logged once.
+
+    Looks for ``$CC``, else ``cc``. The result is kept in ``$XDG_CACHE_HOME/sao_prune`` (``~/.cache/sao_prune``) under
+    a name that tells source, compiler and processor apart. ``SAO_PRUNE_NATIVE=0`` does without.
+    """
+    try:
+        return _load(_built())
+    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+        _log.info("no native kernels: %s", error)
+        return None
+
+
+def _built() -> Path:
+    if os.environ.get(_SWITCH, "1") == "0":
+        raise Unavailable(f"{_SWITCH}=0")
+    if platform.system() == "Windows":
+        raise Unavailable("they are compiled with the options of gcc and clang")
+    command = shlex.split(os.environ.get("CC") or "cc")
+    if not command or shutil.which(command[0]) is None:
+        raise Unavailable(f"no C compiler: {' '.join(command) or 'CC is empty'} is not on the path")
+    version = _run([*command, "--version"])
+    texts = [(_FOLDER / name).read_text() for name in (*_SOURCES, *_HEADERS)]
+    described = "\0".join((*texts, version, _processor(), *command, *_FLAGS))
+    name = f"kernels-{hashlib.sha256(described.encode()).hexdigest()[:24]}.so"
+    folder = _cache()
+    if folder is None:
+        return _compile(command, Path(tempfile.mkdtemp(prefix="sao_prune-")) / name)
+    if not (folder / name).is_file():
+        # Written elsewhere and moved, so that two processes may build at the same time.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _compile(command, Path(scratch) / name).replace(folder / name)
+    return folder / name
+
+
+def _cache() -> Path | None:
+    """A folder that only this user can write to, as code is loaded from it; ``None`` if there is none."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = (Path(root) if root else Path.home() / ".cache") / "sao_prune"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    mine = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return folder if mine and os.access(folder, os.W_OK) else None
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
+    lines = [platform.machine(), platform.processor()]
+    try:
+        with open("/proc/cpuinfo") as file:
+            seen = dict(line.split(":", 1) for line in file if ":" in line)
+        lines += [value for key, value in seen.items() if key.strip() in ("flags", "Features", "model name")]
+    except OSError:
+        pass
+    return "\n".join(lines)
+
+
+def _compile(command: list[str], target: Path) -> Path:
+    sources = [str(_FOLDER / name) for name in _SOURCES]
+    _run([*command, *_FLAGS, *sources, "-o", str(target)])
+    return target
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise Unavailable(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+    return done.stdout
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return loaded

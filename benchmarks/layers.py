@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sao_prune
 from sao_prune.compact import BlockLinear
-from sao_prune.topology import interleaved, ramanujan
+from sao_prune.topology import BlockTopology, interleaved, ramanujan
 
 GROUPS = 32
 WIDTH = 4096
@@ -50,19 +50,28 @@ def linear(repeats: int = 15) -> Iterator[Row]:
     for name, layer in layers.items():
         # The bare product has no bias either.
         plain = BlockLinear(layer.topology, bias=False)
-        for order, x in (("", columns), (", rows", rows)):
-            ways[name + order] = _step(layer, x.clone(), list(layer.parameters()), x.clone())
-            ways[f"{name}{order}, no bias"] = _step(plain, x.clone(), list(plain.parameters()), x.clone())
+        ways[name] = _step(layer, columns.clone(), list(layer.parameters()), columns.clone())
+        ways[f"{name}, no bias"] = _step(plain, columns.clone(), list(plain.parameters()), columns.clone())
+        for bias, note in ((True, ""), (False, ", no bias")):
+            tuned = _tuned(layer.topology, bias, rows)
+            ways[f"{name}, rows{note}"] = _step(tuned, rows.clone(), list(tuned.parameters()), rows.clone())
     times = race(ways, repeats)
     bare = min(("bare, features first", "bare, batch first"), key=times.median)
     work = f"Linear {WIDTH}, batch {BATCH}, {GROUPS} blocks, forward+backward"
-    for order, note in (("", "features first, as within a stack"), (", rows", "row-major input and output")):
+    for order, note in (("", "features first, as within a stack"), (", rows", "row-major input and output, as tuned")):
         for name, limit in (("interleaved", 1.25), ("ramanujan", 2.5)):
             first = not order
             label = f"{work}, {name}, {note}"
             yield at_least(label, "dense", 12 if first else None, times, "dense", name + order)
             yield at_least(label, "masked", 16 if first else None, times, "masked", name + order)
             yield at_most(f"{label}, no bias", bare, limit, times, f"{name}{order}, no bias", bare)
+
+
+def _tuned(topology: BlockTopology, bias: bool, x: Tensor) -> nn.Linear:
+    layer = nn.Linear(WIDTH, WIDTH, bias)
+    torch.nn.utils.prune.custom_from_mask(layer, "weight", topology.mask())
+    sao_prune.compact(layer, example_input=x, tune="train")
+    return layer
 
 
 def convolution(repeats: int = 15) -> Iterator[Row]:

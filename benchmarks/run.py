@@ -2,6 +2,7 @@
 
 python benchmarks/run.py                         # all rows
 python benchmarks/run.py --only linear,resnet18  # rows whose name contains one of these; nothing is written
+SAO_PRUNE_NATIVE=0 python benchmarks/run.py --out benchmarks/RESULTS-no-compiler.md
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import stacks
 import torch
 from timing import Row
 
+from sao_prune.compact.native import library
 from sao_prune.lab.work import processor_name
 
 _TIMED = {
@@ -73,12 +75,13 @@ def _line(name: str, row: Row) -> str:
 
 def _document(lines: list[str], seconds: float, threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "numpy", "sao-prune"))
+    kernels = "native kernels" if library() else "no native kernels"
     return "\n".join(
         [
             "# Measured speed and memory",
             "",
             f"`python {' '.join(sys.argv)}`, {date.today()}, {seconds / 60:.0f} minutes.",
-            f"Python {platform.python_version()}, {versions}; {threads} threads; {processor_name()}.",
+            f"Python {platform.python_version()}, {versions}; {threads} threads; {processor_name()}; {kernels}.",
             "",
             _TIMED[threads == 1],
             "All ways of a row run in turn in one process, twice each, and the second time counts. *ratio* is of the",

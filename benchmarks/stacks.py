@@ -49,7 +49,7 @@ def _compare(
         sao_prune.apply(model, groups=groups, method=sao_prune.SAO(topology=topology, gain=1.05), seed=0)
         if topology == "interleaved":
             ways["masked"] = _train(copy.deepcopy(model), x, labels)
-        sao_prune.compact(model)
+        sao_prune.compact(model, example_input=x, tune="train")
         ways[topology] = _train(model, x, labels)
     times = race(ways, repeats, warm_up=1)
     for topology in ("interleaved", "ramanujan"):

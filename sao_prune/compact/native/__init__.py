@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .library import library
 from .ops import native_conv, native_matmul, native_plane_matmul, ready, suits_conv
 
-__all__ = ["native_conv", "native_matmul", "native_plane_matmul", "ready", "suits_conv"]
+__all__ = ["library", "native_conv", "native_matmul", "native_plane_matmul", "ready", "suits_conv"]

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sao_prune
 from sao_prune.compact import BlockConv1d, BlockConv2d, BlockLinear, BlockModule, Execution, convert, tune
-from sao_prune.compact.native import library as build
-from sao_prune.compact.native import ops, ready
+from sao_prune.compact.native import build, ops, ready
 from sao_prune.topology import interleaved, ramanujan
 
 from .cases import assert_same, randomise, topologies

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .library import library
+from .build import library
 from .ops import native_conv, native_matmul, native_plane_matmul, ready, suits_conv
 
 __all__ = ["library", "native_conv", "native_matmul", "native_plane_matmul", "ready", "suits_conv"]

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from ..matmul import plain_block_matmul
 from ..order import is_channels_last, is_features_first
 from ..packing import Packing
-from .library import library
+from .build import library
 
 # Floats of a panel of rows and its results that a core keeps at hand, and the least and most rows of one: measured.
 _FORWARD = 1 << 17, 32, 96

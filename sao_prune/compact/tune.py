@@ -20,6 +20,8 @@ Tune = Literal["train", "infer"] | None
 _NARROWEST = 8
 _WIDEST = 64
 _REPEATS = 7
+# Seconds after which a whole model has been timed long enough.
+_ENOUGH = 0.3
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ def time_model(model: nn.Module, example_input: Any, tune: Literal["train", "inf
         # Some layers have no backward in eval mode (cuDNN's recurrent ones): the forward pass must tell.
         tune = "infer"
         run_model(model, example_input, tune)
-    return min(_clock(lambda: run_model(model, example_input, tune), device) for _ in range(3))
+    seconds = [_clock(lambda: run_model(model, example_input, tune), device)]
+    while len(seconds) < 3 or (sum(seconds) < _ENOUGH and len(seconds) < 10 * _REPEATS):
+        seconds.append(_clock(lambda: run_model(model, example_input, tune), device))
+    return min(seconds)
 
 
 def default_execution(block: BlockModule) -> Execution:

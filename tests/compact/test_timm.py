@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sao_prune
+from sao_prune.compact import convert, native, tune
 
 timm = pytest.importorskip("timm")
 
@@ -19,9 +20,7 @@ ARCHITECTURES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("topology", ["interleaved", "ramanujan"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_outputs_and_gradients_are_those_of_the_masked_model(name, topology):
+def _masked(name: str, topology: str) -> tuple[nn.Module, int]:
     torch.manual_seed(0)
     masked = timm.create_model(name, num_classes=10)
     size = 64 if masked.default_cfg.get("pool_size") else masked.default_cfg["input_size"][-1]
@@ -29,6 +28,13 @@ def test_outputs_and_gradients_are_those_of_the_masked_model(name, topology):
     for parameter in masked.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)  # as timm starts heads: zeros would hide everything
+    return masked, size
+
+
+@pytest.mark.parametrize("topology", ["interleaved", "ramanujan"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_outputs_and_gradients_are_those_of_the_masked_model(name, topology):
+    masked, size = _masked(name, topology)
     compact = copy.deepcopy(masked)
     assert sao_prune.compact(compact).compact
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -45,3 +51,32 @@ def test_outputs_and_gradients_are_those_of_the_masked_model(name, topology):
     assert len(common) > 10
     for parameter in common:
         torch.testing.assert_close(*(g[parameter] for g in gradients), rtol=1e-6, atol=1e-9 * scale)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler that the kernels can be built with")
+@pytest.mark.parametrize("topology", ["interleaved", "ramanujan"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_native_kernels_are_as_exact_as_ordinary_operations(name, topology, monkeypatch):
+    masked, size = _masked(name, topology)
+    plain, kernels = copy.deepcopy(masked), copy.deepcopy(masked)
+    sao_prune.compact(plain)
+    monkeypatch.setattr(convert, "default_plan", tune.native_plan)
+    report = sao_prune.compact(kernels)
+    assert any("native" in layer.execution for layer in report.compact)
+    x = torch.randn(2, 3, size, size)
+    found = []
+    for model, given in ((masked.double(), x.double()), (plain, x), (kernels, x)):
+        torch.manual_seed(1)
+        y = model.train()(given)
+        y.square().mean().backward()
+        found.append((y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (truth, exact), (_, ordinary), _ = found
+    common = exact.keys() & ordinary.keys()
+
+    def error(y: torch.Tensor, gradients: dict[str, torch.Tensor]) -> float:
+        """Relative to the largest; deep batch norms over few values make single precision what it is."""
+        scale = max(float(exact[name].abs().max()) for name in common)
+        worst = max(float((gradients[name] - exact[name]).abs().max()) for name in common) / scale
+        return max(worst, float((y - truth).abs().max() / truth.abs().max()))
+
+    assert error(*found[2]) < 4 * error(*found[1]) + 1e-5

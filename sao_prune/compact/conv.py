@@ -81,7 +81,7 @@ class _BlockConv(BlockModule):
         if run.dense:
             return self._convolve(x, self.weight, self.bias, self.groups)
         packing = self.packing
-        if run.native and not is_plain() and ready(x, self.blocks) and self._suits(x):
+        if run.native and not is_plain() and ready(x, self.blocks, self.bias) and self._suits(x):
             return native_conv(x, self.packed_weight(), self.bias, packing, self.dilation, self._plain)
         weight = self.packed_weight().flatten(0, 1)
         if run.channels_last:

@@ -72,7 +72,7 @@ class BlockLinear(BlockModule):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         multiply, multiply_planes = block_matmul, plane_matmul
-        if self.execution.native and ready(x, weight):
+        if self.execution.native and ready(x, weight, bias):
             multiply, multiply_planes = native_matmul, native_plane_matmul
         if x.dim() == 2:
             return multiply(x, weight, bias, packing, self.features_first)

@@ -51,11 +51,13 @@ class Packing:
     @cached_property
     def channel_tables(self) -> tuple[Tensor, Tensor]:
         """The input and the output channel of every position, int32; -1 where a position is padding."""
-        inputs = torch.full((self.groups * self.cols,), -1, dtype=torch.int32)
-        inputs[self.inputs.inverse] = torch.arange(len(self.inputs.inverse), dtype=torch.int32)
-        outputs = torch.full((self.groups * self.rows,), -1, dtype=torch.int32)
-        positions = torch.arange(len(outputs)) if self.raw else self.outputs.index
-        outputs[positions] = torch.arange(len(positions), dtype=torch.int32)
+        # On the CPU whatever the default device: the kernels read them.
+        cpu = torch.device("cpu")
+        inputs = torch.full((self.groups * self.cols,), -1, dtype=torch.int32, device=cpu)
+        inputs[self.inputs.inverse] = torch.arange(len(self.inputs.inverse), dtype=torch.int32, device=cpu)
+        outputs = torch.full((self.groups * self.rows,), -1, dtype=torch.int32, device=cpu)
+        positions = torch.arange(len(outputs), device=cpu) if self.raw else self.outputs.index
+        outputs[positions] = torch.arange(len(positions), dtype=torch.int32, device=cpu)
         return inputs, outputs
 
     def to(self, device: torch.device) -> Packing:

@@ -129,7 +129,7 @@ def _merge_to(block: BlockModule, width: int) -> int:
 def _executions(block: BlockModule) -> list[Execution]:
     """The ways a layer can run, likely good ones first."""
     # Meta tensors and other types are left to the tensor library, as the kernels leave them.
-    suits = ready(block.blocks, block.blocks) and (not isinstance(block, _BlockConv) or block.suits_native)
+    suits = ready(block.blocks) and (not isinstance(block, _BlockConv) or block.suits_native)
     layouts = [False, True] if isinstance(block, BlockConv2d) else [False]
     native = [Execution(native=True, channels_last=layout) for layout in layouts] if suits else []
     if not isinstance(block, _BlockConv):

@@ -232,6 +232,28 @@ def test_whoever_watches_or_casts_gets_ordinary_operations():
 
 
 @needs_compiler
+def test_default_device_and_type_play_no_part():
+    layers = [_images(interleaved(16, 16, 4), BlockConv2d, 3, padding=1), _linear(interleaved(16, 16, 4))]
+    images = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = [layer(x) for (layer, _), x in zip(layers, (images, images.flatten(2).mT.reshape(-1, 16)))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (_, dense), y, x in zip(layers, found, (images, images.flatten(2).mT.reshape(-1, 16))):
+        torch.testing.assert_close(y, dense(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_bias_of_another_type_is_not_read_as_single_precision():
+    layer, _ = _images(interleaved(16, 16, 4), BlockConv2d, 3, padding=1)
+    layer.bias.data = layer.bias.data.double()
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(2, 16, 5, 5))
+
+
+@needs_compiler
 def test_inputs_of_a_wrong_shape_are_refused():
     conv, _ = _images(interleaved(16, 16, 4), BlockConv2d, 3, padding=1)
     linear, _ = _linear(interleaved(16, 16, 4))

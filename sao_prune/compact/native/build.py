@@ -74,7 +74,7 @@ def _cache() -> Path | None:
     """A folder that only this user can write to, as code is loaded from it; ``None`` if there is none."""
     root = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = (Path(root) if root else Path.home() / ".cache") / "sao_prune"
+        folder = (Path(root) if root and os.path.isabs(root) else Path.home() / ".cache") / "sao_prune"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except (OSError, RuntimeError):
@@ -102,7 +102,7 @@ def _compile(command: list[str], target: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
     if done.returncode:
         raise Unavailable(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()[-500:]}")
     return done.stdout

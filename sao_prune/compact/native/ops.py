@@ -27,14 +27,18 @@ _Argument = Tensor | int | None
 _Differentiable = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def ready(x: Tensor, weight: Tensor) -> bool:
+def ready(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these: single precision, on the CPU, real tensors that nobody watches or traces."""
     return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dtype is weight.dtype is torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.numel() > 0
-        and not x.is_neg()
+        all(
+            type(t) in (Tensor, nn.Parameter)
+            and t.dtype is torch.float32
+            and t.device.type == "cpu"
+            and t.numel() > 0
+            and not t.is_neg()
+            for t in tensors
+            if t is not None
+        )
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.is_autocast_enabled("cpu")
         and library() is not None
@@ -203,7 +207,7 @@ class _Pixels(_Planes):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         shape = len(x), self.packing.out_channels, *x.shape[2:]
-        y = torch.empty(shape, memory_format=torch.channels_last)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
         _call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads())
         return y

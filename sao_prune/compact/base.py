@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..topology import BlockTopology
+from .deferred import is_watched
 from .order import Order, is_plain
 from .packing import Packing, fill, pack_topology
 
@@ -24,18 +25,21 @@ class Execution:
         channels_last: memory format of a convolution.
         native: by the kernels of `sao_prune.compact.native`; where those cannot be had, or cannot take an input, as
             if this were not set.
+        fused: what follows the layer, ``"batch_norm"`` or an activation or both, to be computed by its native kernel.
     """
 
     dense: bool = False
     merge: int = 1
     channels_last: bool = False
     native: bool = False
+    fused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.dense:
             return "dense"
         merged = f", {self.merge} merged" if self.merge > 1 else ""
-        native = ", native" if self.native else ""
+        native = "".join(f" + {name}" for name in self.fused)
+        native = f", native{native}" if self.native else ""
         return f"blocks{merged}{', channels last' if self.channels_last else ''}{native}"
 
 
@@ -84,6 +88,8 @@ class BlockModule(nn.Module):
     execution: Execution
     # An input order in place of the topology's own, and whether a reader takes care of the output order.
     folded: tuple[Order | None, bool] = (None, False)
+    # The modules that take the steps that the execution fuses; not children of this one.
+    followers: tuple[nn.Module, ...] = ()
     # Set by `set_topology`, so that a layer converted in place need not run a constructor.
     _topology: BlockTopology | None
     _packing: Packing | None
@@ -130,6 +136,15 @@ class BlockModule(nn.Module):
         if self.folded != (None, False):
             raise ValueError("this layer's channel order is folded into a neighbour's: expand and compact the model")
         self.__dict__.update(execution=execution, _packing=None)
+
+    def fused(self) -> tuple[str, ...]:
+        """What is to be computed along with this layer now: nothing while somebody watches what comes out of it."""
+        names = self.execution.fused
+        return names if names and not is_watched((self, *self.followers)) else ()
+
+    def _sources(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the layer's result is computed from."""
+        return (x, self.blocks) if self.bias is None else (x, self.blocks, self.bias)
 
     def fold(self, inputs: Order | None = None, raw: bool = False) -> None:
         """Read channels in another order than the topology's (``None``), or leave outputs in the blocks' order."""

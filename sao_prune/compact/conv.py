@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ..topology import BlockTopology
 from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
-from .native import native_conv, ready, suits_conv
-from .order import is_plain, take
+from .deferred import Deferred, strides_of
+from .native import NOTHING, After, native_conv, ready, suits_conv
+from .order import is_channels_last, is_plain, take
 
 
 class _BlockConv(BlockModule):
@@ -76,19 +77,34 @@ class _BlockConv(BlockModule):
 
     def _run(self, x: Tensor) -> Tensor:
         run = self.execution
+        if type(x) is Deferred:
+            x = x.value()
         if run.channels_last and not isinstance(x, Proxy):
             x = x.contiguous(memory_format=torch.channels_last)
         if run.dense:
             return self._convolve(x, self.weight, self.bias, self.groups)
         packing = self.packing
         if run.native and not is_plain() and ready(x, self.blocks, self.bias) and self._suits(x):
-            return native_conv(x, self.packed_weight(), self.bias, packing, self.dilation, self._plain)
+            return self._native(x)
         weight = self.packed_weight().flatten(0, 1)
         if run.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         bias = packing.bias(self.bias, is_plain())
         y = self._convolve(take(x, packing.inputs), weight, bias, packing.groups)
         return y if packing.raw else take(y, packing.outputs)
+
+    def _native(self, x: Tensor) -> Tensor:
+        packing = self.packing
+
+        def compute(after: After) -> Tensor:
+            return native_conv(x, self.packed_weight(), self.bias, packing, self.dilation, self._plain, after)
+
+        fused = self.fused()
+        if not fused:
+            return compute(NOTHING)
+        shape = len(x), packing.out_channels, *x.shape[2:]
+        strides = strides_of(shape, 1 if is_channels_last(x) else x.dim() - 1)
+        return Deferred.of(compute, fused, shape, strides, self._sources(x), 0 if packing.raw else 1)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packing = self.packing

@@ -17,7 +17,7 @@ from .calls import Calls, record_calls, to_channels_last, to_contiguous
 from .eligible import Ineligible, check_state, dense_class, dense_weight, layers, read_from_outside, read_topology
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
-from .tune import Candidate, Plan, Timings, Tune, default_plan, native_plan, plans, time_model
+from .tune import Candidate, Plan, Timings, Tune, default_plan, fused, native_plan, plans, time_model
 
 
 def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -> CompactReport:
@@ -91,9 +91,8 @@ def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> C
 
     try:
         for candidate in candidates:
-            execution = plan[candidate.name].execution
-            if execution is not None:
-                candidate.block.run_as(execution)
+            if plan[candidate.name].execution is not None:
+                plan[candidate.name].put(candidate.block)
                 changes.append(become(candidate.module, candidate.block))
         if any(isinstance(m, BlockModule) and m.execution.channels_last for _, m in layers(model)):
             formats += to_channels_last(model)
@@ -107,8 +106,8 @@ def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> C
 def _tuned(
     model: nn.Module, candidates: Sequence[Candidate], calls: Calls, example_input: Any, tune: Literal["train", "infer"]
 ) -> Plan:
-    """The fastest execution of each layer; with or without the native kernels, and in the memory format, as the whole
-    model runs fastest."""
+    """The fastest execution of each layer; with or without the native kernels, these with or without what follows
+    each layer, and in the memory format, as the whole model runs fastest."""
     ways: list[Plan] = []
     timings: Timings = {}
     for native, first in ((False, default_plan(candidates)), (True, native_plan(candidates))):
@@ -119,7 +118,13 @@ def _tuned(
             compact_calls = record_calls(model, [c.module for c in candidates], example_input)
         finally:
             undo()
-        ways += [w for w in plans(candidates, calls, compact_calls, tune, native, timings) if w not in ways]
+        for way in plans(candidates, calls, compact_calls, tune, native, timings):
+            undo = _convert(model, candidates, way)
+            try:
+                both = way, fused(way, candidates, model, example_input)
+            finally:
+                undo()
+            ways += [w for w in both if w not in ways]
     seconds = []
     for plan in ways if len(ways) > 1 else []:
         undo = _convert(model, candidates, plan)

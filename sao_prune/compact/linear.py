@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from ..topology import BlockTopology
 from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
+from .deferred import Deferred, strides_of
 from .matmul import block_matmul, plain_block_matmul, plane_matmul
-from .native import native_matmul, native_plane_matmul, ready
-from .order import is_plain
+from .native import NOTHING, After, native_matmul, native_plane_matmul, ready
+from .order import is_features_first, is_plain
 
 
 class BlockLinear(BlockModule):
@@ -54,6 +55,8 @@ class BlockLinear(BlockModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., n)`` to ``(..., m)``."""
+        if type(x) is Deferred:
+            x = x.value()
         if self.execution.dense:
             return F.linear(x, self.weight, self.bias)
         if not isinstance(x, Proxy) and x.shape[-1] != self.in_features:
@@ -71,16 +74,42 @@ class BlockLinear(BlockModule):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        multiply, multiply_planes = block_matmul, plane_matmul
         if self.execution.native and ready(x, weight, bias):
-            multiply, multiply_planes = native_matmul, native_plane_matmul
+            return self._native(x, weight, bias)
         if x.dim() == 2:
-            return multiply(x, weight, bias, packing, self.features_first)
-        if x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous() and not self.folded[1]:
-            y = multiply_planes(x.mT.flatten(0, -3), weight, bias, packing)
+            return block_matmul(x, weight, bias, packing, self.features_first)
+        if self._transposed(x):
+            y = plane_matmul(x.mT.flatten(0, -3), weight, bias, packing)
             return y.view(*x.shape[:-2], self.out_features, x.shape[-2]).mT
-        flat = multiply(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
+        flat = block_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
         return flat.view(*x.shape[:-1], self.out_features)
+
+    def _transposed(self, x: Tensor) -> bool:
+        """Whether tokens lie as ``(batch, n, length)``."""
+        return x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous() and not self.folded[1]
+
+    def _native(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        packing, dims = self.packing, x.dim()
+        transposed = dims > 2 and self._transposed(x)
+        columns = transposed
+        if dims == 2:
+            columns = is_features_first(x) if self.features_first is None else self.features_first
+
+        def compute(after: After) -> Tensor:
+            if dims == 2:
+                return native_matmul(x, weight, bias, packing, self.features_first, after)
+            if transposed:
+                y = native_plane_matmul(x.mT.flatten(0, -3), weight, bias, packing, after)
+                return y.view(*x.shape[:-2], self.out_features, x.shape[-2]).mT
+            flat = native_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first, after)
+            return flat.view(*x.shape[:-1], self.out_features)
+
+        fused = self.fused()
+        if not fused:
+            return compute(NOTHING)
+        shape = *x.shape[:-1], self.out_features
+        strides = strides_of(shape, dims - 2 if columns else dims - 1)
+        return Deferred.of(compute, fused, shape, strides, self._sources(x), 0 if packing.raw else dims - 1)
 
     def extra_repr(self) -> str:
         """Shape, bias, blocks and execution."""

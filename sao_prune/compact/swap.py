@@ -13,6 +13,17 @@ from ..topology import BlockTopology
 from .base import BlockModule, Execution, block_slots, blocks_shape
 from .eligible import BLOCK_CLASSES, dense_class, dense_weight
 
+# Attributes of block layers that dense ones do not have.
+_OWN_FIELDS = (
+    "_dense_class",
+    "_masked",
+    "_topology",
+    "_packing",
+    "execution",
+    "features_first",
+    "folded",
+    "followers",
+)
 Changes = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
 
 
@@ -84,7 +95,16 @@ def dense_form(module: BlockModule, masked: bool | None = None) -> nn.Module:
         new._non_persistent_buffers_set.discard(name)
     blocks = new._parameters.pop("blocks")
     assert blocks is not None
-    for name in ("_dense_class", "_masked", "_topology", "_packing", "execution", "features_first", "folded"):
+    for name in (
+        "_dense_class",
+        "_masked",
+        "_topology",
+        "_packing",
+        "execution",
+        "features_first",
+        "folded",
+        "followers",
+    ):
         new.__dict__.pop(name, None)
     with torch.no_grad():
         weight = module.weight.clone()

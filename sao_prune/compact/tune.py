@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter, thread_time
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .base import BlockModule, Execution
 from .calls import Calls, run_model
 from .conv import BlockConv2d, _BlockConv
+from .deferred import TooLate
+from .follow import followers
 from .native import ready
 
 Tune = Literal["train", "infer"] | None
@@ -40,6 +42,13 @@ class Choice:
     execution: Execution | None
     ratio: float | None = None
     reason: str | None = None
+    followers: tuple[nn.Module, ...] = ()
+
+    def put(self, block: BlockModule) -> None:
+        """Make a layer run so."""
+        assert self.execution is not None
+        block.run_as(self.execution)
+        block.__dict__.update(followers=self.followers)
 
 
 Plan = dict[str, Choice]
@@ -95,11 +104,26 @@ def plans(
     return found[:1] if found[0] == found[1] else found
 
 
+def fused(plan: Plan, candidates: Sequence[Candidate], model: nn.Module, example_input: Any) -> Plan:
+    """A plan in which native layers compute what follows them too; ``model`` runs as planned."""
+    native = {c.name: c for c in candidates if (e := plan[c.name].execution) is not None and e.native}
+    found = followers(model, [c.module for c in native.values()], example_input)
+    new = dict(plan)
+    for name, candidate in native.items():
+        follow, choice = found.get(id(candidate.module)), plan[name]
+        if follow is not None and choice.execution is not None:
+            execution = replace(choice.execution, fused=follow.names)
+            new[name] = replace(choice, execution=execution, followers=follow.modules)
+    return new
+
+
 def time_model(model: nn.Module, example_input: Any, tune: Literal["train", "infer"]) -> float:
-    """Least seconds of a run of the whole model."""
+    """Least seconds of a run of the whole model; infinite if it needs results that were put off in a way that fails."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         run_model(model, example_input, tune)
+    except TooLate:
+        return float("inf")
     except RuntimeError:
         # Some layers have no backward in eval mode (cuDNN's recurrent ones): the forward pass must tell.
         tune = "infer"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sao_prune.compact import BlockModule
 from sao_prune.compact.base import block_slots
+from sao_prune.compact.follow import followers
 from sao_prune.topology import BlockTopology, make_topology
 
 
@@ -65,3 +68,13 @@ def assert_same(layer: BlockModule, dense: nn.Module, x: Tensor, tolerance: floa
     expected = torch.autograd.grad(dense(theirs), theirs, one)[0]
     torch.testing.assert_close(torch.autograd.grad(y, again, one)[0], expected, rtol=0, atol=tolerance)
     layer(again * 1).relu_().sum().backward()
+
+
+def fuse(model: nn.Module, x: Tensor) -> None:
+    """Let every native layer compute what follows it, as tuning does where that is faster."""
+    layers = [m for m in model.modules() if isinstance(m, BlockModule) and m.execution.native]
+    found = followers(model, layers, x)
+    for layer in layers:
+        if id(layer) in found:
+            layer.__dict__["execution"] = replace(layer.execution, fused=found[id(layer)].names)
+            layer.__dict__["followers"] = found[id(layer)].modules

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sao_prune
 from sao_prune.compact import BlockConv1d, BlockConv2d, BlockLinear, BlockModule, Execution, convert, tune
-from sao_prune.compact.native import build, ops, ready
+from sao_prune.compact.native import build, launch, ready
 from sao_prune.topology import interleaved, ramanujan
 
 from .cases import assert_same, randomise, topologies
@@ -274,7 +274,7 @@ def test_compilers_and_exporters_see_ordinary_operations():
 
 
 def test_without_the_kernels_everything_runs(monkeypatch):
-    monkeypatch.setattr(ops, "library", lambda: None)
+    monkeypatch.setattr(launch, "library", lambda: None)
     layer, dense = _linear(interleaved(12, 8, 4))
     assert_same(layer, dense, torch.randn(5, 8), tolerance=1e-4)
     assert tune.native_plan([tune.Candidate("", dense, layer)]) is None

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from .after import After, Norm
 from .build import library
-from .ops import native_conv, native_matmul, native_plane_matmul, ready, suits_conv
+from .launch import ready
+from .ops import NOTHING, native_conv, native_matmul, native_plane_matmul, suits_conv
 
-__all__ = ["library", "native_conv", "native_matmul", "native_plane_matmul", "ready", "suits_conv"]
+__all__ = [
+    "NOTHING",
+    "After",
+    "Norm",
+    "library",
+    "native_conv",
+    "native_matmul",
+    "native_plane_matmul",
+    "ready",
+    "suits_conv",
+]

@@ -15,18 +15,22 @@ from functools import lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("rows.c", "planes.c")
-_HEADERS = ("inner.h",)
+_SOURCES = ("rows.c", "planes.c", "norm.c")
+_HEADERS = ("inner.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _SWITCH = "SAO_PRUNE_NATIVE"
 _log = logging.getLogger(__name__)
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_GEOMETRY = [_long] * 12 + [_pointer] * 2
+_FORWARD = [_int] + [_pointer] * 3
 _SIGNATURES = {
-    "rows_forward": [_pointer] * 4 + [_long] * 12 + [_pointer] * 2 + [_int] * 2 + [_long, _int],
-    "rows_backward": [_pointer] * 6 + [_long] * 12 + [_pointer] * 2 + [_int] * 3 + [_long, _int],
-    "planes_forward": [_pointer] * 4 + [_long] * 12 + [_pointer] * 2 + [_int],
-    "planes_backward": [_pointer] * 6 + [_long] * 12 + [_pointer] * 2 + [_int],
+    "rows_forward": [_pointer] * 4 + _GEOMETRY + [_int] * 2 + [_long, _int] + _FORWARD,
+    "rows_backward": [_pointer] * 6 + _GEOMETRY + [_int] * 3 + [_long, _int] + [_pointer, _int, _int, _pointer],
+    "planes_forward": [_pointer] * 4 + _GEOMETRY + [_int] + _FORWARD,
+    "planes_backward": [_pointer] * 6 + _GEOMETRY + [_int] + [_pointer, _int, _pointer],
+    "norm_forward": [_pointer] * 4 + [_int] + [_long] * 3 + [_int] * 2,
+    "norm_sums": [_pointer] * 5 + [_int, _pointer] + [_long] * 3 + [_int] * 2,
 }
 
 

@@ -6,23 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define V 16
-#elif defined(__AVX__)
-#define V 8
-#else
-#define V 4
-#endif
-
-typedef float vec __attribute__((vector_size(4 * V)));
-typedef int bits __attribute__((vector_size(4 * V)));
-typedef float loose __attribute__((vector_size(4 * V), aligned(4), may_alias));
-
-#define LOAD(p) ((vec) * (const loose *)(p))
-#define STORE(p, v) (*(loose *)(p) = (loose)(v))
-#define UNROLL _Pragma("GCC unroll 16")
-#define ROUND(n) (((n) + V - 1) / V * V)
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#include "act.h"
 
 /* ---- The two inner loops ------------------------------------------------------------------------------------- */
 
@@ -248,7 +232,7 @@ static float plane_sum(const float *g, long length) {
 
 /* ---- Memory --------------------------------------------------------------------------------------------------- */
 
-enum { PACKED, FIRST, SECOND, THIRD, SLOTS };
+enum { PACKED, FIRST, SECOND, THIRD, FOURTH, FIFTH, SLOTS };
 
 /* Each thread keeps its buffers: pages that are new at each call cost as much as the work. They hold numbers, if old. */
 static float *scratch(int slot, size_t count) {

@@ -1,6 +1,7 @@
 /* Inputs whose channels are planes already: images, tokens to mix. A unit of work is a group of one image. */
 
 #include "inner.h"
+#include "moments.h"
 
 #define BAND 2048    /* positions of a convolution's outputs at a time */
 #define CHUNK 262144 /* floats of padded planes at a time */
@@ -57,17 +58,20 @@ static void convolve(long rows, const float *const *x, long count, const float *
 
 static long band_size(border b) { return TILE * (ROUND((BAND / b.pitch > 0 ? BAND / b.pitch : 1) * b.pitch) + V); }
 
+/* y = act(product); `slopes`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
 int planes_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, long height,
                    long width, long kernel_height, long kernel_width, long dilation_height, long dilation_width,
-                   long groups, long rows, long cols, const int *in, const int *out, int threads) {
+                   long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *slopes,
+                   float *mean, float *variance) {
     geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
     border b = make_border(f);
     shape s = {groups, rows, cols, kernel_height * kernel_width};
     long count = cols * s.taps, size = rows * count, area = height * width;
     int direct = s.taps == 1 && area >= V;
     float *packed = scratch(PACKED, groups * size);
-    int failed = !packed;
-    if (failed) return 1;
+    moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
+    int failed = !packed || (mean && !noted);
+    if (failed) return free(noted), 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *planes = scratch(FIRST, direct ? 1 : cols * b.size), *band = scratch(SECOND, band_size(b));
@@ -101,22 +105,33 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 else
                     memset(planes + j * b.size, 0, b.size * sizeof(float));
             }
-            const float *part = bias ? bias + g * rows : NULL;
+            const float *own = bias ? bias + g * rows : NULL;
             if (direct)
-                group_product(rows, from, count, packed + g * size, part, to, area);
+                group_product(rows, from, count, packed + g * size, own, to, area);
             else
-                convolve(rows, from, count, packed + g * size, part, to, f, b, band);
+                convolve(rows, from, count, packed + g * size, own, to, f, b, band);
+            for (long i = 0; (act || mean) && i < rows; i++) {
+                int channel = out[g * rows + i];
+                if (channel < 0) continue;
+                if (mean)
+                    merge_moments(noted + omp_get_thread_num() * m + channel, run_moments(to[i], 1, area, area));
+                if (slopes) activate_run(slope_of(act), slopes + (image * m + channel) * area, to[i], area);
+                if (act) activate_run(act, to[i], to[i], area);
+            }
         }
         free(from), free(to);
     }
+    if (mean && !failed) finish_moments(noted, threads, m, mean, variance);
+    free(noted);
     return failed;
 }
 
-/* Gradients; `dx`, `dw` and `db` may be NULL. `dw` and `db` hold one part a thread, all zero before. */
+/* Gradients; `dx`, `dw` and `db` may be NULL. `dw` and `db` hold one part a thread, all zero before. If `z` is not NULL,
+ * `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
 int planes_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, long batch, long n,
                     long m, long height, long width, long kernel_height, long kernel_width, long dilation_height,
                     long dilation_width, long groups, long rows, long cols, const int *in, const int *out,
-                    int threads) {
+                    int threads, const float *z, int act, const float *numbers) {
     geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
     if (kernel_height * kernel_width == 1) f.height = 1, f.width = height * width;
     border b = make_border(f);
@@ -159,6 +174,13 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
                         memset(plane, 0, b.size * sizeof(float));
                     else
                         pad_plane(g + ((first + image) * m + channel) * area, f, b, plane);
+                    if (z && channel >= 0) {
+                        coefficients c = channel_numbers(numbers, m, channel);
+                        const float *values = z + ((first + image) * m + channel) * area;
+                        for (long line = 0; line < f.height; line++)
+                            slope_run(act, plane + (b.top + line) * b.pitch + b.left, values + line * f.width, f.width,
+                                      numbers ? &c : NULL);
+                    }
                     if (db) my_db[k * rows + i] += plane_sum(plane, b.size);
                 }
             if (dw) {

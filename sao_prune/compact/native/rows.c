@@ -2,6 +2,7 @@
  * planes panel by panel, as many lines of positions as a core's cache holds, all channels of them. */
 
 #include "inner.h"
+#include "moments.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -33,39 +34,62 @@
 #define STAGES STAGE(2) STAGE(1)
 #endif
 
-/* Row `i` of a square of V to column `i` of another, whose rows start at t[0], t[1], .. plus `shift`. */
-#define DEFINE_SQUARE(NAME, STORE)                                                                                    \
-    static inline void NAME(float *const *x, long x_shift, float *const *t, long shift) {                             \
+/* Row `i` of a square of V to column `i` of another, whose rows start at t[0], t[1], .. plus `shift`, activated. */
+#define DEFINE_SQUARE(NAME, STORE, ACT)                                                                               \
+    static void NAME(float *const *x, long x_shift, float *const *t, long shift) {                                    \
         vec r[V];                                                                                                     \
         UNROLL for (int i = 0; i < V; i++) r[i] = LOAD(x[i] + x_shift);                                               \
         STAGES                                                                                                        \
-        UNROLL for (int i = 0; i < V; i++) STORE(t[i] + shift, r[i]);                                                 \
+        UNROLL for (int i = 0; i < V; i++) STORE(t[i] + shift, activate(ACT, r[i]));                                  \
     }
 
-DEFINE_SQUARE(square, STORE)
-DEFINE_SQUARE(streamed_square, STREAM)
+typedef void square_fn(float *const *, long, float *const *, long);
 
-/* planes[c][i] = pixels[i][c]. A few pixels at a time, all channels of them: long runs of memory, few at once. */
-static void gather(float *const *pixels, long count, long channels, float *const *planes) {
-    for (long i = 0; i < count; i += V)
-        for (long c = 0; c < channels; c += V) {
-            if (i + V <= count && c + V <= channels)
-                square(pixels + i, c, planes + c, i);
-            else
-                for (long a = i; a < MIN(i + V, count); a++)
-                    for (long b = c; b < MIN(c + V, channels); b++) planes[b][a] = pixels[a][b];
-        }
+#define DEFINE_SQUARES(ACT, lower) DEFINE_SQUARE(lower##_square, STORE, ACT) DEFINE_SQUARE(lower##_streamed, STREAM, ACT)
+DEFINE_SQUARES(NOTHING, plain)
+DEFINE_SQUARES(RELU, relu)
+DEFINE_SQUARES(GELU, gelu)
+DEFINE_SQUARES(SILU, silu)
+DEFINE_SQUARES(TANH, tanh)
+DEFINE_SQUARES(GELU_SLOPE, gelu_slope)
+DEFINE_SQUARES(SILU_SLOPE, silu_slope)
+static square_fn *const squares[][2] = {{plain_square, plain_streamed}, /* by activation, and whether streamed */
+                                        {relu_square, relu_streamed},
+                                        {gelu_square, gelu_streamed},
+                                        {silu_square, silu_streamed},
+                                        {tanh_square, tanh_streamed},
+                                        {gelu_slope_square, gelu_slope_streamed},
+                                        {silu_slope_square, silu_slope_streamed}};
+
+/* planes[c][i + ..] = pixels[..][c] for up to V pixels from `i` on. */
+static void gather_some(float *const *pixels, long count, long channels, float *const *planes, long i) {
+    for (long c = 0; c < channels; c += V) {
+        if (count == V && c + V <= channels)
+            plain_square(pixels, c, planes + c, i);
+        else
+            for (long a = 0; a < count; a++)
+                for (long b = c; b < MIN(c + V, channels); b++) planes[b][i + a] = pixels[a][b];
+    }
 }
 
-/* pixels[i][c] = planes[c][i]. */
-static void scatter(float *const *planes, long channels, float *const *pixels, long count, int stream) {
+/* A few pixels at a time, all channels of them: long runs of memory, few at once. */
+static void gather(float *const *pixels, long count, long channels, float *const *planes) {
+    for (long i = 0; i < count; i += V) gather_some(pixels + i, MIN(V, count - i), channels, planes, i);
+}
+
+/* pixels[i][c] = act(planes[c][i]). */
+static void scatter(float *const *planes, long channels, float *const *pixels, long count, int stream, int act) {
+    square_fn *whole = squares[act][stream != 0];
     for (long i = 0; i < count; i += V)
         for (long c = 0; c < channels; c += V) {
             if (i + V <= count && c + V <= channels)
-                (stream ? streamed_square : square)(planes + c, i, pixels + i, c);
+                whole(planes + c, i, pixels + i, c);
             else
-                for (long a = i; a < MIN(i + V, count); a++)
-                    for (long b = c; b < MIN(c + V, channels); b++) pixels[a][b] = planes[b][a];
+                for (long a = i; a < MIN(i + V, count); a++) {
+                    float *to = pixels[a] + c;
+                    for (long b = c; b < MIN(c + V, channels); b++) to[b - c] = planes[b][a];
+                    activate_run(act, to, to, MIN(V, channels - c));
+                }
         }
 }
 
@@ -83,7 +107,7 @@ typedef struct {
     geometry f;
     long lines, top, left, pitch; /* with a border or, for results, room for lines of the sources' pitch */
     long first, count, filled, size;
-    int direct, stream;
+    int own, direct, stream; /* own: never used where they lie */
     float *buffer, *spare, **planes, **by_channel, **pixels;
 } panel;
 
@@ -115,7 +139,7 @@ static void move_panel(panel *p, long image, long first) {
     geometry f = p->f;
     p->first = first;
     p->count = MIN(p->lines, f.height - first);
-    p->direct = m.columns && p->count == p->lines;
+    p->direct = m.columns && !p->own && p->count == p->lines;
     for (long i = 0; i < m.positions; i++) {
         long channel = m.order[i];
         p->planes[i] = p->direct && channel >= 0 ? m.data + channel * f.height + first : p->buffer + i * p->size;
@@ -143,58 +167,123 @@ static void read_panel(panel *p) {
         gather(p->pixels, p->filled, m.channels, p->by_channel);
 }
 
-static void write_panel(panel *p) {
+static void write_panel(panel *p, int act) {
     matrix m = p->of;
     if (p->direct) return;
     if (m.columns)
         for (long c = 0; c < m.channels; c++)
             memcpy(m.data + c * p->f.height + p->first, p->by_channel[c], p->count * sizeof(float));
     else
-        scatter(p->by_channel, m.channels, p->pixels, p->filled, p->stream);
+        scatter(p->by_channel, m.channels, p->pixels, p->filled, p->stream, act);
 }
 
+/* Mean and squares of the positions of a panel that count. */
+static void note_moments(const panel *p, moments *by_channel) {
+    long width = p->f.width, joined = width == p->pitch; /* lines without a gap */
+    for (long i = 0; i < p->of.positions; i++)
+        if (p->of.order[i] >= 0)
+            merge_moments(by_channel + p->of.order[i],
+                          run_moments(p->planes[i], joined ? 1 : p->count, joined ? p->count * width : width, p->pitch));
+}
+
+/* y = act(product); `slopes`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
 int rows_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, long height,
                  long width, long kernel_height, long kernel_width, long dilation_height, long dilation_width,
                  long groups, long rows, long cols, const int *in, const int *out, int x_columns, int y_columns,
-                 long lines, int threads) {
+                 long lines, int threads, int act, float *slopes, float *mean, float *variance) {
     geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
     border b = make_border(f);
     shape s = {groups, rows, cols, kernel_height * kernel_width};
     matrix source = {(float *)x, n, x_columns, in, groups * cols}, result = {y, m, y_columns, out, groups * rows};
     long bands = (height + lines - 1) / lines, count = cols * s.taps, size = rows * count;
     float *packed = scratch(PACKED, groups * size);
-    int failed = !packed;
-    if (failed) return 1;
+    moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
+    int failed = !packed || (mean && !noted);
+    if (failed) return free(noted), 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        panel from, to;
+        panel from, to, kept;
+        matrix beside = {slopes, m, y_columns, out, groups * rows};
         const float **taps = malloc(groups * count * sizeof *taps);
-        failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&to, THIRD, result, f, b, 0, lines) | !taps;
+        failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&to, THIRD, result, f, b, 0, lines) |
+                 open_panel(&kept, SECOND, beside, f, b, 0, slopes && y_columns ? lines : 0) | !taps;
 #pragma omp for
         for (long g = 0; g < groups; g++) lay_out(w + g * size, s, 0, packed + g * size);
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * bands; unit++) {
             if (failed) continue;
-            move_panel(&from, unit / bands, unit % bands * lines);
-            move_panel(&to, unit / bands, unit % bands * lines);
+            long image = unit / bands, first = unit % bands * lines;
+            move_panel(&from, image, first), move_panel(&to, image, first);
             read_panel(&from);
             tap_table(from.planes, groups * cols, f, b, taps);
+            long length = from.count * b.pitch;
             for (long g = 0; g < groups; g++)
                 group_product(rows, taps + g * count, count, packed + g * size, bias ? bias + g * rows : NULL,
-                              to.planes + g * rows, ROUND(from.count * b.pitch));
-            write_panel(&to);
+                              to.planes + g * rows, ROUND(length));
+            if (mean) note_moments(&to, noted + omp_get_thread_num() * m);
+            if (!y_columns) {
+                if (slopes) to.of.data = slopes, move_panel(&to, image, first), write_panel(&to, slope_of(act));
+                if (slopes) to.of.data = y, move_panel(&to, image, first);
+                write_panel(&to, act);
+            } else {
+                if (slopes) {
+                    move_panel(&kept, image, first);
+                    for (long i = 0; i < groups * rows; i++)
+                        activate_run(slope_of(act), kept.planes[i], to.planes[i], length);
+                    write_panel(&kept, NOTHING);
+                }
+                for (long i = 0; act && i < groups * rows; i++) activate_run(act, to.planes[i], to.planes[i], length);
+                write_panel(&to, NOTHING);
+            }
         }
         STREAMED();
-        close_panel(&from), close_panel(&to), free(taps);
+        close_panel(&from), close_panel(&to), close_panel(&kept), free(taps);
     }
+    if (mean && !failed) finish_moments(noted, threads, m, mean, variance);
+    free(noted);
     return failed;
 }
 
-/* Gradients; `dx`, `dw` and `db` may be NULL. `dw` and `db` hold one part a thread, all zero before. */
+/* Read gradients of the result, turned into those of the product `z` while they are rows. */
+static void read_slopes(panel *p, const float *z, int act, const float *numbers, float *rows) {
+    long channels = p->of.channels;
+    for (long i = 0; i < p->filled; i += V) {
+        float *pixels[V];
+        for (long a = 0; a < V; a++) {
+            float *pixel = p->pixels[i + a];
+            pixels[a] = pixel;
+            if (pixel == p->spare) continue;
+            pixels[a] = rows + a * channels;
+            slope_row(act, pixels[a], pixel, z + (pixel - p->of.data), channels, numbers);
+        }
+        gather_some(pixels, V, channels, p->by_channel, i);
+    }
+}
+
+/* Gradients of the result, in place, to those of the product that `values` holds. */
+static void slope_panel(panel *p, const panel *values, int act, const float *numbers) {
+    geometry f = p->f;
+    long start = MAX(p->first - p->top, 0), stop = MIN(p->first + p->count + p->top, f.height);
+    long lines = stop - start, width = f.width, offset = (start - p->first + p->top) * p->pitch + p->left;
+    if (width == p->pitch) width *= lines, lines = 1;
+    for (long i = 0; i < p->of.positions; i++) {
+        long channel = p->of.order[i];
+        if (channel < 0) continue;
+        coefficients c = channel_numbers(numbers, p->of.channels, channel);
+        for (long line = 0; line < lines; line++) {
+            long at = offset + line * p->pitch;
+            slope_run(act, p->planes[i] + at, values->planes[i] + at, width, numbers ? &c : NULL);
+        }
+    }
+}
+
+/* Gradients; `dx`, `dw` and `db` may be NULL. `dw` and `db` hold one part a thread, all zero before. If `z` is not NULL,
+ * `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
 int rows_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, long batch, long n,
                   long m, long height, long width, long kernel_height, long kernel_width, long dilation_height,
                   long dilation_width, long groups, long rows, long cols, const int *in, const int *out, int g_columns,
-                  int x_columns, int dx_columns, long lines, int threads) {
+                  int x_columns, int dx_columns, long lines, int threads, const float *z, int z_columns, int act,
+                  const float *numbers) {
     geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
     border b = make_border(f);
     shape s = {groups, rows, cols, kernel_height * kernel_width};
@@ -206,11 +295,15 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
     if (failed) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        panel from, top, to;
+        int apart = z && (g_columns || z_columns); /* not both rows */
+        panel from, top, to, values;
+        matrix before = {(float *)z, m, z_columns, out, groups * rows};
         const float **taps = malloc(groups * (rows + cols) * s.taps * sizeof *taps), **back = taps + groups * cols * s.taps;
-        float **centre = malloc(groups * rows * sizeof *centre);
+        float **centre = malloc(groups * rows * sizeof *centre), *slopes = scratch(FIFTH, V * m);
         failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&top, SECOND, outer, f, b, 1, lines) |
-                 open_panel(&to, THIRD, result, f, b, 0, lines) | !taps | !centre;
+                 open_panel(&to, THIRD, result, f, b, 0, lines) |
+                 open_panel(&values, FOURTH, before, f, b, 1, apart ? lines : 0) | !taps | !centre | !slopes;
+        top.own = apart;
 #pragma omp for
         for (long k = 0; k < groups; k++)
             if (dx) lay_out(w + k * size, s, 1, packed + k * size);
@@ -220,7 +313,13 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
             if (failed) continue;
             long image = unit / bands, first = unit % bands * lines;
             move_panel(&from, image, first), move_panel(&top, image, first), move_panel(&to, image, first);
-            read_panel(&top);
+            if (apart)
+                read_panel(&top), move_panel(&values, image, first), read_panel(&values),
+                    slope_panel(&top, &values, act, numbers);
+            else if (z)
+                read_slopes(&top, z, act, numbers, slopes);
+            else
+                read_panel(&top);
             tap_table(top.planes, groups * rows, f, b, back);
             for (long i = 0; i < groups * rows; i++) centre[i] = top.planes[i] + shift;
             if (dw) read_panel(&from), tap_table(from.planes, groups * cols, f, b, taps);
@@ -235,10 +334,10 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
                 if (db)
                     for (long i = 0; i < rows; i++) my_db[k * rows + i] += plane_sum(gs[i], length);
             }
-            if (dx) write_panel(&to);
+            if (dx) write_panel(&to, NOTHING);
         }
         STREAMED();
-        close_panel(&from), close_panel(&top), close_panel(&to), free(taps), free(centre);
+        close_panel(&from), close_panel(&top), close_panel(&to), close_panel(&values), free(taps), free(centre);
     }
     return failed;
 }

@@ -1,0 +1,139 @@
+"""Which norms and activations follow a layer's result, and nothing else, when a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .calls import record_calls
+from .deferred import is_known, step
+
+_NORM = "batch_norm"
+
+
+@dataclass
+class _Result:
+    """A tensor that came from a layer by some steps."""
+
+    layer: nn.Module
+    above: frozenset[nn.Module]
+    names: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+    before: _Result | None = None
+    uses: int = 0
+
+
+@dataclass(frozen=True)
+class Followers:
+    """What follows a layer.
+
+    Attributes:
+        names: the steps, at most a norm and an activation.
+        modules: the modules that take those steps.
+    """
+
+    names: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+
+
+class _Watch(TorchFunctionMode):
+    """Follows the layers' results through a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results = WeakTensorKeyDictionary()
+        self.all: list[_Result] = []
+        self.stack: list[nn.Module] = []
+
+    def entered(self, module: nn.Module, args: Any) -> None:
+        """A module is called."""
+        self.stack.append(module)
+
+    def left(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A module is done."""
+        self.stack.pop()
+
+    def came(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """A layer gave a result."""
+        if isinstance(output, Tensor):
+            self._keep(output, _Result(layer, frozenset(self.stack)))
+
+    def _keep(self, tensor: Tensor, result: _Result) -> None:
+        self.results[tensor] = result
+        self.all.append(result)
+
+    def used(self, values: Any) -> None:
+        """These values were taken by somebody."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and value in self.results:
+                self.results[value].uses += 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_known(func):
+            return func(*args, **kwargs)
+        self.used((args, kwargs))
+        first = args[0] if args else None
+        source = self.results.get(first) if isinstance(first, Tensor) else None
+        output = func(*args, **kwargs)
+        found = None if source is None else step(func, args, kwargs)
+        if source is not None and found is not None and isinstance(output, Tensor):
+            if found.norm is None:
+                suits = source.names in ((), (_NORM,))
+            else:
+                suits = source.names == () and found.norm.suits(output.shape[1], output[:, 0].numel())
+            if suits:
+                inner = self.stack[-1:] if self.stack and self.stack[-1] not in source.above else []
+                modules = (*source.modules, *inner)
+                self._keep(output, _Result(source.layer, source.above, (*source.names, found.name), modules, source))
+        return output
+
+
+def followers(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) -> dict[int, Followers]:
+    """What follows each layer, by the id of the module, in a run of the model in eval mode.
+
+    Args:
+        model: any module.
+        layers: the layers in it.
+        example_input: what to run it on.
+
+    Raises:
+        ValueError: if the model fails on the example input.
+    """
+    watch = _Watch()
+    everywhere = torch.nn.modules.module
+    hooks = [
+        everywhere.register_module_forward_pre_hook(watch.entered),
+        everywhere.register_module_forward_hook(watch.left, always_call=True),
+        *(layer.register_forward_hook(watch.came) for layer in layers),
+    ]
+    try:
+        with watch:
+            watch.used(record_calls(model, [], example_input).output)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: dict[int, Followers] = {}
+    ends = {id(result.before) for result in watch.all}
+    for result in watch.all:
+        if id(result) in ends:
+            continue
+        chain = [result]
+        while chain[-1].before is not None:
+            chain.append(chain[-1].before)
+        # Up to the first that somebody else takes too.
+        last = next((r for r in reversed(chain) if r.uses != 1), result)
+        new = Followers(last.names, last.modules)
+        old = found.setdefault(id(result.layer), new)
+        if old.names != new.names:
+            found[id(result.layer)] = Followers()
+    return {key: each for key, each in found.items() if each.names}

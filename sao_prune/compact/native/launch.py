@@ -1,0 +1,237 @@
+"""Calls of the compiled kernels on tensors: layouts, sizes of panels, memory for results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..order import is_features_first
+from ..packing import Packing
+from .build import library
+
+# Floats of a panel of rows and its results that a core keeps at hand, and the least and most rows of one: measured.
+_FORWARD = 1 << 17, 32, 96
+_BACKWARD = 5 << 15, 80, 256
+_IMAGE = 1 << 18
+_LANES = 16
+# A matrix is an image of one pixel a line: its width, kernel and dilation.
+_POINT = (1, 1, 1, 1, 1)
+
+# As the kernels number them.
+ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 7, "known slope": 8}
+
+_Argument = Tensor | int | None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass is to do besides the product.
+
+    Attributes:
+        act: what to make of the product.
+        keep: whether to give the activation's slopes back as well.
+        moments: whether to measure mean and variance of the product's channels; then ``act`` is none.
+    """
+
+    act: str = ""
+    keep: bool = False
+    moments: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """How a gradient of the result becomes one of the product.
+
+    Attributes:
+        act: what was made of the product.
+        values: what its slope is a function of; laid out as the result.
+        numbers: shape ``(6, m)``: scale and shift of what was activated, factors of the gradient through it and of
+            the product less its mean, a constant, and the mean; ``None`` where there was nothing but the activation.
+    """
+
+    act: str
+    values: Tensor
+    numbers: Tensor | None = None
+
+
+Results = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def ready(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these: single precision, on the CPU, real tensors that nobody watches or traces."""
+    return (
+        all(
+            type(t) in (Tensor, nn.Parameter)
+            and t.dtype is torch.float32
+            and t.device.type == "cpu"
+            and t.numel() > 0
+            and not t.is_neg()
+            for t in tensors
+            if t is not None
+        )
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.is_autocast_enabled("cpu")
+        and library() is not None
+    )
+
+
+class Call:
+    """The arguments of one call of the kernels that are not tensors to differentiate by."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+    ) -> Gradients:
+        raise NotImplementedError
+
+    def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
+        """The last arguments of a forward pass, and its results."""
+        slopes = torch.empty_like(y) if plan.keep else None
+        moments = (_numbers(y, self.packing), _numbers(y, self.packing)) if plan.moments else None
+        return (ACTS[plan.act], slopes, *(moments or (None, None))), (y, slopes, moments)
+
+    def _parts(self, weight: Tensor, needs: tuple[bool, ...], threads: int) -> tuple[Tensor | None, Tensor | None]:
+        """Zeros to which each thread adds its share of the gradients of weight and bias."""
+        packing = self.packing
+        dw = weight.new_zeros(threads, *weight.shape) if needs[1] else None
+        db = weight.new_zeros(threads, packing.groups * packing.rows) if needs[2] else None
+        return dw, db
+
+
+def call(name: str, *arguments: _Argument) -> None:
+    """Call a kernel.
+
+    Raises:
+        MemoryError: if there is none for its buffers.
+    """
+    kernels = library()
+    assert kernels is not None
+    if getattr(kernels, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+        raise MemoryError(f"{name}: no memory for its buffers")
+
+
+def _numbers(like: Tensor, packing: Packing) -> Tensor:
+    """Room for one number a channel."""
+    return like.new_empty(packing.out_channels)
+
+
+def _sum(parts: Tensor | None) -> Tensor | None:
+    return None if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+class Rows(Call):
+    def __init__(self, packing: Packing, features_first: bool) -> None:
+        super().__init__(packing)
+        self.features_first = features_first
+
+    def _length(self, batch: int, widths: int, limits: tuple[int, int, int], threads: int) -> int:
+        """Rows of a panel: as many as a core's cache holds, and as many panels for every thread."""
+        floats, least, most = limits
+        wanted = min(max(floats // widths, least), most)
+        panels = -(-batch // (wanted * threads)) * threads
+        return -(-batch // (panels * _LANES)) * _LANES
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        batch, n = x.shape
+        m, threads = self.packing.out_channels, torch.get_num_threads()
+        y = _empty(x, batch, m, self.features_first)
+        length = self._length(batch, n + m, _FORWARD, threads)
+        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
+        layouts = is_features_first(x), self.features_first
+        extras, results = self._extras(y, plan)
+        call("rows_forward", x, weight, bias, y, *geometry, *layouts, length, threads, *extras)
+        return results
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+    ) -> Gradients:
+        (batch, n), m, threads = x.shape, grad.shape[1], torch.get_num_threads()
+        columns = is_features_first(x)
+        if not is_features_first(grad):
+            grad = grad.contiguous()
+        dx = _empty(x, batch, n, columns) if needs[0] else None
+        dw, db = self._parts(weight, needs, threads)
+        length = self._length(batch, n + m, _BACKWARD, threads)
+        layouts = is_features_first(grad), columns, columns
+        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
+        tensors = grad, x, weight, dx, dw, db
+        call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(slope, self.features_first))
+        return dx, _sum(dw), _sum(db)
+
+
+def _through(slope: Slope | None, *layout: bool) -> tuple[_Argument, ...]:
+    """The last arguments of a backward pass."""
+    if slope is None:
+        return None, *(False for _ in layout), 0, None
+    return slope.values, *layout, ACTS[slope.act], slope.numbers
+
+
+def _empty(like: Tensor, batch: int, channels: int, features_first: bool) -> Tensor:
+    return like.new_empty_strided((batch, channels), (1, batch) if features_first else (channels, 1))
+
+
+class Planes(Call):
+    """Channels as planes ``(batch, n, *space)``: convolutions, tokens to mix."""
+
+    def __init__(self, packing: Packing, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+        super().__init__(packing)
+        self.kernel, self.dilation = (1, *kernel)[-2:], (1, *dilation)[-2:]
+
+    def _geometry(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        space = (1, *x.shape[2:])[-2:]
+        channels = x.shape[1], self.packing.out_channels
+        return len(x), *channels, *space, *self.kernel, *self.dilation, *weight.shape[:3]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        y = x.new_empty(len(x), self.packing.out_channels, *x.shape[2:])
+        tables, threads = self.packing.channel_tables, torch.get_num_threads()
+        extras, results = self._extras(y, plan)
+        call("planes_forward", x, weight, bias, y, *self._geometry(x, weight), *tables, threads, *extras)
+        return results
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+    ) -> Gradients:
+        tables, threads = self.packing.channel_tables, torch.get_num_threads()
+        dx = torch.empty_like(x) if needs[0] else None
+        dw, db = self._parts(weight, needs, threads)
+        tensors = grad.contiguous(), x, weight, dx, dw, db
+        call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(slope))
+        return dx, _sum(dw), _sum(db)
+
+
+class Pixels(Planes):
+    """Images in channels-last format."""
+
+    def _lines(self, x: Tensor) -> int:
+        """Lines of a panel: as many as a core's cache holds, at least as many as the kernel is high."""
+        pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
+        return max(_IMAGE // ((x.shape[1] + self.packing.out_channels) * pitch), self.kernel[0])
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        shape = len(x), self.packing.out_channels, *x.shape[2:]
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
+        extras, results = self._extras(y, plan)
+        call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads(), *extras)
+        return results
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+    ) -> Gradients:
+        threads = torch.get_num_threads()
+        dx = torch.empty_like(x) if needs[0] else None
+        dw, db = self._parts(weight, needs, threads)
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        tensors = grad, x, weight, dx, dw, db
+        call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(slope, False))
+        return dx, _sum(dw), _sum(db)

@@ -1,0 +1,435 @@
+"""Norms and activations within the native kernels give what torch gives; nobody can tell that results are put off."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import sao_prune
+from sao_prune.compact import BlockConv2d, BlockLinear, BlockModule, Execution, convert, tune
+from sao_prune.compact.deferred import Deferred, TooLate, strides_of
+from sao_prune.compact.follow import followers
+from sao_prune.compact.native import After, Norm, build, native_conv, native_matmul, native_plane_matmul
+from sao_prune.topology import interleaved
+
+from .cases import fuse, randomise, topologies
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler that the kernels can be built with")
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda t: t, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh,
+}  # fmt: skip
+_acts = st.sampled_from(list(ACTS))
+_norms = st.sampled_from(["none", "training", "eval"])
+
+
+class _Case:
+    """A layer's weight, bias and norm, and the same in double precision."""
+
+    def __init__(self, layer: BlockModule, norm: str, act: str) -> None:
+        self.packing, self.norm, self.act = layer.packing, norm, act
+        m = layer.topology.shape[0]
+        normed = [torch.randn(m), torch.randn(m)] if norm != "none" else [None, None]
+        randomise(layer)
+        self.tensors = [layer.packed_weight().detach(), torch.randn(m), *normed]
+        self.known = torch.randn(m), torch.rand(m) + 0.5
+
+    def after(self, gain: Tensor | None, offset: Tensor | None) -> After:
+        if self.norm == "none":
+            return After(act=self.act)
+        return After(Norm(*(t.clone() for t in self.known), gain, offset, self.norm == "training", 0.3, 1e-3), self.act)
+
+    def check(
+        self, x: Tensor, fused: Callable[[Tensor, Tensor, Tensor, After], Tensor], plain: Callable[..., Tensor]
+    ) -> None:
+        """Outputs, gradients and running averages."""
+
+        def single(*t: Tensor) -> tuple[Tensor, After]:
+            after = self.after(*t[3:])
+            return fused(*t[:3], after), after
+
+        def double(*t: Tensor) -> tuple[Tensor, list[Tensor]]:
+            y, averages = plain(*t[:3]), [k.double() for k in self.known]
+            if self.norm != "none":
+                y = F.batch_norm(y, *averages, *t[3:], self.norm == "training", 0.3, 1e-3)
+            return ACTS[self.act](y), averages
+
+        mine = [None if t is None else t.detach().requires_grad_() for t in (x, *self.tensors)]
+        theirs = [None if t is None else t.detach().double().requires_grad_() for t in mine]
+        (y, after), (expected, averages) = single(*mine), double(*theirs)
+        close = {"rtol": 1e-4, "atol": 1e-4 * max(1.0, float(expected.detach().abs().max()))}
+        torch.testing.assert_close(y.double(), expected, **close)
+        if after.norm is not None:
+            torch.testing.assert_close(after.norm.running_mean.double(), averages[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(after.norm.running_var.double(), averages[1], rtol=1e-3, atol=1e-4)
+        gradient = torch.randn_like(expected)
+        found = torch.autograd.grad(y, [t for t in mine if t is not None], gradient.float())
+        wanted = torch.autograd.grad(expected, [t for t in theirs if t is not None], gradient)
+        scale = max(float(t.abs().max()) for t in wanted)
+        for number, (one, other) in enumerate(zip(found, wanted)):
+            # Places of the weight that hold no block's value have no gradient that counts.
+            kept = self.tensors[0] != 0 if number == 1 else True
+            torch.testing.assert_close(one.double() * kept, other * kept, rtol=1e-3, atol=1e-4 * max(scale, 1.0))
+        if self.norm != "training":
+            with torch.no_grad():
+                torch.testing.assert_close(single(*mine)[0].double(), expected, **close)
+
+
+@given(
+    topologies(24),
+    st.sampled_from([1, 3]),
+    st.sampled_from([(2, 5, 9), (3, 14, 14), (1, 33, 6), (1, 4, 70)]),
+    st.booleans(),
+    _norms,
+    _acts,
+)
+@settings(max_examples=150, deadline=None)
+def test_images(topology, kernel, space, channels_last, norm, act):
+    layer = BlockConv2d(topology, kernel, padding=kernel // 2)
+    case = _Case(layer, norm, act)
+    x = torch.randn(space[0], layer.in_channels, *space[1:])
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    case.check(
+        x,
+        lambda x, w, b, after: native_conv(x, w, b, layer.packing, (1, 1), layer._plain, after),
+        lambda x, w, b: layer._plain(x, w, layer.packing.bias(b)),
+    )
+
+
+@given(
+    topologies(40),
+    st.sampled_from([2, 15, 37, 200]),
+    st.booleans(),
+    st.sampled_from([None, True, False]),
+    _norms,
+    _acts,
+)
+@settings(max_examples=150, deadline=None)
+def test_matrices(topology, batch, columns, features_first, norm, act):
+    layer = BlockLinear(topology)
+    case = _Case(layer, norm, act)
+    x = torch.randn(batch, layer.in_features)
+    if columns:
+        x = x.t().contiguous().t()
+    case.check(
+        x,
+        lambda x, w, b, after: native_matmul(x, w, b, layer.packing, features_first, after),
+        lambda x, w, b: F.linear(x, _dense(layer, w), b),
+    )
+
+
+@given(topologies(40), st.sampled_from([3, 50]), _acts)
+@settings(max_examples=40, deadline=None)
+def test_transposed_tokens(topology, length, act):
+    layer = BlockLinear(topology)
+    case = _Case(layer, "none", act)
+    case.check(
+        torch.randn(2, layer.in_features, length),
+        lambda x, w, b, after: native_plane_matmul(x, w, b, layer.packing, after),
+        lambda x, w, b: F.linear(x.mT, _dense(layer, w), b).mT,
+    )
+
+
+def _dense(layer: BlockLinear, packed: Tensor) -> Tensor:
+    """The dense weight of packed matrices."""
+    packing = layer.packing
+    whole = torch.block_diag(*packed)
+    return whole[packing.outputs.index][:, packing.inputs.inverse]
+
+
+@pytest.mark.parametrize("act", list(ACTS))
+def test_activations_far_out(act):
+    layer = BlockLinear(interleaved(32, 32, 32), bias=False)
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3.9, -3.9, 6.0, -6.0, 30.0, -30.0, 100.0, -100.0, float("nan")])
+    x = x.repeat(32, 3)[:, :32].contiguous().requires_grad_()
+    y = native_matmul(x, torch.ones(32, 1, 1), None, layer.packing, None, After(act=act))
+    expected = ACTS[act](x)
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=2e-6, atol=2e-6)
+    (mine,), (theirs,) = (torch.autograd.grad(t.sum(), x) for t in (y, expected))
+    torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_variances_far_from_zero_do_not_cancel(offset):
+    layer, _ = _conv_norm(offset)
+    x = torch.randn(4, 16, 24, 24)
+    norm = Norm(torch.zeros(16), torch.ones(16), None, None, True, 1.0, 0.0)
+    y = native_conv(x, layer.packed_weight(), layer.bias, layer.packing, (1, 1), layer._plain, After(norm))
+    z = layer._plain(x.double(), layer.packed_weight().double(), layer.bias.double())
+    torch.testing.assert_close(norm.running_var.double(), z.var((0, 2, 3)), rtol=2e-3, atol=0)
+    assert float(y.var((0, 2, 3), correction=0).sub(1).abs().max()) < 1e-2
+
+
+def _conv_norm(offset: float = 0.0) -> tuple[BlockConv2d, nn.Sequential]:
+    layer = BlockConv2d(interleaved(16, 16, 4), 3, padding=1)
+    randomise(layer)
+    with torch.no_grad():
+        layer.bias += offset
+    layer.run_as(Execution(native=True))
+    return layer, nn.Sequential(layer, nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+
+
+def _fused(net: nn.Module, x: Tensor) -> nn.Module:
+    randomise(net)
+    for module in net.modules():
+        if isinstance(module, BlockModule):
+            module.run_as(Execution(native=True))
+    fuse(net, x)
+    return net
+
+
+def _small() -> tuple[nn.Sequential, Tensor]:
+    x = torch.randn(4, 16, 9, 9)
+    net = nn.Sequential(BlockConv2d(interleaved(16, 16, 4), 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    return _fused(net, x), x
+
+
+def test_what_follows_is_found():
+    x = torch.randn(2, 16, 9, 9)
+    net, _ = _small()
+    assert net[0].execution.fused == ("batch_norm", "relu")
+    assert net[0].followers == (net[1], net[2])
+    assert str(net[0].execution) == "blocks, native + batch_norm + relu"
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(BlockConv2d(interleaved(16, 16, 4), 1) for _ in range(7))
+            self.norm = nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            twice = self.layers[0](x)
+            functional = F.silu(self.norm(self.layers[1](x)))
+            shared = F.relu(self.layers[2](x)) + torch.tanh(self.layers[2](x))
+            normed = self.norm(self.layers[3](x))
+            returned = self.layers[4](x)
+            other = F.softplus(self.layers[5](x))
+            return [twice + F.relu(twice), functional, shared, normed + F.gelu(normed), returned, F.relu(returned),
+                    other, F.relu(F.relu(self.layers[6](x)))]  # fmt: skip
+
+    net = _fused(Branches(), x)
+    assert [layer.execution.fused for layer in net.layers] == [
+        (), ("batch_norm", "silu"), (), ("batch_norm",), (), (), ("relu",)
+    ]  # fmt: skip
+    assert net.layers[1].followers == (net.norm,)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_model_gives_ordinary_tensors(training, mode):
+    net, x = _small()
+    plain = copy.deepcopy(net)
+    plain[0].run_as(Execution(native=True))
+    for model in (net, plain):
+        model.train(training)
+    with mode():
+        y, expected = net(x), plain(x)
+    assert type(y) is Tensor
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert y.requires_grad == expected.requires_grad
+    for one, other in zip(net.buffers(), plain.buffers()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_anything_else_is_done_with_the_layers_own_result():
+    net, x = _small()
+    layer, norm, act = net
+    plain = copy.deepcopy(layer)
+    plain.run_as(Execution(native=True))
+    put_off = layer(x)
+    assert type(put_off) is Deferred
+    assert put_off.shape == (4, 16, 9, 9)
+    assert put_off.is_contiguous()
+    assert put_off.requires_grad
+    assert put_off.dtype is torch.float32
+    expected = plain(x)
+    torch.testing.assert_close(put_off + 0, expected)
+    torch.testing.assert_close(norm(put_off), norm(expected))
+    torch.testing.assert_close(torch.cat([layer(x), x]), torch.cat([expected, x]))
+    torch.testing.assert_close(F.softplus(layer(x)), F.softplus(expected))
+    torch.testing.assert_close(act(layer(x)), F.relu(expected))  # not the norm that was expected
+    assert layer(x).tolist()[0][0] == expected.tolist()[0][0]
+    assert layer(x).grad_fn is not None
+    assert type(copy.deepcopy(layer(x).detach())) is Tensor
+    partly = norm(layer(x))
+    assert type(partly) is Deferred
+    torch.testing.assert_close(partly.mean(), norm(expected).mean())
+    with torch.no_grad():
+        seen = (watched := layer(x)).abs().mean()
+    assert not seen.requires_grad
+    assert norm(watched).requires_grad
+
+
+def test_in_place_changes_what_it_is_given():
+    net = _fused(nn.Sequential(BlockLinear(interleaved(8, 8, 2)), nn.ReLU(inplace=True)), torch.randn(3, 8))
+    x = torch.randn(3, 8)
+    result = net[0](x)
+    F.relu(result, inplace=True)
+    assert float(result.min()) == 0
+    result = net[0](x)
+    result.relu_()
+    assert float((result + 0).min()) == 0
+
+
+def test_gradients_reach_everything():
+    net, x = _small()
+    plain = copy.deepcopy(net)
+    plain[0].run_as(Execution(native=True))
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    gradient = torch.randn(4, 16, 9, 9)
+    net(mine).backward(gradient)
+    plain(theirs).backward(gradient)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+    for one, other in zip(net.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=2e-3)
+    again = x.clone().requires_grad_()
+    checkpoint(net, again, use_reentrant=False).backward(gradient)
+    torch.testing.assert_close(again.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives(training):
+    net = nn.Sequential(BlockConv2d(interleaved(8, 8, 2), 3, padding=1), nn.BatchNorm2d(8), nn.Tanh())
+    x = torch.randn(2, 8, 5, 5)
+    net = _fused(net, x).train(training)
+    plain = copy.deepcopy(net)
+    plain[0].run_as(Execution())
+    found = []
+    for model in (net, plain):
+        start = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model(start).pow(3).sum(), start, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [start, *model.parameters()], allow_unused=True))
+    for one, other in zip(*found):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * max(1.0, float(other.abs().max())))
+
+
+def test_nothing_is_put_off_while_somebody_watches():
+    for where in range(3):
+        net, x = _small()
+        seen = []
+        handle = net[where].register_forward_hook(lambda module, args, output, seen=seen: seen.append((args, output)))
+        net(x)
+        assert type(seen[0][1]) is Tensor
+        assert type(seen[0][0][0]) is Tensor
+        handle.remove()
+        assert type(net[0](x)) is Deferred
+    net, x = _small()
+    net[1].register_full_backward_hook(lambda *_: None)
+    assert type(net[0](x)) is Tensor
+    net, x = _small()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert type(net[0](x)) is Tensor
+    finally:
+        handle.remove()
+
+
+def test_too_late_is_an_error_and_never_a_wrong_number():
+    net, x = _small()
+    put_off = net[0](x)
+    x.add_(1)
+    with pytest.raises(TooLate, match="changed in place"):
+        put_off.sum()
+    put_off = net[0](x)
+    with torch.no_grad():
+        net[0].blocks.mul_(2)
+    with pytest.raises(TooLate, match="changed in place"):
+        net[1](put_off).sum()
+
+
+def test_functions_that_dispatch_does_not_see_are_told():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    net, x = _small()
+    torch.testing.assert_close(Twice.apply(net[0](x)), 2 * (net[0](x) + 0))
+    with pytest.raises(TooLate, match="custom autograd function"):
+        Twice.apply(net[0](x)).sum().backward()
+
+
+def test_exporters_compilers_and_counters_see_ordinary_operations():
+    net, x = _small()
+    net.eval()
+    exported = torch.export.export(net, (x,)).module()
+    torch.testing.assert_close(exported(x), net(x), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(net[0](x)) is Tensor
+    torch.testing.assert_close(torch.func.functional_call(net, dict(net.named_parameters()), x), net(x))
+
+
+def test_a_fused_model_is_copied_kept_and_expanded():
+    net, x = _small()
+    net.eval()
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert other[0].followers == (other[1], other[2])
+        assert torch.equal(other(x), net(x))
+    y = net(x)
+    state = net.state_dict()
+    assert {name.partition(".")[0] for name in state} == {"0", "1"}
+    sao_prune.expand(net)
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)
+    assert "followers" not in vars(net[0])
+    fresh = copy.deepcopy(net)
+    assert sao_prune.compact(fresh, example_input=x).compact
+
+
+def test_tuning_tries_what_follows(monkeypatch):
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1),
+        nn.Flatten(), nn.Linear(8 * 36, 64), nn.GELU(), nn.Linear(64, 5),
+    )  # fmt: skip
+    sao_prune.apply(net, groups=4, seed=0)
+    x = torch.randn(4, 3, 8, 8)
+    fused: list[bool] = []
+
+    def time_model(model, *_):
+        fused.append(any(isinstance(m, BlockModule) and m.execution.fused for m in model.modules()))
+        return float(not fused[-1])
+
+    def race(runs, device):
+        return {
+            key: 1.0 if isinstance(key, Execution) and key.native and not key.channels_last else 2.0 for key in runs
+        }
+
+    monkeypatch.setattr(convert, "time_model", time_model)
+    monkeypatch.setattr(tune, "_race", race)
+    y = net.eval()(x)
+    report = sao_prune.compact(net, example_input=x, tune="train")
+    assert True in fused
+    assert False in fused
+    assert {layer.name: layer.execution for layer in report.compact}["6"].endswith("native + gelu")
+    assert "native + batch_norm + relu" in {layer.name: layer.execution for layer in report.compact}["1"]
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_whose_results_come_too_late_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(tune, "run_model", lambda *_: (_ for _ in ()).throw(TooLate("no")))
+    assert tune.time_model(nn.Linear(2, 2), torch.ones(1, 2), "train") == float("inf")
+
+
+def test_strides():
+    for shape in ((2, 3, 4, 5), (7, 8), (2, 3, 4)):
+        x = torch.empty(shape)
+        assert strides_of(shape, len(shape) - 1) == x.stride()
+        assert strides_of(shape, 1) == x.movedim(1, -1).contiguous().movedim(-1, 1).stride()
+
+
+def test_what_follows_needs_a_model_that_runs():
+    with pytest.raises(ValueError, match="does not run"):
+        followers(nn.Linear(2, 2), [], torch.ones(1, 3))

@@ -88,7 +88,7 @@ class BlockModule(nn.Module):
     execution: Execution
     # An input order in place of the topology's own, and whether a reader takes care of the output order.
     folded: tuple[Order | None, bool] = (None, False)
-    # The modules that take the steps that the execution fuses; not children of this one.
+    # The modules whose hooks would see results between the steps that the execution fuses; not children of this one.
     followers: tuple[nn.Module, ...] = ()
     # Set by `set_topology`, so that a layer converted in place need not run a constructor.
     _topology: BlockTopology | None
@@ -141,10 +141,6 @@ class BlockModule(nn.Module):
         """What is to be computed along with this layer now: nothing while somebody watches what comes out of it."""
         names = self.execution.fused
         return names if names and not is_watched((self, *self.followers)) else ()
-
-    def _sources(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the layer's result is computed from."""
-        return (x, self.blocks) if self.bias is None else (x, self.blocks, self.bias)
 
     def fold(self, inputs: Order | None = None, raw: bool = False) -> None:
         """Read channels in another order than the topology's (``None``), or leave outputs in the blocks' order."""

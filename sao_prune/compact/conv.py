@@ -94,22 +94,24 @@ class _BlockConv(BlockModule):
         return y if packing.raw else take(y, packing.outputs)
 
     def _native(self, x: Tensor) -> Tensor:
-        packing = self.packing
+        packing, weight, bias = self.packing, self.packed_weight(), self.bias
 
         def compute(after: After) -> Tensor:
-            return native_conv(x, self.packed_weight(), self.bias, packing, self.dilation, self._plain, after)
+            return native_conv(x, weight, bias, packing, self.dilation, self._plain, after)
 
         fused = self.fused()
         if not fused:
             return compute(NOTHING)
         shape = len(x), packing.out_channels, *x.shape[2:]
-        strides = strides_of(shape, 1 if is_channels_last(x) else x.dim() - 1)
-        return Deferred.of(compute, fused, shape, strides, self._sources(x), 0 if packing.raw else 1)
+        innermost = 1 if x.dim() == 4 and is_channels_last(x) else x.dim() - 1
+        sources = (x, weight) if bias is None else (x, weight, bias)
+        return Deferred.of(compute, fused, shape, strides_of(shape, innermost), sources, 0 if packing.raw else 1)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packing = self.packing
-        y = self._convolve(packing.inputs.planes(x), weight.flatten(0, 1), bias, packing.groups)
-        return y if packing.raw else packing.outputs.planes(y)
+        y = self._convolve(packing.inputs.planes(x), weight.flatten(0, 1), None, packing.groups)
+        y = y if packing.raw else packing.outputs.planes(y)
+        return y if bias is None else y + bias.view(-1, *[1] * len(self.kernel_size))
 
     def _suits(self, x: Tensor) -> bool:
         return self.suits_native and x.dim() == len(self.kernel_size) + 2 and x.shape[1] == self.in_channels

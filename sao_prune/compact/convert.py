@@ -124,7 +124,9 @@ def _tuned(
                 both = way, fused(way, candidates, model, example_input)
             finally:
                 undo()
-            ways += [w for w in both if w not in ways]
+            for each in both:
+                if each not in ways:
+                    ways.append(each)
     seconds = []
     for plan in ways if len(ways) > 1 else []:
         undo = _convert(model, candidates, plan)

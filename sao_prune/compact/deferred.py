@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .native import NOTHING, After, Norm
+from .native import NOTHING, SWITCH, After, Norm
 
 _Compute = Callable[[After], Tensor]
 _NORM = "batch_norm"
@@ -30,6 +32,15 @@ _ACTS: dict[Any, str] = {
     Tensor.tanh: "tanh",
 }
 _IN_PLACE = (torch.relu_, Tensor.relu_)
+
+# What asks for gradients of a tensor itself.
+_OF_GRAPH = {
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    Tensor.retain_grad,
+    *(getattr(Tensor, name).__get__ for name in ("grad", "retains_grad")),
+    torch.autograd.grad,
+}
 
 # What is known of a result before it is there.
 _KNOWN = {
@@ -72,7 +83,9 @@ def step(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ste
     if function is F.batch_norm:
         return Step(_NORM, norm=_norm(*args[1:], **kwargs)) if args else None
     name = _ACTS.get(function)
-    if name is None or not args or (name == "gelu" and "none" not in (*args[1:], kwargs.get("approximate", "none"))):
+    if name is None or not args or kwargs.keys() - {"inplace", "approximate"}:
+        return None
+    if name == "gelu" and kwargs.get("approximate", "none") != "none":
         return None
     in_place = function in _IN_PLACE or bool(args[1:2] == (True,) or kwargs.get("inplace"))
     return Step(name, in_place)
@@ -116,17 +129,17 @@ class Deferred(Tensor):
     """A tensor that is computed when something is done with it.
 
     What its layer expects to follow is added to what its kernel does; after the last of that the result is an ordinary
-    tensor. Anything else makes it compute what it stands for, as if nothing had been deferred.
+    tensor. Anything else makes it compute what it stands for, as if nothing had been put off. If that cannot be had
+    any more, because an input has been changed in place, it says so. Tensors of inference mode do not tell that they
+    have been changed: there it relies on the model's running as it did when it was made compact.
     """
 
-    _compute: _Compute
+    _plan: _Plan
     _after: After
     _expected: tuple[str, ...]
-    _channels: int
-    _sources: tuple[Tensor, ...]
-    _versions: tuple[int, ...]
     _gradients: bool
     _value: Tensor | None
+    _followed: bool
 
     @staticmethod
     def of(
@@ -147,61 +160,47 @@ class Deferred(Tensor):
             sources: the tensors that it is computed from.
             channels: the dimension of the layer's channels, for a norm to be able to join.
         """
-        gradients = torch.is_grad_enabled()
-        new = _empty(shape, strides, sources[0], gradients and any(t.requires_grad for t in sources))
-        return new._fill(compute, NOTHING, expected, channels, sources, _versions(sources), gradients)
-
-    def _fill(
-        self,
-        compute: _Compute,
-        after: After,
-        expected: tuple[str, ...],
-        channels: int,
-        sources: tuple[Tensor, ...],
-        versions: tuple[int, ...],
-        gradients: bool,
-    ) -> Deferred:
-        self._compute, self._after, self._expected, self._channels = compute, after, expected, channels
-        self._sources, self._versions, self._gradients, self._value = sources, versions, gradients, None
-        return self
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return _deferred(
+            _Plan(compute, shape, strides, channels, modes, sources, _versions(sources)), NOTHING, expected
+        )
 
     def value(self) -> Tensor:
         """The tensor itself."""
         if self._value is None:
-            with torch.set_grad_enabled(self._gradients):
-                self._value = self._result(self._after)
-        return self._value
+            self._value = self._alone()
+            self._plan = replace(self._plan, compute=_done, sources=(), versions=())
+        # A custom autograd function may have made this wrapper its result.
+        return _Through.apply(self, self._value) if self._is_attached() else self._value
 
-    def _result(self, after: After) -> Tensor:
-        if _versions(self._sources) != self._versions:
-            raise TooLate(
-                "a layer's result is wanted that was put off, and the layer's input or weight has been changed in "
-                "place since: use the result earlier, or run the model with SAO_PRUNE_NATIVE=0"
-            )
-        return self._compute(after)
+    def _alone(self) -> Tensor:
+        """The tensor itself, not kept."""
+        if self._value is not None:
+            return self._value
+        gradients, inference = self._plan.modes
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return self._plan.result(self._after)
+
+    def _is_attached(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn is not None or self.requires_grad != self._gradients
 
     def _follow(self, found: Step) -> Tensor | None:
         """The result of a step that was expected, or nothing."""
-        if self._value is not None or self._expected[:1] != (found.name,) or self._gradients != torch.is_grad_enabled():
+        plan = self._plan
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if self._expected[:1] != (found.name,) or plan.modes != modes or self._is_attached():
             return None
-        sources = self._sources
-        if found.norm is not None:
-            shape = self.size()
-            if self._channels != 1 or not found.norm.suits(shape[1], shape.numel() // shape[1]):
-                return None
-            after = After(found.norm)
-            sources += tuple(t for t in (found.norm.weight, found.norm.bias) if t is not None)
-        else:
+        if found.norm is None:
             after = replace(self._after, act=found.name)
-        if len(self._expected) == 1:
-            result = self._result(after)
         else:
-            wants = self._gradients and any(t.requires_grad for t in sources)
-            new = _empty(tuple(self.size()), self.stride(), sources[0], wants)
-            versions = self._versions + _versions(sources[len(self._sources) :])
-            result = new._fill(
-                self._compute, after, self._expected[1:], self._channels, sources, versions, self._gradients
-            )
+            if plan.channels != 1 or not found.norm.suits(plan.shape[1], math.prod(plan.shape) // plan.shape[1]):
+                return None
+            after, plan = After(found.norm), plan.with_norm(found.norm)
+            if found.norm.training and len(self._expected) > 1:
+                plan.result(replace(after, begun=True))  # the running averages change now, and once
+        self._followed = True
+        result = plan.result(after) if len(self._expected) == 1 else _deferred(plan, after, self._expected[1:])
         if found.in_place:
             self._value = result
         return result
@@ -217,11 +216,13 @@ class Deferred(Tensor):
         first = args[0] if args else None
         if type(first) is Deferred and first._value is None:
             found = step(func, args, kwargs)
-            if found is not None:
-                with torch._C.DisableTorchFunctionSubclass():
-                    result = first._follow(found)
-                if result is not None:
-                    return result
+            if found is not None and (result := first._follow(found)) is not None:
+                return result
+        if func in _OF_GRAPH and any(type(t) is Deferred and t._followed for t in tree_leaves((args, kwargs))):
+            raise TooLate(
+                "a layer's result has been used within a kernel, so there are no gradients of it: ask for them, or "
+                f"hook it, before it is used, or run the model with {SWITCH}=0"
+            )
         args, kwargs = tree_map_only(Deferred, Deferred.value, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -229,24 +230,72 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(Deferred, Deferred.value, (args, kwargs or {}))
+        # Below autograd, where a value has no history that others could use.
+        args, kwargs = tree_map_only(Deferred, Deferred._alone, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _empty(shape: tuple[int, ...], strides: tuple[int, ...], like: Tensor, requires_grad: bool) -> Deferred:
+def _done(after: After) -> Tensor:
+    raise AssertionError("the value is there")
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """How a result is computed: by what, its layout, in which modes, from what, and how often that had been changed."""
+
+    compute: _Compute
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    channels: int
+    modes: tuple[bool, bool]
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    def result(self, after: After) -> Tensor:
+        if _versions(self.sources) != self.versions:
+            raise TooLate(
+                "a layer's result is wanted that was put off, and the layer's input or weight has been changed in "
+                f"place since: use the result earlier, or run the model with {SWITCH}=0"
+            )
+        return self.compute(after)
+
+    def with_norm(self, norm: Norm) -> _Plan:
+        """With a norm's tensors among the sources, but for running averages that it changes itself."""
+        own = [norm.weight, norm.bias]
+        own += [] if norm.training else [norm.running_mean, norm.running_var]
+        new = tuple(t for t in own if t is not None)
+        return replace(self, sources=self.sources + new, versions=self.versions + _versions(new))
+
+
+class _Through(torch.autograd.Function):
+    """A value in place of the wrapper that stands for it in the graph."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, wrapper: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _deferred(plan: _Plan, after: After, expected: tuple[str, ...]) -> Deferred:
+    like, wants = plan.sources[0], plan.modes[0] and any(t.requires_grad for t in plan.sources)
     new: Deferred = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        Deferred, shape, strides=strides, dtype=like.dtype, device=like.device, requires_grad=requires_grad
+        Deferred, plan.shape, strides=plan.strides, dtype=like.dtype, device=like.device, requires_grad=wants
     )
-    if requires_grad:
+    if wants:
         with torch._C.DisableTorchFunctionSubclass():
             new.register_hook(_lost)
+    new._plan, new._after, new._expected = plan, after, expected
+    new._gradients, new._value, new._followed = wants, None, False
     return new
 
 
 def _lost(grad: Tensor) -> None:
     raise TooLate(
         "a gradient reached a result that was put off: a custom autograd function took it without torch's dispatch; "
-        "run the model with SAO_PRUNE_NATIVE=0, or compact it anew with that function in place"
+        f"run the model with {SWITCH}=0, or compact it anew with that function in place"
     )
 
 

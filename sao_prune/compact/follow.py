@@ -23,7 +23,8 @@ class _Result:
     """A tensor that came from a layer by some steps."""
 
     layer: nn.Module
-    above: frozenset[nn.Module]
+    above: tuple[nn.Module, ...]
+    entered: int
     names: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     before: _Result | None = None
@@ -36,7 +37,7 @@ class Followers:
 
     Attributes:
         names: the steps, at most a norm and an activation.
-        modules: the modules that take those steps.
+        modules: the modules whose hooks would see what is between them.
     """
 
     names: tuple[str, ...] = ()
@@ -51,10 +52,12 @@ class _Watch(TorchFunctionMode):
         self.results = WeakTensorKeyDictionary()
         self.all: list[_Result] = []
         self.stack: list[nn.Module] = []
+        self.log: list[nn.Module] = []
 
     def entered(self, module: nn.Module, args: Any) -> None:
         """A module is called."""
         self.stack.append(module)
+        self.log.append(module)
 
     def left(self, module: nn.Module, args: Any, output: Any) -> None:
         """A module is done."""
@@ -63,7 +66,7 @@ class _Watch(TorchFunctionMode):
     def came(self, layer: nn.Module, args: Any, output: Any) -> None:
         """A layer gave a result."""
         if isinstance(output, Tensor):
-            self._keep(output, _Result(layer, frozenset(self.stack)))
+            self._keep(output, _Result(layer, tuple(self.stack), len(self.log)))
 
     def _keep(self, tensor: Tensor, result: _Result) -> None:
         self.results[tensor] = result
@@ -74,6 +77,11 @@ class _Watch(TorchFunctionMode):
         for value in tree_leaves(values):
             if isinstance(value, Tensor) and value in self.results:
                 self.results[value].uses += 1
+
+    def _seen(self, source: _Result) -> tuple[nn.Module, ...]:
+        """The modules that have been entered since a layer was called, or left: their hooks see what is under way."""
+        left = [m for m in source.above if m not in self.stack]
+        return tuple(dict.fromkeys((*left, *self.log[source.entered :])))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -92,9 +100,10 @@ class _Watch(TorchFunctionMode):
             else:
                 suits = source.names == () and found.norm.suits(output.shape[1], output[:, 0].numel())
             if suits:
-                inner = self.stack[-1:] if self.stack and self.stack[-1] not in source.above else []
-                modules = (*source.modules, *inner)
-                self._keep(output, _Result(source.layer, source.above, (*source.names, found.name), modules, source))
+                names = *source.names, found.name
+                self._keep(
+                    output, _Result(source.layer, source.above, source.entered, names, self._seen(source), source)
+                )
         return output
 
 
@@ -136,4 +145,6 @@ def followers(model: nn.Module, layers: Iterable[nn.Module], example_input: Any)
         old = found.setdefault(id(result.layer), new)
         if old.names != new.names:
             found[id(result.layer)] = Followers()
+        else:
+            found[id(result.layer)] = Followers(new.names, tuple(dict.fromkeys((*old.modules, *new.modules))))
     return {key: each for key, each in found.items() if each.names}

@@ -109,7 +109,8 @@ class BlockLinear(BlockModule):
             return compute(NOTHING)
         shape = *x.shape[:-1], self.out_features
         strides = strides_of(shape, dims - 2 if columns else dims - 1)
-        return Deferred.of(compute, fused, shape, strides, self._sources(x), 0 if packing.raw else dims - 1)
+        sources = (x, weight) if bias is None else (x, weight, bias)
+        return Deferred.of(compute, fused, shape, strides, sources, 0 if packing.raw else dims - 1)
 
     def extra_repr(self) -> str:
         """Shape, bias, blocks and execution."""

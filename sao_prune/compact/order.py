@@ -182,9 +182,11 @@ def take(x: Tensor, order: Order) -> Tensor:
 
 
 def is_plain() -> bool:
-    """Whether only ordinary differentiable operations may be used: under a compiler, functorch or forward-mode AD."""
+    """Whether only ordinary differentiable operations may be used: under a compiler, tracer, functorch or forward-mode
+    AD."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

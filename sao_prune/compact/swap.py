@@ -95,16 +95,7 @@ def dense_form(module: BlockModule, masked: bool | None = None) -> nn.Module:
         new._non_persistent_buffers_set.discard(name)
     blocks = new._parameters.pop("blocks")
     assert blocks is not None
-    for name in (
-        "_dense_class",
-        "_masked",
-        "_topology",
-        "_packing",
-        "execution",
-        "features_first",
-        "folded",
-        "followers",
-    ):
+    for name in _OWN_FIELDS:
         new.__dict__.pop(name, None)
     with torch.no_grad():
         weight = module.weight.clone()

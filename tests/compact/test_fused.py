@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -101,7 +102,7 @@ def test_images(topology, kernel, space, channels_last, norm, act):
     case.check(
         x,
         lambda x, w, b, after: native_conv(x, w, b, layer.packing, (1, 1), layer._plain, after),
-        lambda x, w, b: layer._plain(x, w, layer.packing.bias(b)),
+        lambda x, w, b: layer._plain(x, w, b),
     )
 
 
@@ -149,7 +150,7 @@ def _dense(layer: BlockLinear, packed: Tensor) -> Tensor:
 @pytest.mark.parametrize("act", list(ACTS))
 def test_activations_far_out(act):
     layer = BlockLinear(interleaved(32, 32, 32), bias=False)
-    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3.9, -3.9, 6.0, -6.0, 30.0, -30.0, 100.0, -100.0, float("nan")])
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3.9, -3.9, 6.0, -6.0, 30.0, -30.0, 100.0, -100.0, -1e38, float("nan")])
     x = x.repeat(32, 3)[:, :32].contiguous().requires_grad_()
     y = native_matmul(x, torch.ones(32, 1, 1), None, layer.packing, None, After(act=act))
     expected = ACTS[act](x)
@@ -345,6 +346,132 @@ def test_too_late_is_an_error_and_never_a_wrong_number():
         net[0].blocks.mul_(2)
     with pytest.raises(TooLate, match="changed in place"):
         net[1](put_off).sum()
+
+
+def test_a_norm_in_training_counts_once_and_at_once():
+    net, x = _small()
+    plain = copy.deepcopy(net)
+    plain[0].run_as(Execution(native=True))
+    h, expected = net[1](net[0](x)), plain[1](plain[0](x))
+    assert type(h) is Deferred
+    for one, other in zip(net[1].buffers(), plain[1].buffers()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    y = F.relu(h)
+    torch.testing.assert_close(h.mean(), expected.mean(), rtol=1e-4, atol=1e-4)
+    for one, other in zip(net[1].buffers(), plain[1].buffers()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    gradient = torch.randn_like(expected)
+    (y * gradient + h).sum().backward()
+    (F.relu(expected) * gradient + expected).sum().backward()
+    torch.testing.assert_close(net[0].blocks.grad, plain[0].blocks.grad, rtol=1e-3, atol=2e-3)
+
+
+def test_averages_that_change_in_between_are_noticed():
+    net, x = _small()
+    h = net.eval()[1](net[0](x))
+    net[1].running_mean.add_(5)
+    with pytest.raises(TooLate):
+        net[2](h)
+
+
+def test_the_weight_of_the_call_counts():
+    net, x = _small()
+    h = torch.func.functional_call(net[0], {"blocks": torch.zeros_like(net[0].blocks)}, x)
+    torch.testing.assert_close(h + 0, net[0].bias.view(-1, 1, 1).expand_as(h))
+    expected = net[0](x) + 0
+    h = net[0](x)
+    net[0].blocks = nn.Parameter(torch.zeros_like(net[0].blocks))
+    torch.testing.assert_close(h + 0, expected)
+
+
+def test_a_place_to_write_to_is_written_to():
+    net = _fused(nn.Sequential(BlockLinear(interleaved(8, 8, 2)), nn.Tanh()), torch.randn(3, 8))
+    assert net[0].execution.fused == ("tanh",)
+    place = torch.empty(3, 8)
+    with torch.no_grad():
+        assert torch.tanh(net[0](torch.ones(3, 8)), out=place) is place
+        torch.testing.assert_close(place, net(torch.ones(3, 8)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_that_end_in_between(reentrant):
+    net, x = _small()
+    plain = copy.deepcopy(net)
+    plain[0].run_as(Execution(native=True))
+    found = []
+    for model in (net, plain):
+        start = x.clone().requires_grad_()
+        model[1:](checkpoint(model[0], start * 2, use_reentrant=reentrant)).square().sum().backward()
+        found.append([start.grad, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_scripted_code_may_look_first():
+    @torch.jit.script
+    def peek(x: Tensor) -> Tensor:
+        return x.mean()
+
+    for net, x in (_small(), (_fused(nn.Sequential(BlockLinear(interleaved(8, 8, 2)), nn.GELU()), torch.randn(2, 3, 8)),
+                              torch.randn(2, 3, 8))):  # fmt: skip
+        h = net[0](x)
+        torch.testing.assert_close(peek(h).detach(), (net[0](x) + 0).mean().detach(), rtol=1e-4, atol=1e-4)
+        net[1:](h).square().sum().backward()
+        assert net[0].blocks.grad.abs().sum() > 0
+        h = net[0](x)
+        with torch.inference_mode():
+            h.mean()
+        assert F.softplus(h).requires_grad
+
+
+def test_gradients_of_what_a_kernel_has_taken_are_refused():
+    net, x = _small()
+    h = net[0](x)
+    y = net[1:](h)
+    for ask in (lambda: h.register_hook(print), h.retain_grad, lambda: torch.autograd.grad(y.sum(), h)):
+        with pytest.raises(TooLate, match="no gradients of it"):
+            ask()
+    h = net[0](x)
+    h.retain_grad()
+    net[1:](h).sum().backward()
+    assert h.grad is not None
+
+
+def test_hooks_of_containers_see_ordinary_tensors():
+    x = torch.randn(4, 16, 9, 9)
+
+    def build() -> nn.Module:
+        layer = BlockConv2d(interleaved(16, 16, 4), 3, padding=1)
+        return nn.Sequential(nn.Sequential(layer), nn.Sequential(nn.BatchNorm2d(16), nn.Identity(), nn.ReLU()))
+
+    assert type(_fused(build(), x)[0](x)) is Deferred
+    for name in ("0", "1", "1.0", "1.1", "1.2"):
+        net, seen = _fused(build(), x), []
+        net.get_submodule(name).register_full_backward_hook(lambda *_, seen=seen: seen.append(1))
+        net(x).sum().backward()
+        assert seen
+        net = _fused(build(), x)
+        net.get_submodule(name).register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
+        net(x)
+        assert type(seen[-1]) is Tensor
+
+
+def test_tracing():
+    net, x = _small()
+    traced = torch.jit.trace(net.eval(), x, check_trace=False)
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_result_does_not_keep_its_input():
+    net, x = _small()
+    given = x.clone()
+    watch = weakref.ref(given)
+    with torch.no_grad():
+        h = net[0](given)
+        h.sum()
+    del given
+    assert watch() is None
 
 
 def test_functions_that_dispatch_does_not_see_are_told():

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sao_prune
 from sao_prune.compact import BlockConv1d, BlockConv2d, BlockLinear, BlockModule, Execution, convert, tune
 from sao_prune.compact.native import build, launch, ready
-from sao_prune.topology import interleaved, ramanujan
+from sao_prune.topology import BlockTopology, interleaved, ramanujan
 
 from .cases import assert_same, randomise, topologies
 
@@ -158,6 +158,40 @@ def test_a_call_leaves_nothing_for_the_next(layout):
         layer(bad).sum().backward()
     for before, after in zip(first, run()):
         assert torch.equal(before, after)
+
+
+@needs_compiler
+def test_infinities_stay_where_they_are():
+    """Behind the last row of columns, and in the padding of uneven blocks."""
+    linear, _ = _linear(interleaved(24, 24, 4))
+    linear(torch.full((47, 24), float("nan")).t().contiguous().t().requires_grad_()).sum().backward()
+    for batch in (5, 17, 33, 37):
+        linear.zero_grad()
+        linear(torch.randn(24, batch).t()).sum().backward()
+        assert linear.blocks.grad.isfinite().all()
+    conv, _ = _images(interleaved(16, 16, 4), BlockConv2d, 3, padding=1)
+    for size in ((12, 14), (9, 9), (20, 3), (5, 7)):
+        x = torch.randn(2, 16, *size).contiguous(memory_format=torch.channels_last)
+        conv(x * float("nan")).sum().backward()
+        conv.zero_grad()
+        conv(x).sum().backward()
+        assert conv.blocks.grad.isfinite().all()
+    topology = BlockTopology(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1]))
+    uneven, _ = _images(topology, BlockConv2d, 1)
+    x = torch.randn(3, 5, 6, 6)
+    x[0] = float("inf")
+    assert uneven(x)[1:].isfinite().all()
+
+
+@needs_compiler
+def test_a_bias_may_lie_anywhere_and_signals_too():
+    for layer, dense in (_images(interleaved(16, 16, 4), BlockConv1d, 3, padding=1), _linear(interleaved(16, 16, 4))):
+        with torch.no_grad():
+            layer.bias = nn.Parameter(torch.randn(16).repeat_interleave(2)[::2])
+            dense.bias.copy_(layer.bias)
+        x = torch.randn(2, 20, 16)
+        x = x.mT if isinstance(layer, BlockConv1d) else x
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler

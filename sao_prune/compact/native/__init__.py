@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .after import After, Norm
-from .build import library
+from .build import SWITCH, library
 from .launch import ready
 from .ops import NOTHING, native_conv, native_matmul, native_plane_matmul, suits_conv
 
 __all__ = [
     "NOTHING",
+    "SWITCH",
     "After",
     "Norm",
     "library",

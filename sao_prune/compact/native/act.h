@@ -17,6 +17,7 @@ INLINE vec most(vec x, float bound) { return choose(x < bound, (vec){0} + bound,
 
 INLINE vec exponential(vec x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    bits large = x > 88.3f, small = x < -87.3f;
     x = most(least(x, 88.3f), -87.3f);
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -24,9 +25,9 @@ INLINE vec exponential(vec x) {
     q = q * r + 0.04166646f;
     q = q * r + 0.16666577f;
     q = q * r + 0.5f;
-    vec small = q * (r * r) + r + 1.0f;
+    vec fraction = q * (r * r) + r + 1.0f;
     bits power = (((bits)shifted - (bits)((vec){0} + magic)) + 127) << 23;
-    return small * (vec)power;
+    return choose(large, (vec){0} + __builtin_inff(), choose(small, (vec){0}, fraction * (vec)power));
 }
 
 INLINE vec error_function(vec x) {

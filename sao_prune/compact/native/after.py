@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,13 +36,17 @@ class Norm:
     training: bool
     momentum: float
     eps: float
+    # Of a norm in training, once it has been called: the layer's result, its mean and its variance.
+    measured: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def suits(self, channels: int, values: int) -> bool:
         """Whether the kernels can take this norm of a result with so many channels and values for each."""
         tensors = [t for t in (self.running_mean, self.running_var, self.weight, self.bias) if t is not None]
-        known = self.training or (self.running_mean is not None and self.running_var is not None)
+        kept = self.running_mean is not None, self.running_var is not None
+        known = kept == (True, True) or (self.training and kept == (False, False))
+        numbers = isinstance(self.momentum, float) and self.eps > 0
         enough = values > 1 or not self.training
-        return known and enough and ready(*tensors) and all(t.shape == (channels,) for t in tensors)
+        return known and numbers and enough and ready(*tensors) and all(t.shape == (channels,) for t in tensors)
 
     @property
     def known(self) -> tuple[Tensor, Tensor]:
@@ -64,7 +68,19 @@ class Norm:
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         return scale, shift, inverse
 
-    def note(self, mean: Tensor, variance: Tensor, values: int) -> None:
+    def measure(self, kernel: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's result and its moments; of a norm in training once, together with the running averages."""
+        if self.measured:
+            return self.measured[0]
+        z, _, moments = kernel.forward(x, weight, bias, Forward(moments=self.training))
+        if moments is None:
+            mean, variance = self.known
+            return z, mean.clone(), variance.clone()
+        self._note(*moments, z.numel() // z.shape[1])
+        self.measured.append((z, *moments))
+        return self.measured[0]
+
+    def _note(self, mean: Tensor, variance: Tensor, values: int) -> None:
         """Update the running averages in place, as torch does."""
         if self.running_mean is not None:
             self.running_mean.lerp_(mean, self.momentum)
@@ -79,10 +95,12 @@ class After:
     Attributes:
         norm: first a batch norm, or none.
         act: then one of ``"relu"``, ``"gelu"``, ``"silu"``, ``"tanh"``, or none.
+        begun: whether to do no more than measure what a norm in training goes by; the result does not matter.
     """
 
     norm: Norm | None = None
     act: str = ""
+    begun: bool = False
 
     def plain(self, y: Tensor) -> Tensor:
         """The same by torch."""
@@ -95,7 +113,7 @@ def run(kernel: Call, plain: Differentiable, x: Tensor, weight: Tensor, bias: Te
 
     Args:
         kernel: the layer.
-        plain: the layer from operations that can be differentiated twice.
+        plain: the layer from operations that can be differentiated twice, of input, weight and the result's bias.
         x: its input.
         weight: the packed matrices.
         bias: shape ``(m,)``, or ``None``.
@@ -109,7 +127,12 @@ def run(kernel: Call, plain: Differentiable, x: Tensor, weight: Tensor, bias: Te
         factors = packing.bias(scale)
         assert factors is not None
         weight, norm = weight * factors.view(*weight.shape[:2], *[1] * (weight.dim() - 2)), None
-    weight, bias = weight.contiguous(), packing.bias(bias)
+    weight = weight.contiguous()
+    bias = packing.bias(bias) if packing.raw else bias
+    bias = None if bias is None else bias.contiguous()
+    if norm is not None and after.begun:
+        with torch.no_grad():
+            return norm.measure(kernel, x, weight, bias)[0]
     if norm is not None:
         y: Tensor = _Normed.apply(x, weight, bias, norm.weight, norm.bias, kernel, plain, norm, after.act)
     elif gradients:
@@ -160,18 +183,13 @@ class _Normed(torch.autograd.Function):
         norm: Norm,
         act: str,
     ) -> Tensor:
-        z, _, moments = kernel.forward(x, weight, bias, Forward(moments=norm.training))
-        if moments is not None:
-            mean, variance = moments
-            norm.note(mean, variance, z.numel() // z.shape[1])
-        else:
-            mean, variance = (t.clone() for t in norm.known)
+        z, mean, variance = norm.measure(kernel, x, weight, bias)
         scale, shift, inverse = norm.affine(mean, variance)
         y = torch.empty_like(z)
         call("norm_forward", z, y, scale, shift, ACTS[act], *_layout(z), torch.get_num_threads())
         ctx.save_for_backward(x, weight, bias, gain, offset, z, mean, variance)  # type: ignore[arg-type]
         ctx.numbers = scale, shift, inverse  # type: ignore[attr-defined]
-        ctx.kernel, ctx.plain, ctx.norm, ctx.act = kernel, plain, norm, act  # type: ignore[attr-defined]
+        ctx.kernel, ctx.plain, ctx.norm, ctx.act = kernel, plain, replace(norm, measured=[]), act  # type: ignore[attr-defined]
         return y
 
     @staticmethod

@@ -18,7 +18,7 @@ _FOLDER = Path(__file__).parent
 _SOURCES = ("rows.c", "planes.c", "norm.c")
 _HEADERS = ("inner.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-_SWITCH = "SAO_PRUNE_NATIVE"
+SWITCH = "SAO_PRUNE_NATIVE"
 _log = logging.getLogger(__name__)
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -53,8 +53,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    if os.environ.get(_SWITCH, "1") == "0":
-        raise Unavailable(f"{_SWITCH}=0")
+    if os.environ.get(SWITCH, "1") == "0":
+        raise Unavailable(f"{SWITCH}=0")
     if platform.system() == "Windows":
         raise Unavailable("they are compiled with the options of gcc and clang")
     command = shlex.split(os.environ.get("CC") or "cc")

@@ -126,7 +126,7 @@ static inline vec totals(const vec *partial) {
 }
 
 /* Sums over runs of positions of `T` gradients times `S` sources, added to a part of dw. Of a last vector that is not
- * full only what `mask` keeps counts. */
+ * full only what `mask` keeps counts, on both sides: behind a run lies anything, NaN too. */
 #define DEFINE_DOT(T, S)                                                                                              \
     static void dot_##T(const float *const *g, const float *const *x, long runs, long g_run, long x_run, long length, \
                         bits mask, float *dw, long pitch, long columns) {                                             \
@@ -139,9 +139,10 @@ static inline vec totals(const vec *partial) {
             for (long p = 0; p < length; p += V) {                                                                    \
                 vec left[T];                                                                                          \
                 UNROLL for (int i = 0; i < T; i++) left[i] = LOAD(outer[i] + p);                                      \
-                if (p + V > length) UNROLL for (int i = 0; i < T; i++) left[i] = (vec)((bits)left[i] & mask);         \
+                bits kept = p + V > length ? mask : ~(bits){0};                                                       \
+                UNROLL for (int i = 0; i < T; i++) left[i] = (vec)((bits)left[i] & kept);                             \
                 UNROLL for (int j = 0; j < S; j++) {                                                                  \
-                    vec right = LOAD(inner[j] + p);                                                                   \
+                    vec right = (vec)((bits)LOAD(inner[j] + p) & kept);                                               \
                     UNROLL for (int i = 0; i < T; i++) sum[i * S + j] += left[i] * right;                             \
                 }                                                                                                     \
             }                                                                                                         \
@@ -195,6 +196,11 @@ static void group_product(long rows, const float *const *x, long count, const fl
     }
 }
 
+/* Numbers of channels as those of positions. */
+static void by_position(const float *of_channel, const int *order, long count, float *of_position) {
+    for (long i = 0; i < count; i++) of_position[i] = order[i] < 0 ? 0 : of_channel[order[i]];
+}
+
 static bits first_lanes(long count) {
     bits mask = {0};
     for (int k = 0; k < count; k++) mask[k] = -1;
@@ -232,7 +238,7 @@ static float plane_sum(const float *g, long length) {
 
 /* ---- Memory --------------------------------------------------------------------------------------------------- */
 
-enum { PACKED, FIRST, SECOND, THIRD, FOURTH, FIFTH, SLOTS };
+enum { PACKED, FIRST, SECOND, THIRD, FOURTH, FIFTH, PARTS, SLOTS };
 
 /* Each thread keeps its buffers: pages that are new at each call cost as much as the work. They hold numbers, if old. */
 static float *scratch(int slot, size_t count) {
@@ -249,6 +255,38 @@ static float *scratch(int slot, size_t count) {
         kept[slot].data = memset(data, 0, bytes), kept[slot].count = count;
     }
     return kept[slot].data;
+}
+
+/* Gradients of weights and biases, to which every thread adds what it finds: the first where they belong, the others in
+ * buffers that are added up at the end. `dw` and `db` may be NULL. */
+typedef struct {
+    float *dw, *db, *parts;
+    long weights, biases;
+} shares;
+
+static shares make_shares(float *dw, float *db, long weights, long biases, int threads) {
+    shares s = {dw, db, NULL, dw ? weights : 0, db ? biases : 0};
+    s.parts = scratch(PARTS, (threads - 1) * (s.weights + s.biases));
+    return s;
+}
+
+static float *own_share(shares s, int of_bias) {
+    int thread = omp_get_thread_num();
+    float *share = of_bias ? s.db : s.dw;
+    if (share && thread) share = s.parts + (thread - 1) * (s.weights + s.biases) + (of_bias ? s.weights : 0);
+    if (share) memset(share, 0, (of_bias ? s.biases : s.weights) * sizeof(float));
+    return share;
+}
+
+/* By all threads of a region, when all are done. */
+static void add_shares(shares s) {
+    int threads = omp_get_num_threads();
+#pragma omp for schedule(static)
+    for (long i = 0; i < s.weights + s.biases; i++) {
+        float sum = 0;
+        for (int t = 1; t < threads; t++) sum += s.parts[(t - 1) * (s.weights + s.biases) + i];
+        *(i < s.weights ? s.dw + i : s.db + i - s.weights) += sum;
+    }
 }
 
 /* ---- Convolutions --------------------------------------------------------------------------------------------- */

@@ -98,12 +98,10 @@ class Call:
         moments = (_numbers(y, self.packing), _numbers(y, self.packing)) if plan.moments else None
         return (ACTS[plan.act], slopes, *(moments or (None, None))), (y, slopes, moments)
 
-    def _parts(self, weight: Tensor, needs: tuple[bool, ...], threads: int) -> tuple[Tensor | None, Tensor | None]:
-        """Zeros to which each thread adds its share of the gradients of weight and bias."""
-        packing = self.packing
-        dw = weight.new_zeros(threads, *weight.shape) if needs[1] else None
-        db = weight.new_zeros(threads, packing.groups * packing.rows) if needs[2] else None
-        return dw, db
+    def _weights(self, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Room for the gradients of weight and bias."""
+        dw = torch.empty_like(weight) if needs[1] else None
+        return dw, _numbers(weight, self.packing) if needs[2] else None
 
 
 def call(name: str, *arguments: _Argument) -> None:
@@ -121,10 +119,6 @@ def call(name: str, *arguments: _Argument) -> None:
 def _numbers(like: Tensor, packing: Packing) -> Tensor:
     """Room for one number a channel."""
     return like.new_empty(packing.out_channels)
-
-
-def _sum(parts: Tensor | None) -> Tensor | None:
-    return None if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 class Rows(Call):
@@ -158,13 +152,13 @@ class Rows(Call):
         if not is_features_first(grad):
             grad = grad.contiguous()
         dx = _empty(x, batch, n, columns) if needs[0] else None
-        dw, db = self._parts(weight, needs, threads)
+        dw, db = self._weights(weight, needs)
         length = self._length(batch, n + m, _BACKWARD, threads)
         layouts = is_features_first(grad), columns, columns
         arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
         tensors = grad, x, weight, dx, dw, db
         call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(slope, self.features_first))
-        return dx, _sum(dw), _sum(db)
+        return dx, dw, db
 
 
 def _through(slope: Slope | None, *layout: bool) -> tuple[_Argument, ...]:
@@ -202,10 +196,10 @@ class Planes(Call):
     ) -> Gradients:
         tables, threads = self.packing.channel_tables, torch.get_num_threads()
         dx = torch.empty_like(x) if needs[0] else None
-        dw, db = self._parts(weight, needs, threads)
+        dw, db = self._weights(weight, needs)
         tensors = grad.contiguous(), x, weight, dx, dw, db
         call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(slope))
-        return dx, _sum(dw), _sum(db)
+        return dx, dw, db
 
 
 class Pixels(Planes):
@@ -229,9 +223,9 @@ class Pixels(Planes):
     ) -> Gradients:
         threads = torch.get_num_threads()
         dx = torch.empty_like(x) if needs[0] else None
-        dw, db = self._parts(weight, needs, threads)
+        dw, db = self._weights(weight, needs)
         arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
         grad = grad.contiguous(memory_format=torch.channels_last)
         tensors = grad, x, weight, dx, dw, db
         call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(slope, False))
-        return dx, _sum(dw), _sum(db)
+        return dx, dw, db

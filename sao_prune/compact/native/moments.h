@@ -14,8 +14,18 @@ static float lanes_sum(vec v) {
     return sum;
 }
 
+static void merge_moments(moments *into, moments add) {
+    double count = into->count + add.count, apart = add.mean - into->mean;
+    if (add.count == 0) return;
+    into->squares += add.squares + apart * apart * into->count * add.count / count;
+    into->mean += apart * add.count / count;
+    into->count = count;
+}
+
+#define TOGETHER 4096 /* floats whose sums stay in single precision */
+
 /* Of lines of floats that start `pitch` apart; twice over them, so that nothing cancels. */
-static moments run_moments(const float *z, long lines, long width, long pitch) {
+static moments few_moments(const float *z, long lines, long width, long pitch) {
     vec sum = {0}, squares = {0};
     for (long line = 0; line < lines; line++) {
         const float *run = z + line * pitch;
@@ -36,12 +46,13 @@ static moments run_moments(const float *z, long lines, long width, long pitch) {
     return (moments){(double)(lines * width), mean, lanes_sum(squares)};
 }
 
-static void merge_moments(moments *into, moments add) {
-    double count = into->count + add.count, apart = add.mean - into->mean;
-    if (add.count == 0) return;
-    into->squares += add.squares + apart * apart * into->count * add.count / count;
-    into->mean += apart * add.count / count;
-    into->count = count;
+static moments run_moments(const float *z, long lines, long width, long pitch) {
+    moments all = {0, 0, 0};
+    long high = MAX(TOGETHER / width, 1);
+    for (long line = 0; line < lines; line += high)
+        for (long p = 0; p < width; p += TOGETHER)
+            merge_moments(&all, few_moments(z + line * pitch + p, MIN(high, lines - line), MIN(TOGETHER, width - p), pitch));
+    return all;
 }
 
 /* Every thread's moments of `channels` channels, one thread after the other, to mean and biased variance. */

@@ -105,7 +105,7 @@ def native_conv(
         bias: shape ``(m,)`` or ``None``.
         packing: channel orders.
         dilation: of the kernel.
-        plain: the same from operations that can be differentiated twice, of input, weight and the bias by position.
+        plain: the same from operations that can be differentiated twice, of input, weight and the result's bias.
         after: what to make of the result.
 
     Returns:
@@ -115,7 +115,7 @@ def native_conv(
         MemoryError: if there is none for the kernels' buffers.
     """
     kernel = tuple(weight.shape[3:])
-    if not is_channels_last(x):
+    if x.dim() != 4 or not is_channels_last(x):
         return run(Planes(packing, kernel, dilation), plain, x.contiguous(), weight, bias, after)
     x = x.contiguous(memory_format=torch.channels_last)
     if any(k > 1 for k in kernel):
@@ -129,7 +129,7 @@ def native_conv(
     return y.view(*pixels.shape[:-1], -1).movedim(-1, 1)
 
 
-def _plain(x: Tensor, weight: Tensor, by_position: Tensor | None, packing: Packing) -> Tensor:
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
     y = plain_block_matmul(x, weight, None, replace(packing, raw=True))
-    y = y if by_position is None else y + by_position
-    return y if packing.raw else packing.outputs.last(y)
+    y = y if packing.raw else packing.outputs.last(y)
+    return y if bias is None else y + bias

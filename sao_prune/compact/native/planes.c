@@ -68,14 +68,15 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
     shape s = {groups, rows, cols, kernel_height * kernel_width};
     long count = cols * s.taps, size = rows * count, area = height * width;
     int direct = s.taps == 1 && area >= V;
-    float *packed = scratch(PACKED, groups * size);
+    float *packed = scratch(PACKED, groups * (size + rows)), *offsets = packed + groups * size;
     moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
     int failed = !packed || (mean && !noted);
     if (failed) return free(noted), 1;
+    if (bias) by_position(bias, out, groups * rows, offsets);
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *planes = scratch(FIRST, direct ? 1 : cols * b.size), *band = scratch(SECOND, band_size(b));
-        float *spare = scratch(THIRD, area);
+        float *spare = scratch(THIRD, 2 * area);
         const float **from = malloc(count * sizeof *from);
         float **to = malloc((rows + cols) * sizeof *to);
         failed = !planes || !band || !spare || !from || !to;
@@ -93,7 +94,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
             long image = unit / groups, g = unit % groups;
             for (long i = 0; i < rows; i++) {
                 int channel = out[g * rows + i];
-                to[i] = channel < 0 ? spare : y + (image * m + channel) * area;
+                to[i] = channel < 0 ? spare + area : y + (image * m + channel) * area;
             }
             for (long j = 0; j < cols; j++) {
                 int channel = in[g * cols + j];
@@ -105,7 +106,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 else
                     memset(planes + j * b.size, 0, b.size * sizeof(float));
             }
-            const float *own = bias ? bias + g * rows : NULL;
+            const float *own = bias ? offsets + g * rows : NULL;
             if (direct)
                 group_product(rows, from, count, packed + g * size, own, to, area);
             else
@@ -126,8 +127,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
     return failed;
 }
 
-/* Gradients; `dx`, `dw` and `db` may be NULL. `dw` and `db` hold one part a thread, all zero before. If `z` is not NULL,
- * `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
+/* Gradients; `dx`, `dw` and `db` may be NULL. If `z` is not NULL, `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
 int planes_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, long batch, long n,
                     long m, long height, long width, long kernel_height, long kernel_width, long dilation_height,
                     long dilation_width, long groups, long rows, long cols, const int *in, const int *out,
@@ -141,7 +141,8 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
     chunk = chunk < 1 ? 1 : MIN(chunk, batch);
     chunks = (batch + chunk - 1) / chunk;
     float *packed = scratch(PACKED, groups * size);
-    int failed = !packed;
+    shares all = make_shares(dw, db, groups * size, m, threads);
+    int failed = !packed || !all.parts;
     if (failed) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -161,7 +162,7 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
 #pragma omp for
         for (long k = 0; k < groups; k++)
             if (dx) lay_out(w + k * size, s, 1, packed + k * size);
-        float *my_dw = dw + omp_get_thread_num() * groups * size, *my_db = db + omp_get_thread_num() * groups * rows;
+        float *my_dw = own_share(all, 0), *my_db = own_share(all, 1);
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < chunks * groups; unit++) {
             if (failed) continue;
@@ -181,7 +182,7 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
                             slope_run(act, plane + (b.top + line) * b.pitch + b.left, values + line * f.width, f.width,
                                       numbers ? &c : NULL);
                     }
-                    if (db) my_db[k * rows + i] += plane_sum(plane, b.size);
+                    if (db && channel >= 0) my_db[channel] += plane_sum(plane, b.size);
                 }
             if (dw) {
                 for (long j = 0; j < cols; j++)
@@ -204,6 +205,7 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
                 convolve(cols, top, rows * s.taps, packed + k * size, NULL, to, f, b, band);
             }
         }
+        add_shares(all);
         free(from), free(top), free(centre), free(to);
     }
     return failed;

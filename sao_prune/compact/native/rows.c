@@ -196,10 +196,11 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
     shape s = {groups, rows, cols, kernel_height * kernel_width};
     matrix source = {(float *)x, n, x_columns, in, groups * cols}, result = {y, m, y_columns, out, groups * rows};
     long bands = (height + lines - 1) / lines, count = cols * s.taps, size = rows * count;
-    float *packed = scratch(PACKED, groups * size);
+    float *packed = scratch(PACKED, groups * (size + rows)), *offsets = packed + groups * size;
     moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
     int failed = !packed || (mean && !noted);
     if (failed) return free(noted), 1;
+    if (bias) by_position(bias, out, groups * rows, offsets);
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         panel from, to, kept;
@@ -207,6 +208,7 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
         const float **taps = malloc(groups * count * sizeof *taps);
         failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&to, THIRD, result, f, b, 0, lines) |
                  open_panel(&kept, SECOND, beside, f, b, 0, slopes && y_columns ? lines : 0) | !taps;
+        if (slopes && (size_t)slopes % (4 * V)) to.stream = 0;
 #pragma omp for
         for (long g = 0; g < groups; g++) lay_out(w + g * size, s, 0, packed + g * size);
 #pragma omp for schedule(dynamic)
@@ -218,7 +220,7 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
             tap_table(from.planes, groups * cols, f, b, taps);
             long length = from.count * b.pitch;
             for (long g = 0; g < groups; g++)
-                group_product(rows, taps + g * count, count, packed + g * size, bias ? bias + g * rows : NULL,
+                group_product(rows, taps + g * count, count, packed + g * size, bias ? offsets + g * rows : NULL,
                               to.planes + g * rows, ROUND(length));
             if (mean) note_moments(&to, noted + omp_get_thread_num() * m);
             if (!y_columns) {
@@ -277,8 +279,7 @@ static void slope_panel(panel *p, const panel *values, int act, const float *num
     }
 }
 
-/* Gradients; `dx`, `dw` and `db` may be NULL. `dw` and `db` hold one part a thread, all zero before. If `z` is not NULL,
- * `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
+/* Gradients; `dx`, `dw` and `db` may be NULL. If `z` is not NULL, `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
 int rows_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, long batch, long n,
                   long m, long height, long width, long kernel_height, long kernel_width, long dilation_height,
                   long dilation_width, long groups, long rows, long cols, const int *in, const int *out, int g_columns,
@@ -291,7 +292,8 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
     matrix result = {dx, n, dx_columns, in, groups * cols};
     long bands = (height + lines - 1) / lines, size = rows * cols * s.taps, shift = b.top * b.pitch + b.left;
     float *packed = scratch(PACKED, groups * size);
-    int failed = !packed;
+    shares all = make_shares(dw, db, groups * size, m, threads);
+    int failed = !packed || !all.parts;
     if (failed) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -307,7 +309,7 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
 #pragma omp for
         for (long k = 0; k < groups; k++)
             if (dx) lay_out(w + k * size, s, 1, packed + k * size);
-        float *my_dw = dw + omp_get_thread_num() * groups * size, *my_db = db + omp_get_thread_num() * groups * rows;
+        float *my_dw = own_share(all, 0), *my_db = own_share(all, 1);
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * bands; unit++) {
             if (failed) continue;
@@ -332,11 +334,12 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
                 if (dw)
                     group_dot(rows, gs, cols * s.taps, taps + k * cols * s.taps, 1, 0, 0, length, my_dw + k * size);
                 if (db)
-                    for (long i = 0; i < rows; i++) my_db[k * rows + i] += plane_sum(gs[i], length);
+                    for (long i = 0; i < rows; i++) if (out[k * rows + i] >= 0) my_db[out[k * rows + i]] += plane_sum(gs[i], length);
             }
             if (dx) write_panel(&to, NOTHING);
         }
         STREAMED();
+        add_shares(all);
         close_panel(&from), close_panel(&top), close_panel(&to), close_panel(&values), free(taps), free(centre);
     }
     return failed;

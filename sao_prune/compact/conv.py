@@ -86,11 +86,30 @@ class _BlockConv(BlockModule):
         packing = self.packing
         if run.native and not is_plain() and ready(x, self.blocks, self.bias) and self._suits(x):
             return self._native(x)
+        if not isinstance(x, Proxy) and not is_plain() and self._is_covered(x):
+            return self._product(x)
         weight = self.packed_weight().flatten(0, 1)
         if run.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         bias = packing.bias(self.bias, is_plain())
         y = self._convolve(take(x, packing.inputs), weight, bias, packing.groups)
+        return y if packing.raw else take(y, packing.outputs)
+
+    def _is_covered(self, x: Tensor) -> bool:
+        """Whether the kernel is as large as the image, so that there is one output, a product of matrices."""
+        unpadded = self.padding == "valid" or (not isinstance(self.padding, str) and not any(self.padding))
+        undilated = all(k == 1 or d == 1 for k, d in zip(self.kernel_size, self.dilation))
+        several = any(k > 1 for k in self.kernel_size)
+        return several and unpadded and undilated and tuple(x.shape[2:]) == tuple(self.kernel_size) and len(x) > 0
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Of the blocks as they lie: a convolution in channels-last format would turn them around at each call."""
+        packing = self.packing
+        weight = self.packed_weight().flatten(2)
+        rows = take(x, packing.inputs).reshape(len(x), packing.groups, -1).transpose(0, 1)
+        y = torch.bmm(rows, weight.mT).transpose(0, 1).reshape(len(x), -1)
+        bias = packing.bias(self.bias)
+        y = (y if bias is None else y + bias).view(*y.shape, *[1] * len(self.kernel_size))
         return y if packing.raw else take(y, packing.outputs)
 
     def _native(self, x: Tensor) -> Tensor:

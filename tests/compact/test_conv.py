@@ -73,3 +73,21 @@ def test_reads_like_the_dense_layer():
     assert layer.blocks.shape == (4, 2, 3, 3, 3)
     with pytest.raises(ValueError, match="leave groups at 1"):
         BlockConv2d(sao_prune.topology.interleaved(8, 12, 4), 3, groups=2)
+
+
+@given(st.integers(1, 3), topologies(12), st.sampled_from([2, 3]), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_kernel_as_large_as_the_image_is_a_product(dims, topology, kernel, channels_last, bias, batched):
+    block_class, dense_class = _CLASSES[dims]
+    layer = block_class(topology, kernel, bias=bias, stride=2).double()
+    randomise(layer)
+    layer.run_as(Execution(channels_last=channels_last and dims == 2))
+    dense = dense_class(layer.in_channels, layer.out_channels, kernel, bias=bias, stride=2).double()
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight)
+        if bias:
+            dense.bias.copy_(layer.bias)
+    shape = (3, layer.in_channels) if batched else (layer.in_channels,)
+    x = torch.randn(*shape, *(kernel,) * dims, dtype=torch.float64)
+    assert layer._is_covered(x.view(-1, *x.shape[-dims - 1 :]))
+    assert_same(layer, dense, x)

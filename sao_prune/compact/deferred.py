@@ -168,10 +168,15 @@ class Deferred(Tensor):
     def value(self) -> Tensor:
         """The tensor itself."""
         if self._value is None:
-            self._value = self._alone()
-            self._plan = replace(self._plan, compute=_done, sources=(), versions=())
+            self._settle(self._alone())
         # A custom autograd function may have made this wrapper its result.
+        assert self._value is not None
         return _Through.apply(self, self._value) if self._is_attached() else self._value
+
+    def _settle(self, value: Tensor) -> None:
+        """The value is known: keep nothing that it came from."""
+        self._value = value
+        self._plan = replace(self._plan, compute=_done, sources=(), versions=())
 
     def _alone(self) -> Tensor:
         """The tensor itself, not kept."""
@@ -202,7 +207,7 @@ class Deferred(Tensor):
         self._followed = True
         result = plan.result(after) if len(self._expected) == 1 else _deferred(plan, after, self._expected[1:])
         if found.in_place:
-            self._value = result
+            self._settle(result)
         return result
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -78,19 +79,21 @@ def ready(*tensors: Tensor | None) -> bool:
     )
 
 
-class Call:
+class Call(ABC):
     """The arguments of one call of the kernels that are not tensors to differentiate by."""
 
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
 
+    @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
-        raise NotImplementedError
+        """The result, slopes and moments if the plan asks for them."""
 
+    @abstractmethod
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
     ) -> Gradients:
-        raise NotImplementedError
+        """Gradients of input, weight and bias, as far as they are needed."""
 
     def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
         """The last arguments of a forward pass, and its results."""

@@ -4,6 +4,7 @@ from .base import BlockModule, Execution
 from .conv import BlockConv1d, BlockConv2d, BlockConv3d
 from .convert import compact, expand
 from .linear import BlockLinear
+from .native import release_memory
 from .report import CompactRecord, CompactReport
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "Execution",
     "compact",
     "expand",
+    "release_memory",
 ]

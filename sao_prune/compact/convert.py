@@ -15,6 +15,7 @@ from .absorb import absorb
 from .base import BlockModule
 from .calls import Calls, record_calls, to_channels_last, to_contiguous
 from .eligible import Ineligible, check_state, dense_class, dense_weight, layers, read_from_outside, read_topology
+from .native import release_memory
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
 from .tune import Candidate, Plan, Timings, Tune, default_plan, fused, native_plan, plans, time_model
@@ -72,7 +73,7 @@ def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -
     if not any(True for module in model.modules() for _ in pruning_hooks(module)):
         for module in model.modules():
             unwatch(module)
-    for name, choice in plan.items():
+    for name, choice in plan.choices.items():
         execution = "" if choice.execution is None else str(choice.execution)
         records[name] = replace(records[name], execution=execution, ratio=choice.ratio, reason=choice.reason)
     return CompactReport(tuple(records.values()), "compact")
@@ -91,10 +92,11 @@ def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> C
 
     try:
         for candidate in candidates:
-            if plan[candidate.name].execution is not None:
-                plan[candidate.name].put(candidate.block)
+            choice = plan.choices[candidate.name]
+            if choice.execution is not None:
+                choice.put(candidate.block)
                 changes.append(become(candidate.module, candidate.block))
-        if any(isinstance(m, BlockModule) and m.execution.channels_last for _, m in layers(model)):
+        if plan.channels_last:
             formats += to_channels_last(model)
         absorb(model)
     except BaseException:
@@ -118,7 +120,7 @@ def _tuned(
             compact_calls = record_calls(model, [c.module for c in candidates], example_input)
         finally:
             undo()
-        for way in plans(candidates, calls, compact_calls, tune, native, timings):
+        for way in plans(model, candidates, calls, compact_calls, tune, native, timings):
             undo = _convert(model, candidates, way)
             try:
                 both = way, fused(way, candidates, model, example_input)
@@ -134,6 +136,7 @@ def _tuned(
             seconds.append(time_model(model, example_input, tune))
         finally:
             undo()
+    release_memory()
     return ways[seconds.index(min(seconds))] if seconds else ways[0]
 
 

@@ -86,7 +86,7 @@ class BlockLinear(BlockModule):
 
     def _transposed(self, x: Tensor) -> bool:
         """Whether tokens lie as ``(batch, n, length)``."""
-        return x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous() and not self.folded[1]
+        return x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous()
 
     def _native(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packing, dims = self.packing, x.dim()

@@ -51,12 +51,17 @@ class Choice:
         block.__dict__.update(followers=self.followers)
 
 
-Plan = dict[str, Choice]
+@dataclass(frozen=True)
+class Plan:
+    """How the candidate layers of a model are to run, and whether its dense convolutions run channels last."""
+
+    choices: dict[str, Choice]
+    channels_last: bool = False
 
 
 def default_plan(candidates: Sequence[Candidate]) -> Plan:
     """The plan without timing."""
-    return {c.name: Choice(default_execution(c.block)) for c in candidates}
+    return _plan({c.name: default_execution(c.block) for c in candidates})
 
 
 Timings = dict[Hashable, "_Timings"]
@@ -67,10 +72,15 @@ def native_plan(candidates: Sequence[Candidate]) -> Plan | None:
     ways = {c.name: next((e for e in _executions(c.block) if e.native), None) for c in candidates}
     if not any(ways.values()):
         return None
-    return {c.name: Choice(ways[c.name] or default_execution(c.block)) for c in candidates}
+    return _plan({c.name: ways[c.name] or default_execution(c.block) for c in candidates})
+
+
+def _plan(executions: dict[str, Execution]) -> Plan:
+    return Plan({n: Choice(e) for n, e in executions.items()}, any(e.channels_last for e in executions.values()))
 
 
 def plans(
+    model: nn.Module,
     candidates: Sequence[Candidate],
     calls: Calls,
     compact_calls: Calls,
@@ -80,11 +90,13 @@ def plans(
 ) -> list[Plan]:
     """The ways to run the candidate layers that are worth trying; of equal layers only the first is timed.
 
-    One, or where convolutions can run in two memory formats one for each, between which `time_model` decides: what
-    the rest of the model gains from a format, the layers do not tell.
+    One, or where the model has convolutions one for each memory format, between which `time_model` decides: what the
+    rest of the model gains from a format, the layers do not tell. Tokens that are made by a convolution lie as it
+    leaves them, as far as the model adds to them.
 
     Args:
-        candidates: the layers.
+        model: the model.
+        candidates: its layers.
         calls: what they are given in the model as it was.
         compact_calls: what they are given in the compact one.
         tune: forward and backward, or forward alone.
@@ -97,24 +109,21 @@ def plans(
         key = keys[candidate.name]
         if key not in timings:
             timings[key] = _time_layer(candidate, *inputs[candidate.name], tune)
-    found = [
-        {c.name: timings[keys[c.name]].choice(channels_last, native) for c in candidates}
-        for channels_last in (False, True)
-    ]
-    return found[:1] if found[0] == found[1] else found
+    formats = (False, True) if any(isinstance(m, nn.Conv2d) for m in model.modules()) else (False,)
+    return [Plan({c.name: timings[keys[c.name]].choice(last, native) for c in candidates}, last) for last in formats]
 
 
 def fused(plan: Plan, candidates: Sequence[Candidate], model: nn.Module, example_input: Any) -> Plan:
     """A plan in which native layers compute what follows them too; ``model`` runs as planned."""
-    native = {c.name: c for c in candidates if (e := plan[c.name].execution) is not None and e.native}
+    native = {c.name: c for c in candidates if (e := plan.choices[c.name].execution) is not None and e.native}
     found = followers(model, [c.module for c in native.values()], example_input)
-    new = dict(plan)
+    new = dict(plan.choices)
     for name, candidate in native.items():
-        follow, choice = found.get(id(candidate.module)), plan[name]
+        follow, choice = found.get(id(candidate.module)), new[name]
         if follow is not None and choice.execution is not None:
             execution = replace(choice.execution, fused=follow.names)
             new[name] = replace(choice, execution=execution, followers=follow.modules)
-    return new
+    return replace(plan, choices=new)
 
 
 def time_model(model: nn.Module, example_input: Any, tune: Literal["train", "infer"]) -> float:

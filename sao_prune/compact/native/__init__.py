@@ -5,6 +5,7 @@ from __future__ import annotations
 from .after import After, Norm
 from .build import SWITCH, library
 from .launch import ready
+from .memory import release_memory
 from .ops import NOTHING, native_conv, native_matmul, native_plane_matmul, suits_conv
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "native_matmul",
     "native_plane_matmul",
     "ready",
+    "release_memory",
     "suits_conv",
 ]

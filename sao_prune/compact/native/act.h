@@ -7,37 +7,44 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* What becomes of u: an activation, or the slope of one. Slopes are taken from what was activated; from what an activation
- * gave with TANH_OF_RESULT; KNOWN ones have been kept. */
-enum { NOTHING, RELU, GELU, SILU, TANH, GELU_SLOPE, SILU_SLOPE, TANH_OF_RESULT, KNOWN, ACTS };
+/* What becomes of u. Of TANH_OF_RESULT and KNOWN there is only the slope: from what tanh gave, and one that was kept. */
+enum { NOTHING, RELU, GELU, SILU, TANH, TANH_OF_RESULT, KNOWN };
 
 INLINE vec choose(bits mask, vec yes, vec no) { return (vec)((mask & (bits)yes) | (~mask & (bits)no)); }
-INLINE vec least(vec x, float bound) { return choose(x > bound, (vec){0} + bound, x); }
-INLINE vec most(vec x, float bound) { return choose(x < bound, (vec){0} + bound, x); }
+#if defined(__AVX512F__)
+#define MIN_PS(a, b) (vec)_mm512_min_ps((__m512)(a), (__m512)(b))
+#define MAX_PS(a, b) (vec)_mm512_max_ps((__m512)(a), (__m512)(b))
+#elif defined(__AVX__)
+#define MIN_PS(a, b) (vec)_mm256_min_ps((__m256)(a), (__m256)(b))
+#define MAX_PS(a, b) (vec)_mm256_max_ps((__m256)(a), (__m256)(b))
+#else
+#define MIN_PS(a, b) choose(a < b, a, b)
+#define MAX_PS(a, b) choose(a > b, a, b)
+#endif
+/* Of the instructions the second operand is what a NaN gives. */
+INLINE vec within(vec x, float low, float high) { return MAX_PS((vec){0} + low, MIN_PS((vec){0} + high, x)); }
 
 INLINE vec exponential(vec x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    bits large = x > 88.3f, small = x < -87.3f;
-    x = most(least(x, 88.3f), -87.3f);
-    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec bounded = within(x, -87.3f, 88.3f);
+    vec shifted = bounded * 1.44269504f + magic, n = shifted - magic;
+    vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
     vec q = r * 0.00139337f + 0.00836318f;
     q = q * r + 0.04166646f;
     q = q * r + 0.16666577f;
     q = q * r + 0.5f;
     vec fraction = q * (r * r) + r + 1.0f;
     bits power = (((bits)shifted - (bits)((vec){0} + magic)) + 127) << 23;
-    return choose(large, (vec){0} + __builtin_inff(), choose(small, (vec){0}, fraction * (vec)power));
+    return choose(x > 88.3f, (vec){0} + __builtin_inff(), choose(x < -87.3f, (vec){0}, fraction * (vec)power));
 }
 
 INLINE vec error_function(vec x) {
     static const float c[] = {-0.176576909f,  0.13167272f,   -0.107682786f, 0.0902449134f,  -0.0750496388f,
                               0.0597102192f,  -0.0441427961f, 0.0333419713f, -0.0265857303f, 0.0145694679f,
                               -0.00320005682f, 0.00373149194f, -0.00595134417f, 0.00238748319f};
-    vec bounded = most(least(x, 4.0f), -4.0f), t = bounded * bounded * 0.125f - 1.0f, sum = (vec){0} + c[13];
+    vec bounded = within(x, -4.0f, 4.0f), t = bounded * bounded * 0.125f - 1.0f, sum = (vec){0} + c[13];
     UNROLL for (int i = 12; i >= 0; i--) sum = sum * t + c[i];
-    vec inside = bounded * (sum * t + 0.35353102f);
-    return choose(x >= 4.0f, (vec){0} + 1.0f, choose(x <= -4.0f, (vec){0} - 1.0f, inside));
+    return within(bounded * (sum * t + 0.35353102f), -1.0f, 1.0f);
 }
 
 INLINE vec hyperbolic_tangent(vec x) {
@@ -52,30 +59,30 @@ INLINE vec hyperbolic_tangent(vec x) {
     return choose(size < 0.625f, near, (vec)((bits)far | sign));
 }
 
-INLINE vec slope(int act, vec u) {
-    switch (act) {
-    case RELU: return choose(u <= 0.0f, (vec){0}, (vec){0} + 1.0f);
-    case GELU: return error_function(u * 0.707106781f) * 0.5f + 0.5f + u * exponential(u * u * -0.5f) * 0.398942280f;
-    case SILU: {
-        vec s = 1.0f / (exponential(-u) + 1.0f);
-        return s * (u * (1.0f - s) + 1.0f);
-    }
-    case TANH: u = hyperbolic_tangent(u); /* fall through */
-    case TANH_OF_RESULT: return 1.0f - u * u;
-    case KNOWN: return u;
-    default: return (vec){0} + 1.0f;
-    }
-}
+typedef struct {
+    vec value, slope;
+} activated;
 
-INLINE vec activate(int act, vec u) {
+/* Inlined where only one of the two is used, the other costs nothing. */
+INLINE activated activate(int act, vec u) {
+    vec one = (vec){0} + 1.0f;
     switch (act) {
-    case RELU: return choose(u < 0.0f, (vec){0}, u);
-    case GELU: return u * (error_function(u * 0.707106781f) * 0.5f + 0.5f);
-    case SILU: return u / (exponential(-u) + 1.0f);
-    case TANH: return hyperbolic_tangent(u);
-    case GELU_SLOPE: return slope(GELU, u);
-    case SILU_SLOPE: return slope(SILU, u);
-    default: return u;
+    case RELU: return (activated){choose(u < 0.0f, (vec){0}, u), choose(u <= 0.0f, (vec){0}, one)};
+    case GELU: {
+        vec share = error_function(u * 0.707106781f) * 0.5f + 0.5f;
+        return (activated){u * share, u * exponential(u * u * -0.5f) * 0.398942280f + share};
+    }
+    case SILU: {
+        vec share = 1.0f / (exponential(-u) + 1.0f);
+        return (activated){u * share, share * (u * (1.0f - share) + 1.0f)};
+    }
+    case TANH: {
+        vec result = hyperbolic_tangent(u);
+        return (activated){result, 1.0f - result * result};
+    }
+    case TANH_OF_RESULT: return (activated){u, 1.0f - u * u};
+    case KNOWN: return (activated){u, u};
+    default: return (activated){u, one};
     }
 }
 
@@ -108,12 +115,12 @@ INLINE void keep_part(float *p, vec v, long count) {
 #define COEFFICIENT(name) (vary ? (count == V ? LOAD(c.name + p) : part(c.name + p, count)) : (vec){0} + *c.name)
 
 INLINE vec forward_step(int act, int affine, int vary, vec z, coefficients c, long p, long count) {
-    return activate(act, affine ? z * COEFFICIENT(scale) + COEFFICIENT(shift) : z);
+    return activate(act, affine ? z * COEFFICIENT(scale) + COEFFICIENT(shift) : z).value;
 }
 
 INLINE vec backward_step(int act, int affine, int vary, vec g, vec z, coefficients c, long p, long count) {
-    if (!affine) return g * slope(act, z);
-    vec through = g * slope(act, z * COEFFICIENT(scale) + COEFFICIENT(shift));
+    if (!affine) return g * activate(act, z).slope;
+    vec through = g * activate(act, z * COEFFICIENT(scale) + COEFFICIENT(shift)).slope;
     return through * COEFFICIENT(outer) + ((z - COEFFICIENT(mean)) * COEFFICIENT(inner) + COEFFICIENT(constant));
 }
 
@@ -137,22 +144,34 @@ INLINE void backward_run(int act, int affine, int vary, float *to, const float *
     case GELU: DO(GELU); break;                                                                                       \
     case SILU: DO(SILU); break;                                                                                       \
     case TANH: DO(TANH); break;                                                                                       \
-    case GELU_SLOPE: DO(GELU_SLOPE); break;                                                                           \
-    case SILU_SLOPE: DO(SILU_SLOPE); break;                                                                           \
     case TANH_OF_RESULT: DO(TANH_OF_RESULT); break;                                                                   \
     case KNOWN: DO(KNOWN); break;                                                                                     \
     default: DO(NOTHING);                                                                                             \
     }
 
-/* The slope of an activation that is not known from its result. */
-static int slope_of(int act) { return act == GELU ? GELU_SLOPE : act == SILU ? SILU_SLOPE : NOTHING; }
+INLINE void both_run(int act, float *y, float *slopes, const float *z, long n) {
+    long p = 0;
+    for (; p + V <= n; p += V) {
+        activated both = activate(act, LOAD(z + p));
+        STORE(y + p, both.value), STORE(slopes + p, both.slope);
+    }
+    if (p == n) return;
+    activated both = activate(act, part(z + p, n - p));
+    keep_part(y + p, both.value, n - p), keep_part(slopes + p, both.slope, n - p);
+}
 
-/* y = act(z), in place too. */
-static void activate_run(int act, float *y, const float *z, long n) {
+/* y = act(z), in place too, and the slopes there if they are wanted. */
+static void activate_run(int act, float *y, float *slopes, const float *z, long n) {
     coefficients none = {0};
-#define DO(A) forward_run(A, 0, 0, y, z, n, none)
-    FOR_ACTS(DO)
+    if (slopes) {
+#define DO(A) both_run(A, y, slopes, z, n)
+        FOR_ACTS(DO)
 #undef DO
+    } else {
+#define DO(A) forward_run(A, 0, 0, y, z, n, none)
+        FOR_ACTS(DO)
+#undef DO
+    }
 }
 
 /* Gradients of `y` in place to those of `z`; `c` of one channel, or NULL. */

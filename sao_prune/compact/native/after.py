@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..order import is_features_first
 from .launch import ACTS, Call, Forward, Gradients, Slope, call, ready
+from .memory import empty_like
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -185,7 +186,7 @@ class _Normed(torch.autograd.Function):
     ) -> Tensor:
         z, mean, variance = norm.measure(kernel, x, weight, bias)
         scale, shift, inverse = norm.affine(mean, variance)
-        y = torch.empty_like(z)
+        y = empty_like(z)
         call("norm_forward", z, y, scale, shift, ACTS[act], *_layout(z), torch.get_num_threads())
         ctx.save_for_backward(x, weight, bias, gain, offset, z, mean, variance)  # type: ignore[arg-type]
         ctx.numbers = scale, shift, inverse  # type: ignore[attr-defined]
@@ -237,7 +238,7 @@ def _as(grad: Tensor, like: Tensor) -> Tensor:
     """A gradient that lies in memory as its tensor does."""
     if grad.stride() == like.stride():
         return grad
-    return torch.empty_like(like).copy_(grad)
+    return empty_like(like).copy_(grad)
 
 
 def _again(

@@ -125,6 +125,18 @@ static inline vec totals(const vec *partial) {
     return r[0];
 }
 
+#define DOT_STEP(T, S, KEEP)                                                                                          \
+    {                                                                                                                 \
+        vec left[T];                                                                                                  \
+        UNROLL for (int i = 0; i < T; i++) left[i] = KEEP(LOAD(outer[i] + p));                                        \
+        UNROLL for (int j = 0; j < S; j++) {                                                                          \
+            vec right = KEEP(LOAD(inner[j] + p));                                                                     \
+            UNROLL for (int i = 0; i < T; i++) sum[i * S + j] += left[i] * right;                                     \
+        }                                                                                                             \
+    }
+#define WHOLE(v) v
+#define MASKED(v) (vec)((bits)v & mask)
+
 /* Sums over runs of positions of `T` gradients times `S` sources, added to a part of dw. Of a last vector that is not
  * full only what `mask` keeps counts, on both sides: behind a run lies anything, NaN too. */
 #define DEFINE_DOT(T, S)                                                                                              \
@@ -136,16 +148,9 @@ static inline vec totals(const vec *partial) {
             const float *outer[T], *inner[S];                                                                         \
             UNROLL for (int i = 0; i < T; i++) outer[i] = g[i] + run * g_run;                                         \
             UNROLL for (int j = 0; j < S; j++) inner[j] = x[j] + run * x_run;                                         \
-            for (long p = 0; p < length; p += V) {                                                                    \
-                vec left[T];                                                                                          \
-                UNROLL for (int i = 0; i < T; i++) left[i] = LOAD(outer[i] + p);                                      \
-                bits kept = p + V > length ? mask : ~(bits){0};                                                       \
-                UNROLL for (int i = 0; i < T; i++) left[i] = (vec)((bits)left[i] & kept);                             \
-                UNROLL for (int j = 0; j < S; j++) {                                                                  \
-                    vec right = (vec)((bits)LOAD(inner[j] + p) & kept);                                               \
-                    UNROLL for (int i = 0; i < T; i++) sum[i * S + j] += left[i] * right;                             \
-                }                                                                                                     \
-            }                                                                                                         \
+            long p = 0;                                                                                               \
+            for (; p + V <= length; p += V) DOT_STEP(T, S, WHOLE)                                                     \
+            if (p < length) DOT_STEP(T, S, MASKED)                                                                    \
         }                                                                                                             \
         float sums[T * S];                                                                                            \
         UNROLL for (int k = 0; k < T * S; k += V) STORE(sums + k, totals(sum + k));                                   \

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..order import is_features_first
 from ..packing import Packing
 from .build import library
+from .memory import empty, empty_like
 
 # Floats of a panel of rows and its results that a core keeps at hand, and the least and most rows of one: measured.
 _FORWARD = 1 << 17, 32, 96
@@ -19,9 +20,12 @@ _IMAGE = 1 << 18
 _LANES = 16
 # A matrix is an image of one pixel a line: its width, kernel and dilation.
 _POINT = (1, 1, 1, 1, 1)
+# Dimensions from the outermost to the innermost.
+_COLUMNS = (1, 0)
+_PIXELS = (0, 2, 3, 1)
 
 # As the kernels number them.
-ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 7, "known slope": 8}
+ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known slope": 6}
 
 _Argument = Tensor | int | None
 
@@ -97,7 +101,7 @@ class Call(ABC):
 
     def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
         """The last arguments of a forward pass, and its results."""
-        slopes = torch.empty_like(y) if plan.keep else None
+        slopes = empty_like(y) if plan.keep else None
         moments = (_numbers(y, self.packing), _numbers(y, self.packing)) if plan.moments else None
         return (ACTS[plan.act], slopes, *(moments or (None, None))), (y, slopes, moments)
 
@@ -139,7 +143,7 @@ class Rows(Call):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
         batch, n = x.shape
         m, threads = self.packing.out_channels, torch.get_num_threads()
-        y = _empty(x, batch, m, self.features_first)
+        y = empty((batch, m), _COLUMNS if self.features_first else None)
         length = self._length(batch, n + m, _FORWARD, threads)
         geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
         layouts = is_features_first(x), self.features_first
@@ -154,7 +158,7 @@ class Rows(Call):
         columns = is_features_first(x)
         if not is_features_first(grad):
             grad = grad.contiguous()
-        dx = _empty(x, batch, n, columns) if needs[0] else None
+        dx = empty((batch, n), _COLUMNS if columns else None) if needs[0] else None
         dw, db = self._weights(weight, needs)
         length = self._length(batch, n + m, _BACKWARD, threads)
         layouts = is_features_first(grad), columns, columns
@@ -171,10 +175,6 @@ def _through(slope: Slope | None, *layout: bool) -> tuple[_Argument, ...]:
     return slope.values, *layout, ACTS[slope.act], slope.numbers
 
 
-def _empty(like: Tensor, batch: int, channels: int, features_first: bool) -> Tensor:
-    return like.new_empty_strided((batch, channels), (1, batch) if features_first else (channels, 1))
-
-
 class Planes(Call):
     """Channels as planes ``(batch, n, *space)``: convolutions, tokens to mix."""
 
@@ -188,7 +188,7 @@ class Planes(Call):
         return len(x), *channels, *space, *self.kernel, *self.dilation, *weight.shape[:3]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
-        y = x.new_empty(len(x), self.packing.out_channels, *x.shape[2:])
+        y = empty((len(x), self.packing.out_channels, *x.shape[2:]))
         tables, threads = self.packing.channel_tables, torch.get_num_threads()
         extras, results = self._extras(y, plan)
         call("planes_forward", x, weight, bias, y, *self._geometry(x, weight), *tables, threads, *extras)
@@ -198,7 +198,7 @@ class Planes(Call):
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
     ) -> Gradients:
         tables, threads = self.packing.channel_tables, torch.get_num_threads()
-        dx = torch.empty_like(x) if needs[0] else None
+        dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
         tensors = grad.contiguous(), x, weight, dx, dw, db
         call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(slope))
@@ -214,8 +214,7 @@ class Pixels(Planes):
         return max(_IMAGE // ((x.shape[1] + self.packing.out_channels) * pitch), self.kernel[0])
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
-        shape = len(x), self.packing.out_channels, *x.shape[2:]
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        y = empty((len(x), self.packing.out_channels, *x.shape[2:]), _PIXELS)
         arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
         extras, results = self._extras(y, plan)
         call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads(), *extras)
@@ -225,7 +224,7 @@ class Pixels(Planes):
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
     ) -> Gradients:
         threads = torch.get_num_threads()
-        dx = torch.empty_like(x) if needs[0] else None
+        dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
         arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
         grad = grad.contiguous(memory_format=torch.channels_last)

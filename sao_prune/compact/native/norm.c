@@ -35,7 +35,7 @@ typedef struct {
 } sums;
 
 INLINE void add_step(int act, sums *s, vec g, vec z, vec scale, vec shift, vec mean) {
-    vec through = g * slope(act, z * scale + shift);
+    vec through = g * activate(act, z * scale + shift).slope;
     s->through += through;
     s->moment += through * (z - mean);
 }

@@ -116,8 +116,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 if (channel < 0) continue;
                 if (mean)
                     merge_moments(noted + omp_get_thread_num() * m + channel, run_moments(to[i], 1, area, area));
-                if (slopes) activate_run(slope_of(act), slopes + (image * m + channel) * area, to[i], area);
-                if (act) activate_run(act, to[i], to[i], area);
+                if (act) activate_run(act, to[i], slopes ? slopes + (image * m + channel) * area : NULL, to[i], area);
             }
         }
         free(from), free(to);

@@ -4,10 +4,6 @@
 #include "inner.h"
 #include "moments.h"
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
 #define LARGE (1L << 19) /* floats of a result that no cache keeps until it is read */
 
 /* Past the caches, to an aligned address: what is written need not be read first. */
@@ -34,38 +30,41 @@
 #define STAGES STAGE(2) STAGE(1)
 #endif
 
-/* Row `i` of a square of V to column `i` of another, whose rows start at t[0], t[1], .. plus `shift`, activated. */
-#define DEFINE_SQUARE(NAME, STORE, ACT)                                                                               \
-    static void NAME(float *const *x, long x_shift, float *const *t, long shift) {                                    \
+/* Row `i` of a square of V to column `i` of another, activated, and if BOTH its slopes to one more: their rows start at
+ * t[0], t[1], .. and u[0], u[1], .. plus `shift`. */
+#define DEFINE_SQUARE(NAME, STORE, ACT, BOTH)                                                                         \
+    static void NAME(float *const *x, long x_shift, float *const *t, float *const *u, long shift) {                   \
         vec r[V];                                                                                                     \
         UNROLL for (int i = 0; i < V; i++) r[i] = LOAD(x[i] + x_shift);                                               \
         STAGES                                                                                                        \
-        UNROLL for (int i = 0; i < V; i++) STORE(t[i] + shift, activate(ACT, r[i]));                                  \
+        UNROLL for (int i = 0; i < V; i++) {                                                                          \
+            activated both = activate(ACT, r[i]);                                                                     \
+            STORE(t[i] + shift, both.value);                                                                          \
+            if (BOTH) STORE(u[i] + shift, both.slope);                                                                \
+        }                                                                                                             \
     }
 
-typedef void square_fn(float *const *, long, float *const *, long);
+typedef void square_fn(float *const *, long, float *const *, float *const *, long);
 
-#define DEFINE_SQUARES(ACT, lower) DEFINE_SQUARE(lower##_square, STORE, ACT) DEFINE_SQUARE(lower##_streamed, STREAM, ACT)
+#define DEFINE_SQUARES(ACT, lower)                                                                                    \
+    DEFINE_SQUARE(lower##_square, STORE, ACT, 0)                                                                      \
+    DEFINE_SQUARE(lower##_streamed, STREAM, ACT, 0)                                                                   \
+    DEFINE_SQUARE(lower##_both, STORE, ACT, 1)                                                                        \
+    DEFINE_SQUARE(lower##_both_streamed, STREAM, ACT, 1)
+#define SQUARES(lower) {{lower##_square, lower##_streamed}, {lower##_both, lower##_both_streamed}}
 DEFINE_SQUARES(NOTHING, plain)
 DEFINE_SQUARES(RELU, relu)
 DEFINE_SQUARES(GELU, gelu)
 DEFINE_SQUARES(SILU, silu)
 DEFINE_SQUARES(TANH, tanh)
-DEFINE_SQUARES(GELU_SLOPE, gelu_slope)
-DEFINE_SQUARES(SILU_SLOPE, silu_slope)
-static square_fn *const squares[][2] = {{plain_square, plain_streamed}, /* by activation, and whether streamed */
-                                        {relu_square, relu_streamed},
-                                        {gelu_square, gelu_streamed},
-                                        {silu_square, silu_streamed},
-                                        {tanh_square, tanh_streamed},
-                                        {gelu_slope_square, gelu_slope_streamed},
-                                        {silu_slope_square, silu_slope_streamed}};
+/* By activation, whether with slopes, and whether streamed. */
+static square_fn *const squares[][2][2] = {SQUARES(plain), SQUARES(relu), SQUARES(gelu), SQUARES(silu), SQUARES(tanh)};
 
 /* planes[c][i + ..] = pixels[..][c] for up to V pixels from `i` on. */
 static void gather_some(float *const *pixels, long count, long channels, float *const *planes, long i) {
     for (long c = 0; c < channels; c += V) {
         if (count == V && c + V <= channels)
-            plain_square(pixels, c, planes + c, i);
+            plain_square(pixels, c, planes + c, NULL, i);
         else
             for (long a = 0; a < count; a++)
                 for (long b = c; b < MIN(c + V, channels); b++) planes[b][i + a] = pixels[a][b];
@@ -77,18 +76,19 @@ static void gather(float *const *pixels, long count, long channels, float *const
     for (long i = 0; i < count; i += V) gather_some(pixels + i, MIN(V, count - i), channels, planes, i);
 }
 
-/* pixels[i][c] = act(planes[c][i]). */
-static void scatter(float *const *planes, long channels, float *const *pixels, long count, int stream, int act) {
-    square_fn *whole = squares[act][stream != 0];
+/* pixels[i][c] = act(planes[c][i]), and slopes[i][c] its slope, if `slopes` is not NULL. */
+static void scatter(float *const *planes, long channels, float *const *pixels, float *const *slopes, long count,
+                    int stream, int act) {
+    square_fn *whole = squares[act][slopes != NULL][stream != 0];
     for (long i = 0; i < count; i += V)
         for (long c = 0; c < channels; c += V) {
             if (i + V <= count && c + V <= channels)
-                whole(planes + c, i, pixels + i, c);
+                whole(planes + c, i, pixels + i, slopes ? slopes + i : NULL, c);
             else
                 for (long a = i; a < MIN(i + V, count); a++) {
                     float *to = pixels[a] + c;
                     for (long b = c; b < MIN(c + V, channels); b++) to[b - c] = planes[b][a];
-                    activate_run(act, to, to, MIN(V, channels - c));
+                    activate_run(act, to, slopes ? slopes[a] + c : NULL, to, MIN(V, channels - c));
                 }
         }
 }
@@ -167,14 +167,16 @@ static void read_panel(panel *p) {
         gather(p->pixels, p->filled, m.channels, p->by_channel);
 }
 
-static void write_panel(panel *p, int act) {
+/* Columns as they are; pixels activated, with their slopes in a panel of the same form, if it is not NULL. */
+static void write_panel(panel *p, int act, const panel *slopes) {
     matrix m = p->of;
     if (p->direct) return;
     if (m.columns)
         for (long c = 0; c < m.channels; c++)
             memcpy(m.data + c * p->f.height + p->first, p->by_channel[c], p->count * sizeof(float));
     else
-        scatter(p->by_channel, m.channels, p->pixels, p->filled, p->stream, act);
+        scatter(p->by_channel, m.channels, p->pixels, slopes ? slopes->pixels : NULL, p->filled,
+                p->stream && (!slopes || slopes->stream), act);
 }
 
 /* Mean and squares of the positions of a panel that count. */
@@ -207,8 +209,7 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
         matrix beside = {slopes, m, y_columns, out, groups * rows};
         const float **taps = malloc(groups * count * sizeof *taps);
         failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&to, THIRD, result, f, b, 0, lines) |
-                 open_panel(&kept, SECOND, beside, f, b, 0, slopes && y_columns ? lines : 0) | !taps;
-        if (slopes && (size_t)slopes % (4 * V)) to.stream = 0;
+                 open_panel(&kept, SECOND, beside, f, b, 0, slopes ? lines : 0) | !taps;
 #pragma omp for
         for (long g = 0; g < groups; g++) lay_out(w + g * size, s, 0, packed + g * size);
 #pragma omp for schedule(dynamic)
@@ -223,20 +224,11 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
                 group_product(rows, taps + g * count, count, packed + g * size, bias ? offsets + g * rows : NULL,
                               to.planes + g * rows, ROUND(length));
             if (mean) note_moments(&to, noted + omp_get_thread_num() * m);
-            if (!y_columns) {
-                if (slopes) to.of.data = slopes, move_panel(&to, image, first), write_panel(&to, slope_of(act));
-                if (slopes) to.of.data = y, move_panel(&to, image, first);
-                write_panel(&to, act);
-            } else {
-                if (slopes) {
-                    move_panel(&kept, image, first);
-                    for (long i = 0; i < groups * rows; i++)
-                        activate_run(slope_of(act), kept.planes[i], to.planes[i], length);
-                    write_panel(&kept, NOTHING);
-                }
-                for (long i = 0; act && i < groups * rows; i++) activate_run(act, to.planes[i], to.planes[i], length);
-                write_panel(&to, NOTHING);
-            }
+            if (slopes) move_panel(&kept, image, first);
+            for (long i = 0; y_columns && act && i < groups * rows; i++)
+                activate_run(act, to.planes[i], slopes ? kept.planes[i] : NULL, to.planes[i], length);
+            write_panel(&to, act, slopes ? &kept : NULL);
+            if (slopes && y_columns) write_panel(&kept, NOTHING, NULL);
         }
         STREAMED();
         close_panel(&from), close_panel(&to), close_panel(&kept), free(taps);
@@ -336,7 +328,7 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
                 if (db)
                     for (long i = 0; i < rows; i++) if (out[k * rows + i] >= 0) my_db[out[k * rows + i]] += plane_sum(gs[i], length);
             }
-            if (dx) write_panel(&to, NOTHING);
+            if (dx) write_panel(&to, NOTHING, NULL);
         }
         STREAMED();
         add_shares(all);

@@ -2,6 +2,10 @@
 
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define V 16
 #elif defined(__AVX__)

@@ -57,7 +57,9 @@ def test_memory_comes_back_when_the_last_view_is_gone(fresh: memory.Pool) -> Non
     assert fresh.idle == 0
 
 
-@pytest.mark.parametrize("shape, order, strides", [((300, 2000), None, (2000, 1)), ((300, 2000), (1, 0), (1, 300))])
+@pytest.mark.parametrize(
+    ("shape", "order", "strides"), [((300, 2000), None, (2000, 1)), ((300, 2000), (1, 0), (1, 300))]
+)
 def test_strides(shape: tuple[int, int], order: tuple[int, int] | None, strides: tuple[int, int]) -> None:
     x = memory.empty(shape, order)
     assert (tuple(x.shape), x.stride(), x.dtype, x.device.type) == (shape, strides, torch.float32, "cpu")

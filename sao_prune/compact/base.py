@@ -25,7 +25,8 @@ class Execution:
         channels_last: memory format of a convolution.
         native: by the kernels of `sao_prune.compact.native`; where those cannot be had, or cannot take an input, as
             if this were not set.
-        fused: what follows the layer, ``"batch_norm"`` or an activation or both, to be computed by its native kernel.
+        fused: what follows the layer, to be computed by its native kernel: ``"batch_norm"`` or an activation or both;
+            after an activation also ``"linear"``, the block layer that reads it.
     """
 
     dense: bool = False

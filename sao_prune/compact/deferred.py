@@ -1,4 +1,5 @@
-"""Results that a layer has yet to compute, so that the norm and the activation behind it join it in one kernel."""
+"""Results that a layer has yet to compute, so that the norm and the activation behind it join it in one kernel, and the
+next layer too."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from .native import NOTHING, SWITCH, After, Norm
 
 _Compute = Callable[[After], Tensor]
 _NORM = "batch_norm"
+LINEAR = "linear"
 
 _ACTS: dict[Any, str] = {
     F.relu: "relu",
@@ -103,6 +105,15 @@ def _norm(
     return Norm(running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def does_nothing(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is a dropout that gives back what it is given."""
+    return function is F.dropout and _keeps(*args[1:], **kwargs)
+
+
+def _keeps(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return not training or p == 0
+
+
 def is_known(function: Any) -> bool:
     """Whether a function tells only what is known of a result before it is there, such as its shape."""
     return function in _KNOWN
@@ -149,6 +160,7 @@ class Deferred(Tensor):
         strides: tuple[int, ...],
         sources: tuple[Tensor, ...],
         channels: int = 1,
+        origin: Any = None,
     ) -> Deferred:
         """The result of ``compute``.
 
@@ -159,10 +171,11 @@ class Deferred(Tensor):
             strides: the result's.
             sources: the tensors that it is computed from.
             channels: the dimension of the layer's channels, for a norm to be able to join.
+            origin: what the next layer has to know to compute this one too; ``None``: it cannot.
         """
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return _deferred(
-            _Plan(compute, shape, strides, channels, modes, sources, _versions(sources)), NOTHING, expected
+            _Plan(compute, shape, strides, channels, modes, sources, _versions(sources), origin), NOTHING, expected
         )
 
     def value(self) -> Tensor:
@@ -173,10 +186,23 @@ class Deferred(Tensor):
         assert self._value is not None
         return _Through.apply(self, self._value) if self._is_attached() else self._value
 
+    def origin(self) -> tuple[Any, str] | None:
+        """What a linear layer that reads this needs to compute it as well, and the activation; or nothing."""
+        plan = self._plan
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if self._expected != (LINEAR,) or self._value is not None or plan.modes != modes or self._is_attached():
+            return None
+        plan.check()
+        return None if plan.origin is None else (plan.origin, self._after.act)
+
+    def taken(self) -> None:
+        """Another layer has computed this on the way: there are no gradients of it."""
+        self._followed = True
+
     def _settle(self, value: Tensor) -> None:
         """The value is known: keep nothing that it came from."""
         self._value = value
-        self._plan = replace(self._plan, compute=_done, sources=(), versions=())
+        self._plan = replace(self._plan, compute=_done, sources=(), versions=(), origin=None)
 
     def _alone(self) -> Tensor:
         """The tensor itself, not kept."""
@@ -205,7 +231,8 @@ class Deferred(Tensor):
             if found.norm.training and len(self._expected) > 1:
                 plan.result(replace(after, begun=True))  # the running averages change now, and once
         self._followed = True
-        result = plan.result(after) if len(self._expected) == 1 else _deferred(plan, after, self._expected[1:])
+        last = len(self._expected) == 1 or found.in_place
+        result = plan.result(after) if last else _deferred(plan, after, self._expected[1:])
         if found.in_place:
             self._settle(result)
         return result
@@ -223,6 +250,8 @@ class Deferred(Tensor):
             found = step(func, args, kwargs)
             if found is not None and (result := first._follow(found)) is not None:
                 return result
+            if does_nothing(func, args, kwargs):
+                return first
         if func in _OF_GRAPH and any(type(t) is Deferred and t._followed for t in tree_leaves((args, kwargs))):
             raise TooLate(
                 "a layer's result has been used within a kernel, so there are no gradients of it: ask for them, or "
@@ -255,13 +284,18 @@ class _Plan:
     modes: tuple[bool, bool]
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    origin: Any = None
 
-    def result(self, after: After) -> Tensor:
+    def check(self) -> None:
+        """The layer can still compute its result."""
         if _versions(self.sources) != self.versions:
             raise TooLate(
                 "a layer's result is wanted that was put off, and the layer's input or weight has been changed in "
                 f"place since: use the result earlier, or run the model with {SWITCH}=0"
             )
+
+    def result(self, after: After) -> Tensor:
+        self.check()
         return self.compute(after)
 
     def with_norm(self, norm: Norm) -> _Plan:

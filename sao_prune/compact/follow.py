@@ -1,4 +1,4 @@
-"""Which norms and activations follow a layer's result, and nothing else, when a model runs."""
+"""Which norms, activations and layers follow a layer's result, and nothing else, when a model runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import record_calls
-from .deferred import is_known, step
+from .deferred import LINEAR, does_nothing, is_known, step
+from .linear import BlockLinear
 
 _NORM = "batch_norm"
 
@@ -28,6 +29,7 @@ class _Result:
     names: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     before: _Result | None = None
+    reader: nn.Module | None = None
     uses: int = 0
 
 
@@ -36,19 +38,22 @@ class Followers:
     """What follows a layer.
 
     Attributes:
-        names: the steps, at most a norm and an activation.
+        names: the steps: at most a norm and an activation, or an activation and a layer.
         modules: the modules whose hooks would see what is between them.
+        reader: that layer.
     """
 
     names: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    reader: nn.Module | None = None
 
 
 class _Watch(TorchFunctionMode):
     """Follows the layers' results through a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
+        self.layers = {id(layer) for layer in layers}
         self.results = WeakTensorKeyDictionary()
         self.all: list[_Result] = []
         self.stack: list[nn.Module] = []
@@ -56,8 +61,19 @@ class _Watch(TorchFunctionMode):
 
     def entered(self, module: nn.Module, args: Any) -> None:
         """A module is called."""
+        if type(module) is BlockLinear and id(module) in self.layers and args:
+            self._read(module, args[0])
         self.stack.append(module)
         self.log.append(module)
+
+    def _read(self, reader: nn.Module, value: Any) -> None:
+        """A layer is given a value: one use of it, whatever it does with it."""
+        self.used(value)
+        source = self.results.get(value) if isinstance(value, Tensor) else None
+        if source is None or type(source.layer) is not BlockLinear or not source.names or _NORM in source.names:
+            return
+        names, modules = (*source.names, LINEAR), (*self._seen(source), reader)
+        self.all.append(_Result(source.layer, source.above, source.entered, names, modules, source, reader))
 
     def left(self, module: nn.Module, args: Any, output: Any) -> None:
         """A module is done."""
@@ -87,7 +103,8 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_known(func):
+        inside = bool(self.stack) and id(self.stack[-1]) in self.layers and type(self.stack[-1]) is BlockLinear
+        if is_known(func) or inside or does_nothing(func, args, kwargs):
             return func(*args, **kwargs)
         self.used((args, kwargs))
         first = args[0] if args else None
@@ -118,7 +135,8 @@ def followers(model: nn.Module, layers: Iterable[nn.Module], example_input: Any)
     Raises:
         ValueError: if the model fails on the example input.
     """
-    watch = _Watch()
+    layers = list(layers)
+    watch = _Watch(layers)
     everywhere = torch.nn.modules.module
     hooks = [
         everywhere.register_module_forward_pre_hook(watch.entered),
@@ -141,10 +159,17 @@ def followers(model: nn.Module, layers: Iterable[nn.Module], example_input: Any)
             chain.append(chain[-1].before)
         # Up to the first that somebody else takes too.
         last = next((r for r in reversed(chain) if r.uses != 1), result)
-        new = Followers(last.names, last.modules)
+        new = Followers(last.names, last.modules, last.reader)
         old = found.setdefault(id(result.layer), new)
-        if old.names != new.names:
+        if (old.names, old.reader) != (new.names, new.reader):
             found[id(result.layer)] = Followers()
         else:
-            found[id(result.layer)] = Followers(new.names, tuple(dict.fromkeys((*old.modules, *new.modules))))
-    return {key: each for key, each in found.items() if each.names}
+            modules = tuple(dict.fromkeys((*old.modules, *new.modules)))
+            found[id(result.layer)] = Followers(new.names, modules, new.reader)
+    found = {key: each for key, each in found.items() if each.names}
+    # A reader that has something to compute with its own result does so instead.
+    return {key: _alone(each) if id(each.reader) in found else each for key, each in found.items()}
+
+
+def _alone(followers: Followers) -> Followers:
+    return Followers(tuple(name for name in followers.names if name != LINEAR), followers.modules)

@@ -12,7 +12,7 @@ from ..weights import orthogonal_blocks
 from .base import BlockModule, Execution, stack_blocks
 from .deferred import Deferred, strides_of
 from .matmul import block_matmul, plain_block_matmul, plane_matmul
-from .native import NOTHING, After, native_matmul, native_plane_matmul, ready
+from .native import NOTHING, After, Half, native_matmul, native_pair, native_plane_matmul, ready, suit_pair
 from .order import is_features_first, is_plain
 
 
@@ -56,19 +56,16 @@ class BlockLinear(BlockModule):
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., n)`` to ``(..., m)``."""
         if type(x) is Deferred:
+            y = self._paired(x)
+            if y is not None:
+                return y
             x = x.value()
         if self.execution.dense:
             return F.linear(x, self.weight, self.bias)
         if not isinstance(x, Proxy) and x.shape[-1] != self.in_features:
             raise RuntimeError(f"expected inputs of shape (..., {self.in_features}), got {tuple(x.shape)}")
-        parameters = self._parameters
-        weight: Tensor | None = parameters.get("blocks")
-        bias: Tensor | None = parameters["bias"]
-        if weight is None:  # parametrized: computed from other parameters
-            weight = self.blocks
+        weight, bias = self._matrices()
         packing = self._packing or self.packing
-        if packing.slots is not None or weight.dim() != 3:
-            weight = self.packed_weight()
         if is_plain() or isinstance(x, Proxy):
             return plain_block_matmul(x, weight, bias, packing)
         if torch.is_autocast_enabled(x.device.type):
@@ -83,6 +80,30 @@ class BlockLinear(BlockModule):
             return y.view(*x.shape[:-2], self.out_features, x.shape[-2]).mT
         flat = block_matmul(x.reshape(-1, x.shape[-1]), weight, bias, packing, self.features_first)
         return flat.view(*x.shape[:-1], self.out_features)
+
+    def _matrices(self) -> tuple[Tensor, Tensor | None]:
+        parameters = self._parameters
+        weight: Tensor | None = parameters.get("blocks")
+        if weight is None:  # parametrized: computed from other parameters
+            weight = self.blocks
+        if (self._packing or self.packing).slots is not None or weight.dim() != 3:
+            weight = self.packed_weight()
+        return weight, parameters["bias"]
+
+    def _paired(self, hidden: Deferred) -> Tensor | None:
+        """The result together with that of the layer that ``hidden`` has yet to come from, if a kernel can do both."""
+        if not self.execution.native or self.fused() or (found := hidden.origin()) is None:
+            return None
+        (x, first, planes), act = found
+        second = Half(*self._matrices(), self.packing)
+        flat = x.mT.flatten(0, -3) if planes else x.reshape(-1, x.shape[-1]).contiguous()
+        if is_plain() or not suit_pair(flat, first, second):
+            return None
+        y = native_pair(flat, first, second, act, planes)
+        hidden.taken()
+        if planes:
+            return y.view(*x.shape[:-2], self.out_features, x.shape[-2]).mT
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _transposed(self, x: Tensor) -> bool:
         """Whether tokens lie as ``(batch, n, length)``."""
@@ -110,7 +131,9 @@ class BlockLinear(BlockModule):
         shape = *x.shape[:-1], self.out_features
         strides = strides_of(shape, dims - 2 if columns else dims - 1)
         sources = (x, weight) if bias is None else (x, weight, bias)
-        return Deferred.of(compute, fused, shape, strides, sources, 0 if packing.raw else dims - 1)
+        # Columns of a batch, if not of tokens, are a product's best operand as they lie.
+        origin = (x, Half(weight, bias, packing), transposed) if transposed or not columns else None
+        return Deferred.of(compute, fused, shape, strides, sources, 0 if packing.raw else dims - 1, origin)
 
     def extra_repr(self) -> str:
         """Shape, bias, blocks and execution."""

@@ -161,7 +161,7 @@ class _Activated(torch.autograd.Function):
         x, weight, bias, values = ctx.saved_tensors
         needs: tuple[bool, ...] = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or not ready(grad, weight):
-            found = _again(lambda *t: After(act=ctx.act).plain(ctx.plain(*t)), (x, weight, bias), needs, grad)
+            found = again(lambda *t: After(act=ctx.act).plain(ctx.plain(*t)), (x, weight, bias), needs, grad)
         else:
             slope = Slope(_OF_RESULT.get(ctx.act, "known slope"), values) if ctx.act else None
             found = ctx.kernel.backward(grad, x, weight, needs, slope)
@@ -209,7 +209,7 @@ class _Normed(torch.autograd.Function):
                     norm = replace(norm, running_mean=mean, running_var=variance)
                 return After(norm, ctx.act).plain(ctx.plain(x, weight, bias))
 
-            return *_again(whole, (x, weight, bias, gain, offset), needs, grad), None, None, None, None
+            return *again(whole, (x, weight, bias, gain, offset), needs, grad), None, None, None, None
         scale, shift, inverse = ctx.numbers
         grad = _as(grad, z)
         totals = z.new_empty(2, z.shape[1], dtype=torch.float64)
@@ -241,7 +241,7 @@ def _as(grad: Tensor, like: Tensor) -> Tensor:
     return empty_like(like).copy_(grad)
 
 
-def _again(
+def again(
     function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients from operations that can be differentiated again."""

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("rows.c", "planes.c", "norm.c")
-_HEADERS = ("inner.h", "moments.h", "act.h", "vector.h")
+_SOURCES = ("rows.c", "planes.c", "pair.c", "norm.c")
+_HEADERS = ("panel.h", "inner.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "SAO_PRUNE_NATIVE"
 _log = logging.getLogger(__name__)
@@ -24,11 +24,14 @@ _log = logging.getLogger(__name__)
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _GEOMETRY = [_long] * 12 + [_pointer] * 2
 _FORWARD = [_int] + [_pointer] * 3
+_PAIR = [_long] * 5 + ([_long] * 3 + [_pointer] * 2) * 2 + [_int, _long, _int, _int]
 _SIGNATURES = {
     "rows_forward": [_pointer] * 4 + _GEOMETRY + [_int] * 2 + [_long, _int] + _FORWARD,
     "rows_backward": [_pointer] * 6 + _GEOMETRY + [_int] * 3 + [_long, _int] + [_pointer, _int, _int, _pointer],
     "planes_forward": [_pointer] * 4 + _GEOMETRY + [_int] + _FORWARD,
     "planes_backward": [_pointer] * 6 + _GEOMETRY + [_int] + [_pointer, _int, _pointer],
+    "pair_forward": [_pointer] * 6 + _PAIR,
+    "pair_backward": [_pointer] * 10 + _PAIR,
     "norm_forward": [_pointer] * 4 + [_int] + [_long] * 3 + [_int] * 2,
     "norm_sums": [_pointer] * 5 + [_int, _pointer] + [_long] * 3 + [_int] * 2,
 }

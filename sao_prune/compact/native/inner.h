@@ -243,7 +243,7 @@ static float plane_sum(const float *g, long length) {
 
 /* ---- Memory --------------------------------------------------------------------------------------------------- */
 
-enum { PACKED, FIRST, SECOND, THIRD, FOURTH, FIFTH, PARTS, SLOTS };
+enum { PACKED, FIRST, SECOND, THIRD, FOURTH, FIFTH, PARTS, MORE_PARTS, SLOTS };
 
 /* Each thread keeps its buffers: pages that are new at each call cost as much as the work. They hold numbers, if old. */
 static float *scratch(int slot, size_t count) {
@@ -269,9 +269,9 @@ typedef struct {
     long weights, biases;
 } shares;
 
-static shares make_shares(float *dw, float *db, long weights, long biases, int threads) {
+static shares make_shares(int slot, float *dw, float *db, long weights, long biases, int threads) {
     shares s = {dw, db, NULL, dw ? weights : 0, db ? biases : 0};
-    s.parts = scratch(PARTS, (threads - 1) * (s.weights + s.biases));
+    s.parts = scratch(slot, (threads - 1) * (s.weights + s.biases));
     return s;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -123,6 +124,23 @@ def call(name: str, *arguments: _Argument) -> None:
         raise MemoryError(f"{name}: no memory for its buffers")
 
 
+def panel_lines(lines: int, images: int, widths: int, limits: tuple[int, int, int], threads: int) -> int:
+    """Lines of a panel: as many as a core's cache holds, and as many panels for every thread.
+
+    Args:
+        lines: of an image, one pixel each; rows of a batch.
+        images: how many.
+        widths: floats of a line.
+        limits: floats of a panel, and its least and most lines.
+        threads: that share the work.
+    """
+    floats, least, most = limits
+    wanted = min(max(floats // widths, least), most)
+    share = threads // math.gcd(threads, images)
+    panels = -(-lines // (wanted * share)) * share
+    return -(-lines // (panels * _LANES)) * _LANES
+
+
 def _numbers(like: Tensor, packing: Packing) -> Tensor:
     """Room for one number a channel."""
     return like.new_empty(packing.out_channels)
@@ -133,18 +151,11 @@ class Rows(Call):
         super().__init__(packing)
         self.features_first = features_first
 
-    def _length(self, batch: int, widths: int, limits: tuple[int, int, int], threads: int) -> int:
-        """Rows of a panel: as many as a core's cache holds, and as many panels for every thread."""
-        floats, least, most = limits
-        wanted = min(max(floats // widths, least), most)
-        panels = -(-batch // (wanted * threads)) * threads
-        return -(-batch // (panels * _LANES)) * _LANES
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
         batch, n = x.shape
         m, threads = self.packing.out_channels, torch.get_num_threads()
         y = empty((batch, m), _COLUMNS if self.features_first else None)
-        length = self._length(batch, n + m, _FORWARD, threads)
+        length = panel_lines(batch, 1, n + m, _FORWARD, threads)
         geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
         layouts = is_features_first(x), self.features_first
         extras, results = self._extras(y, plan)
@@ -160,7 +171,7 @@ class Rows(Call):
             grad = grad.contiguous()
         dx = empty((batch, n), _COLUMNS if columns else None) if needs[0] else None
         dw, db = self._weights(weight, needs)
-        length = self._length(batch, n + m, _BACKWARD, threads)
+        length = panel_lines(batch, 1, n + m, _BACKWARD, threads)
         layouts = is_features_first(grad), columns, columns
         arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
         tensors = grad, x, weight, dx, dw, db

@@ -61,7 +61,7 @@ def native_matmul(
     features_first = columns if features_first is None else features_first and len(x) > 1
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _plain(x, weight, bias, packing)
+        return plain_matmul(x, weight, bias, packing)
 
     return run(Rows(packing, features_first), plain, x, weight, bias, after)
 
@@ -83,7 +83,7 @@ def native_plane_matmul(
     """
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _plain(x.mT, weight, bias, packing).mT
+        return plain_matmul(x.mT, weight, bias, packing).mT
 
     return run(Planes(packing, (1,), (1,)), plain, x, weight, bias, after)
 
@@ -123,13 +123,14 @@ def native_conv(
     pixels = x.movedim(1, -1)
 
     def plain_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _plain(x, weight.flatten(2), bias, packing)
+        return plain_matmul(x, weight.flatten(2), bias, packing)
 
     y = run(Rows(packing, False), plain_rows, pixels.flatten(0, -2), weight.flatten(2), bias, after)
     return y.view(*pixels.shape[:-1], -1).movedim(-1, 1)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
+def plain_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
+    """The product of ``(.., n)`` in ordinary operations; the bias is the result's."""
     y = plain_block_matmul(x, weight, None, replace(packing, raw=True))
     y = y if packing.raw else packing.outputs.last(y)
     return y if bias is None else y + bias

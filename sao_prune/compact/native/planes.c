@@ -140,7 +140,7 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
     chunk = chunk < 1 ? 1 : MIN(chunk, batch);
     chunks = (batch + chunk - 1) / chunk;
     float *packed = scratch(PACKED, groups * size);
-    shares all = make_shares(dw, db, groups * size, m, threads);
+    shares all = make_shares(PARTS, dw, db, groups * size, m, threads);
     int failed = !packed || !all.parts;
     if (failed) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)

@@ -1,0 +1,184 @@
+/* Some lines of an image, or rows of a batch, as planes in the cache. */
+
+#pragma once
+
+#include "inner.h"
+
+#define LARGE (1L << 19) /* floats of a result that no cache keeps until it is read */
+
+/* Past the caches, to an aligned address: what is written need not be read first. */
+#if defined(__AVX512F__)
+#define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
+#elif defined(__AVX__)
+#define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
+#else
+#define STREAM STORE
+#endif
+#if defined(__AVX__)
+#define STREAMED() _mm_sfence()
+#else
+#define STREAMED()
+#endif
+
+#define STAGE(h) UNROLL for (int i = 0; i < V; i++) if (!(i & h)) SWAP(r[i], r[i + h], h)
+
+#if V == 16
+#define STAGES STAGE(8) STAGE(4) STAGE(2) STAGE(1)
+#elif V == 8
+#define STAGES STAGE(4) STAGE(2) STAGE(1)
+#else
+#define STAGES STAGE(2) STAGE(1)
+#endif
+
+/* Row `i` of a square of V to column `i` of another, activated, and if BOTH its slopes to one more: their rows start at
+ * t[0], t[1], .. and u[0], u[1], .. plus `shift`. */
+#define DEFINE_SQUARE(NAME, STORE, ACT, BOTH)                                                                         \
+    static void NAME(float *const *x, long x_shift, float *const *t, float *const *u, long shift) {                   \
+        vec r[V];                                                                                                     \
+        UNROLL for (int i = 0; i < V; i++) r[i] = LOAD(x[i] + x_shift);                                               \
+        STAGES                                                                                                        \
+        UNROLL for (int i = 0; i < V; i++) {                                                                          \
+            activated both = activate(ACT, r[i]);                                                                     \
+            STORE(t[i] + shift, both.value);                                                                          \
+            if (BOTH) STORE(u[i] + shift, both.slope);                                                                \
+        }                                                                                                             \
+    }
+
+typedef void square_fn(float *const *, long, float *const *, float *const *, long);
+
+#define DEFINE_SQUARES(ACT, lower)                                                                                    \
+    DEFINE_SQUARE(lower##_square, STORE, ACT, 0)                                                                      \
+    DEFINE_SQUARE(lower##_streamed, STREAM, ACT, 0)                                                                   \
+    DEFINE_SQUARE(lower##_both, STORE, ACT, 1)                                                                        \
+    DEFINE_SQUARE(lower##_both_streamed, STREAM, ACT, 1)
+#define SQUARES(lower) {{lower##_square, lower##_streamed}, {lower##_both, lower##_both_streamed}}
+DEFINE_SQUARES(NOTHING, plain)
+DEFINE_SQUARES(RELU, relu)
+DEFINE_SQUARES(GELU, gelu)
+DEFINE_SQUARES(SILU, silu)
+DEFINE_SQUARES(TANH, tanh)
+/* By activation, whether with slopes, and whether streamed. */
+static square_fn *const squares[][2][2] = {SQUARES(plain), SQUARES(relu), SQUARES(gelu), SQUARES(silu), SQUARES(tanh)};
+
+/* planes[c][i + ..] = pixels[..][c] for up to V pixels from `i` on. */
+static void gather_some(float *const *pixels, long count, long channels, float *const *planes, long i) {
+    for (long c = 0; c < channels; c += V) {
+        if (count == V && c + V <= channels)
+            plain_square(pixels, c, planes + c, NULL, i);
+        else
+            for (long a = 0; a < count; a++)
+                for (long b = c; b < MIN(c + V, channels); b++) planes[b][i + a] = pixels[a][b];
+    }
+}
+
+/* A few pixels at a time, all channels of them: long runs of memory, few at once. */
+static void gather(float *const *pixels, long count, long channels, float *const *planes) {
+    for (long i = 0; i < count; i += V) gather_some(pixels + i, MIN(V, count - i), channels, planes, i);
+}
+
+/* pixels[i][c] = act(planes[c][i]), and slopes[i][c] its slope, if `slopes` is not NULL. */
+static void scatter(float *const *planes, long channels, float *const *pixels, float *const *slopes, long count,
+                    int stream, int act) {
+    square_fn *whole = squares[act][slopes != NULL][stream != 0];
+    for (long i = 0; i < count; i += V)
+        for (long c = 0; c < channels; c += V) {
+            if (i + V <= count && c + V <= channels)
+                whole(planes + c, i, pixels + i, slopes ? slopes + i : NULL, c);
+            else
+                for (long a = i; a < MIN(i + V, count); a++) {
+                    float *to = pixels[a] + c;
+                    for (long b = c; b < MIN(c + V, channels); b++) to[b - c] = planes[b][a];
+                    activate_run(act, to, slopes ? slopes[a] + c : NULL, to, MIN(V, channels - c));
+                }
+        }
+}
+
+typedef struct {
+    float *data;
+    long channels;
+    int columns;      /* channel after channel: of an image of one pixel a line */
+    const int *order; /* the channel of each position, or -1 */
+    long positions;
+} matrix;
+
+/* Some lines of an image as planes, one for each position of a channel. Columns are used where they lie. */
+typedef struct {
+    matrix of;
+    geometry f;
+    long lines, top, left, pitch; /* with a border or, for results, room for lines of the sources' pitch */
+    long image, first, count, filled, size;
+    int own, direct, stream; /* own: never used where they lie */
+    float *buffer, *spare, **planes, **by_channel, **pixels;
+} panel;
+
+static int open_panel(panel *p, int slot, matrix of, geometry f, border b, int bordered, long lines) {
+    *p = (panel){.of = of, .f = f, .lines = lines, .pitch = b.pitch};
+    if (bordered) p->top = b.top, p->left = b.left;
+    long pixels = ROUND((lines + 2 * p->top) * p->pitch + 2 * p->left);
+    p->size = pixels + V;
+    size_t pointers = of.positions + of.channels + pixels, room = of.positions * p->size + of.channels;
+    p->buffer = scratch(slot, room);
+    p->planes = malloc(pointers * sizeof(float *));
+    if (!p->buffer || !p->planes) return 1;
+    p->spare = p->buffer + of.positions * p->size;
+    p->stream = f.batch * f.height * f.width * of.channels >= LARGE && of.channels % V == 0 &&
+                (size_t)of.data % (4 * V) == 0 && (size_t)p->spare % (4 * V) == 0;
+    memset(p->spare, 0, of.channels * sizeof(float));
+    for (long i = 0; i < of.positions; i++)
+        if (of.order[i] < 0) memset(p->buffer + i * p->size, 0, p->size * sizeof(float));
+    p->by_channel = p->planes + of.positions;
+    p->pixels = p->by_channel + of.channels;
+    return 0;
+}
+
+static void close_panel(panel *p) { free(p->planes); }
+
+static float *in_columns(const panel *p, long channel) {
+    return p->of.data + (p->image * p->of.channels + channel) * p->f.height + p->first;
+}
+
+/* Set the panel on lines of an image; all pixels outside it are the spare one. */
+static void move_panel(panel *p, long image, long first) {
+    matrix m = p->of;
+    geometry f = p->f;
+    p->image = image, p->first = first;
+    p->count = MIN(p->lines, f.height - first);
+    p->direct = m.columns && !p->own && p->count == p->lines;
+    for (long i = 0; i < m.positions; i++) {
+        long channel = m.order[i];
+        p->planes[i] = p->direct && channel >= 0 ? in_columns(p, channel) : p->buffer + i * p->size;
+        if (channel >= 0) p->by_channel[channel] = p->planes[i];
+    }
+    if (m.columns) return;
+    float **pixel = p->pixels;
+    for (long line = first - p->top; line < first + p->count + p->top; line++)
+        for (long column = -p->left; column < p->pitch - p->left; column++) {
+            int inside = line >= 0 && line < f.height && column >= 0 && column < f.width;
+            *pixel++ = inside ? m.data + ((image * f.height + line) * f.width + column) * m.channels : p->spare;
+        }
+    /* Zeros behind the last line too, which the outermost taps of its positions to drop meet. */
+    p->filled = ROUND(pixel - p->pixels + 2 * p->left);
+    while (pixel < p->pixels + p->filled) *pixel++ = p->spare;
+}
+
+static void read_panel(panel *p) {
+    matrix m = p->of;
+    if (p->direct) return;
+    if (m.columns)
+        for (long c = 0; c < m.channels; c++)
+            memcpy(p->by_channel[c], in_columns(p, c), p->count * sizeof(float));
+    else
+        gather(p->pixels, p->filled, m.channels, p->by_channel);
+}
+
+/* Columns as they are; pixels activated, with their slopes in a panel of the same form, if it is not NULL. */
+static void write_panel(panel *p, int act, const panel *slopes) {
+    matrix m = p->of;
+    if (p->direct) return;
+    if (m.columns)
+        for (long c = 0; c < m.channels; c++)
+            memcpy(in_columns(p, c), p->by_channel[c], p->count * sizeof(float));
+    else
+        scatter(p->by_channel, m.channels, p->pixels, slopes ? slopes->pixels : NULL, p->filled,
+                p->stream && (!slopes || slopes->stream), act);
+}

@@ -15,9 +15,9 @@ from sao_prune.topology import BlockTopology, make_topology
 
 
 @st.composite
-def topologies(draw: st.DrawFn, largest: int = 24) -> BlockTopology:
+def topologies(draw: st.DrawFn, largest: int = 24, cols: int | None = None) -> BlockTopology:
     """Even and uneven, square and not, of both kinds, sometimes with channels that nothing is joined to."""
-    rows, cols = draw(st.integers(1, largest)), draw(st.integers(1, largest))
+    rows, cols = draw(st.integers(1, largest)), cols or draw(st.integers(1, largest))
     kind = draw(st.sampled_from(["ramanujan", "interleaved"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if draw(st.booleans()):

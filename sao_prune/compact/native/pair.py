@@ -16,9 +16,9 @@ from .launch import ACTS, call, panel_lines, ready
 from .memory import empty, empty_like
 from .ops import plain_matmul
 
-# Floats of a panel, and the least and most rows of one: measured.
-_FORWARD = 1 << 18, 32, 128
-_BACKWARD = 1 << 18, 32, 128
+# Floats of a panel, and the least and most lines of one: measured.
+_ROWS = 5 << 16, 32, 96
+_PLANES = 3 << 18, 32, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class _Kernel:
 
     def forward(self, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
         y = empty((len(x), self.second.out_channels, *x.shape[2:]))
-        call("pair_forward", x, w1, b1, w2, b2, y, *self._arguments(x, w1, w2, _FORWARD))
+        call("pair_forward", x, w1, b1, w2, b2, y, *self._arguments(x, w1, w2))
         return y
 
     def backward(
@@ -102,14 +102,14 @@ class _Kernel:
             torch.empty_like(w2) if needs[3] else None,
             x.new_empty(self.second.out_channels) if needs[4] else None,
         )
-        call("pair_backward", grad, x, w1, b1, w2, *found, *self._arguments(x, w1, w2, _BACKWARD))
+        call("pair_backward", grad, x, w1, b1, w2, *found, *self._arguments(x, w1, w2))
         return found
 
-    def _arguments(self, x: Tensor, w1: Tensor, w2: Tensor, limits: tuple[int, int, int]) -> tuple[Any, ...]:
+    def _arguments(self, x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Any, ...]:
         batch, height = (x.shape[0], x.shape[2]) if self.planes else (1, x.shape[0])
         channels = x.shape[1], self.first.out_channels, self.second.out_channels
         threads = torch.get_num_threads()
-        lines = panel_lines(height, batch, sum(channels), limits, threads)
+        lines = panel_lines(height, batch, sum(channels), _PLANES if self.planes else _ROWS, threads)
         one, two = (*w1.shape, *self.first.channel_tables), (*w2.shape, *self.second.channel_tables)
         return batch, height, *channels, *one, *two, self.planes, lines, threads, ACTS[self.act]
 

@@ -42,7 +42,7 @@ def _compare(name: str, batch: int, target: float, mode: str, repeats: int) -> I
     dense = timm.create_model(name)
     channels_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     ways = {"dense": _way(dense, x, labels, mode)}
-    if any(isinstance(m, nn.Conv2d) and m.kernel_size[0] < 16 for m in dense.modules()):
+    if any(isinstance(m, nn.Conv2d) for m in dense.modules()):
         y = x.contiguous(memory_format=torch.channels_last)
         ways["dense, channels last"] = _way(channels_last, y, labels, mode)
     worst = []

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,6 +81,9 @@ class Step:
     norm: Norm | None = None
 
 
+_STEPS = {(name, in_place): Step(name, in_place) for name in set(_ACTS.values()) for in_place in (False, True)}
+
+
 def step(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | None:
     """What a call does to its first argument, if that may join a layer's kernel."""
     if function is F.batch_norm:
@@ -89,8 +93,7 @@ def step(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ste
         return None
     if name == "gelu" and kwargs.get("approximate", "none") != "none":
         return None
-    in_place = function in _IN_PLACE or bool(args[1:2] == (True,) or kwargs.get("inplace"))
-    return Step(name, in_place)
+    return _STEPS[name, function in _IN_PLACE or bool(args[1:2] == (True,) or kwargs.get("inplace"))]
 
 
 def _norm(
@@ -223,7 +226,7 @@ class Deferred(Tensor):
         if self._expected[:1] != (found.name,) or plan.modes != modes or self._is_attached():
             return None
         if found.norm is None:
-            after = replace(self._after, act=found.name)
+            after = After(self._after.norm, found.name)
         else:
             if plan.channels != 1 or not found.norm.suits(plan.shape[1], math.prod(plan.shape) // plan.shape[1]):
                 return None
@@ -273,7 +276,7 @@ def _done(after: After) -> Tensor:
     raise AssertionError("the value is there")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Plan:
     """How a result is computed: by what, its layout, in which modes, from what, and how often that had been changed."""
 
@@ -343,6 +346,7 @@ def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(-1 if t.is_inference() else t._version for t in tensors)
 
 
+@lru_cache(maxsize=1024)
 def strides_of(shape: tuple[int, ...], innermost: int) -> tuple[int, ...]:
     """Strides of a tensor whose dimension ``innermost`` is innermost in memory, the others in their order.
 

@@ -89,7 +89,7 @@ class Norm:
             self.running_var.lerp_(variance * (values / (values - 1)), self.momentum)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class After:
     """What a layer's result goes through.
 

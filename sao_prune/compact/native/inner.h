@@ -104,6 +104,17 @@ static void product(int tile, const float *const *x, long count, const float *w,
     }
 #endif
 
+#define STAGE(h) UNROLL for (int i = 0; i < V; i++) if (!(i & h)) SWAP(r[i], r[i + h], h)
+
+/* Of a square of V vectors `r`. */
+#if V == 16
+#define STAGES STAGE(8) STAGE(4) STAGE(2) STAGE(1)
+#elif V == 8
+#define STAGES STAGE(4) STAGE(2) STAGE(1)
+#else
+#define STAGES STAGE(2) STAGE(1)
+#endif
+
 #define HALVE(h)                                                                                                      \
     UNROLL for (int i = 0; i < h; i++) {                                                                              \
         SWAP(r[i], r[i + h], h)                                                                                       \
@@ -175,17 +186,33 @@ static int tile_size(long rows, int t) {
     return (int)(rows / n) + (t < rows % n);
 }
 
+/* `size` rows of a matrix turned around: packed[j * size + i] = w[i * columns + j]. */
+static void turn(const float *w, int size, long columns, float *packed) {
+    long j = 0;
+    /* Every store but the last of a square is overwritten in part by the next: none may reach beyond the matrix. */
+    for (; size <= V && (columns - j) * size >= (long)V * size + V - size && j + V <= columns; j += V) {
+        vec r[V];
+        UNROLL for (int i = 0; i < V; i++) r[i] = LOAD(w + MIN(i, size - 1) * columns + j);
+        STAGES
+        UNROLL for (int i = 0; i < V; i++) STORE(packed + (j + i) * size, r[i]);
+    }
+    for (; j < columns; j++)
+        for (int i = 0; i < size; i++) packed[j * size + i] = w[i * columns + j];
+}
+
 /* The weight of one group, (rows, cols, taps), as tiles of sources; `back` swaps its two sides and turns the taps. */
 static void lay_out(const float *w, shape s, int back, float *packed) {
     long rows = back ? s.cols : s.rows, cols = back ? s.rows : s.cols, first = 0;
     for (int t = 0; t < tiles(rows); t++) {
         int size = tile_size(rows, t);
-        for (long j = 0; j < cols; j++)
-            for (long k = 0; k < s.taps; k++)
-                for (int i = 0; i < size; i++)
-                    *packed++ = back ? w[(j * s.cols + first + i) * s.taps + s.taps - 1 - k]
-                                     : w[((first + i) * s.cols + j) * s.taps + k];
-        first += size;
+        if (!back)
+            turn(w + first * cols * s.taps, size, cols * s.taps, packed);
+        else
+            for (long j = 0; j < cols; j++)
+                for (long k = 0; k < s.taps; k++)
+                    for (int i = 0; i < size; i++)
+                        packed[(j * s.taps + k) * size + i] = w[(j * s.cols + first + i) * s.taps + s.taps - 1 - k];
+        packed += size * cols * s.taps, first += size;
     }
 }
 

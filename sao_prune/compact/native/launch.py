@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ _PIXELS = (0, 2, 3, 1)
 # As the kernels number them.
 ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known slope": 6}
 
+_KINDS = (Tensor, nn.Parameter)
 _Argument = Tensor | int | None
 
 
@@ -68,20 +70,12 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def ready(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these: single precision, on the CPU, real tensors that nobody watches or traces."""
-    return (
-        all(
-            type(t) in (Tensor, nn.Parameter)
-            and t.dtype is torch.float32
-            and t.device.type == "cpu"
-            and t.numel() > 0
-            and not t.is_neg()
-            for t in tensors
-            if t is not None
-        )
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.is_autocast_enabled("cpu")
-        and library() is not None
-    )
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _KINDS or t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or t.is_neg():
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch.is_autocast_enabled("cpu") and library() is not None
 
 
 class Call(ABC):
@@ -120,10 +114,11 @@ def call(name: str, *arguments: _Argument) -> None:
     """
     kernels = library()
     assert kernels is not None
-    if getattr(kernels, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+    if getattr(kernels, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]):
         raise MemoryError(f"{name}: no memory for its buffers")
 
 
+@lru_cache(maxsize=1024)
 def panel_lines(lines: int, images: int, widths: int, limits: tuple[int, int, int], threads: int) -> int:
     """Lines of a panel: as many as a core's cache holds, and as many panels for every thread.
 

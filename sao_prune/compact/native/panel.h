@@ -20,16 +20,6 @@
 #define STREAMED()
 #endif
 
-#define STAGE(h) UNROLL for (int i = 0; i < V; i++) if (!(i & h)) SWAP(r[i], r[i + h], h)
-
-#if V == 16
-#define STAGES STAGE(8) STAGE(4) STAGE(2) STAGE(1)
-#elif V == 8
-#define STAGES STAGE(4) STAGE(2) STAGE(1)
-#else
-#define STAGES STAGE(2) STAGE(1)
-#endif
-
 /* Row `i` of a square of V to column `i` of another, activated, and if BOTH its slopes to one more: their rows start at
  * t[0], t[1], .. and u[0], u[1], .. plus `shift`. */
 #define DEFINE_SQUARE(NAME, STORE, ACT, BOTH)                                                                         \

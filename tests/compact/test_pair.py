@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sao_prune
 from sao_prune.compact import BlockLinear, Execution, linear
+from sao_prune.compact.absorb import absorb
 from sao_prune.compact.deferred import Deferred, TooLate
 from sao_prune.compact.native import Half, build, native_pair
 from sao_prune.topology import interleaved, ramanujan
@@ -179,14 +180,20 @@ def test_a_model(kind, make, mode, pairs):
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
-def test_a_tuned_model_and_its_copies(pairs):
+def test_a_model_its_copies_and_what_it_was(pairs):
     net = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64), nn.LayerNorm(64), nn.Linear(64, 4))
-    sao_prune.apply(net, sparsity=0.875, seed=0, skip_first=False)
+    sao_prune.apply(net, sparsity=0.875, seed=0, skip_first=False, method=sao_prune.SAO(topology="interleaved"))
     x = torch.randn(300, 64)
     expected = net(x)
-    sao_prune.compact(net, example_input=x, tune="train")
+    sao_prune.compact(net, example_input=x)
+    for layer in (net[0], net[2]):
+        layer.fold()
+        layer.run_as(Execution(native=True))
+    absorb(net)
+    fuse(net, x)
     for model in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(pairs) == 3
     sao_prune.expand(net)
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
 

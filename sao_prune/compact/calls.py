@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..walk import call
 from .base import BlockModule
+
+# Marks a dense layer whose weight lay otherwise before.
+_CHANGED = "_was_contiguous"
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def to_channels_last(model: nn.Module) -> list[Tensor]:
-    """Lay the dense 2-D convolution weights out channels last, in place; returns those that were not so before."""
-    changed: list[Tensor] = []
+def to_channels_last(model: nn.Module) -> list[nn.Module]:
+    """Lay the dense 2-D convolution weights out channels last, in place; returns the layers that were not so before.
+
+    Weights that are shared with other processes stay where they are.
+    """
+    changed: list[nn.Module] = []
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Conv2d) and not isinstance(module, BlockModule) and weight is not None:
-            if weight.is_contiguous(memory_format=torch.channels_last):
+            if weight.is_contiguous(memory_format=torch.channels_last) or weight.is_shared():
                 continue
-            changed.append(weight)
+            module.__dict__[_CHANGED] = True
+            changed.append(module)
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return changed
 
 
-def to_contiguous(weights: Sequence[Tensor]) -> None:
-    """Undo `to_channels_last`."""
-    for weight in weights:
-        weight.data = weight.data.contiguous()
+def to_contiguous(changed: Iterable[nn.Module]) -> None:
+    """Undo `to_channels_last` for those of the layers that it has changed."""
+    for module in changed:
+        weight = module._parameters.get("weight")
+        if module.__dict__.pop(_CHANGED, False) and weight is not None:
+            weight.data = weight.data.contiguous()

@@ -18,7 +18,7 @@ from .eligible import Ineligible, check_state, dense_class, dense_weight, layers
 from .native import release_memory
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
-from .tune import Candidate, Plan, Timings, Tune, default_plan, fused, native_plan, plans, time_model
+from .tune import Candidate, Plan, Timings, Tune, default_plan, fused, mode_of, native_plan, plans, time_model
 
 
 def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -> CompactReport:
@@ -82,7 +82,7 @@ def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -
 def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> Callable[[], None]:
     """Make the layers compact as planned; returns what undoes it. If it fails, it is undone."""
     changes: Changes = []
-    formats: list[Tensor] = []
+    formats: list[nn.Module] = []
 
     def undo() -> None:
         restore(changes)
@@ -112,6 +112,7 @@ def _tuned(
     each layer, and in the memory format, as the whole model runs fastest."""
     ways: list[Plan] = []
     timings: Timings = {}
+    mode = mode_of(model, example_input, tune)
     for native, first in ((False, default_plan(candidates)), (True, native_plan(candidates))):
         if first is None:
             continue
@@ -124,6 +125,10 @@ def _tuned(
             undo = _convert(model, candidates, way)
             try:
                 both = way, fused(way, candidates, model, example_input)
+            except ValueError:
+                if way.channels_last:
+                    continue  # the model makes views that this memory format does not allow
+                raise
             finally:
                 undo()
             for each in both:
@@ -133,7 +138,7 @@ def _tuned(
     for plan in ways if len(ways) > 1 else []:
         undo = _convert(model, candidates, plan)
         try:
-            seconds.append(time_model(model, example_input, tune))
+            seconds.append(time_model(model, example_input, mode))
         finally:
             undo()
     release_memory()
@@ -245,4 +250,5 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
             watch(model, RefreshAll)
             if name:
                 watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
+    to_contiguous(model.modules())
     return CompactReport(tuple(records), "expanded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -123,16 +124,27 @@ def is_known(function: Any) -> bool:
 
 
 def is_watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether anyone sees what goes into or comes out of the modules."""
+    """Whether anyone sees what goes into or comes out of the modules, or may do so in compiled code."""
     everywhere = torch.nn.modules.module
     if (
         everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
+        or _has_compiled()
     ):
         return True
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl
+        for m in modules
+    )
+
+
+def _has_compiled() -> bool:
+    """Whether this process has used `torch.compile`: compiled code takes a result that is put off without its history,
+    and gradients end there, unnoticed."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and any(getattr(frames, "cached_backends", {0: True}).values())
 
 
 class TooLate(RuntimeError):
@@ -143,9 +155,10 @@ class Deferred(Tensor):
     """A tensor that is computed when something is done with it.
 
     What its layer expects to follow is added to what its kernel does; after the last of that the result is an ordinary
-    tensor. Anything else makes it compute what it stands for, as if nothing had been put off. If that cannot be had
-    any more, because an input has been changed in place, it says so. Tensors of inference mode do not tell that they
-    have been changed: there it relies on the model's running as it did when it was made compact.
+    tensor, or that of the next layer. Anything else makes it compute what it stands for, as if nothing had been put
+    off. If that cannot be had any more, because an input has been changed in place, it says so. Changes that do not
+    count as such go unnoticed: those in inference mode, through ``.data``, of memory shared with NumPy. There it relies
+    on the model's running as it did when it was made compact.
     """
 
     _plan: _Plan

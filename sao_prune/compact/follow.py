@@ -146,6 +146,8 @@ def followers(model: nn.Module, layers: Iterable[nn.Module], example_input: Any)
     try:
         with watch:
             watch.used(record_calls(model, [], example_input).output)
+        for kept in list(watch.results.values()):
+            kept.uses += 1  # somebody has put it aside
     finally:
         for hook in hooks:
             hook.remove()

@@ -92,12 +92,15 @@ class BlockLinear(BlockModule):
 
     def _paired(self, hidden: Deferred) -> Tensor | None:
         """The result together with that of the layer that ``hidden`` has yet to come from, if a kernel can do both."""
-        if not self.execution.native or self.fused() or (found := hidden.origin()) is None:
+        if not self.execution.native or is_plain() or torch.is_autocast_enabled("cpu") or self.fused():
+            return None
+        found = hidden.origin()
+        if found is None:
             return None
         (x, first, planes), act = found
         second = Half(*self._matrices(), self.packing)
         flat = x.mT.flatten(0, -3) if planes else x.reshape(-1, x.shape[-1]).contiguous()
-        if is_plain() or not suit_pair(flat, first, second):
+        if not suit_pair(flat, first, second):
             return None
         y = native_pair(flat, first, second, act, planes)
         hidden.taken()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .base import BlockModule, Execution
 from .calls import Calls, run_model
 from .conv import BlockConv2d, _BlockConv
-from .deferred import TooLate
 from .follow import followers
 from .native import ready
 
@@ -110,7 +109,9 @@ def plans(
         if key not in timings:
             timings[key] = _time_layer(candidate, *inputs[candidate.name], tune)
     formats = (False, True) if any(isinstance(m, nn.Conv2d) for m in model.modules()) else (False,)
-    return [Plan({c.name: timings[keys[c.name]].choice(last, native) for c in candidates}, last) for last in formats]
+    found = [Plan({c.name: timings[keys[c.name]].choice(last, native) for c in candidates}, last) for last in formats]
+    # Where no layer gains by a block form, the model stays as it is.
+    return [p for p in found if not p.channels_last or any(c.execution is not None for c in p.choices.values())]
 
 
 def fused(plan: Plan, candidates: Sequence[Candidate], model: nn.Module, example_input: Any) -> Plan:
@@ -126,17 +127,25 @@ def fused(plan: Plan, candidates: Sequence[Candidate], model: nn.Module, example
     return replace(plan, choices=new)
 
 
+def mode_of(model: nn.Module, example_input: Any, tune: Literal["train", "infer"]) -> Literal["train", "infer"]:
+    """What can be timed of a model: some layers have no backward in eval mode (cuDNN's recurrent ones)."""
+    try:
+        run_model(model, example_input, tune)
+    except RuntimeError:
+        return "infer"
+    return tune
+
+
 def time_model(model: nn.Module, example_input: Any, tune: Literal["train", "infer"]) -> float:
-    """Least seconds of a run of the whole model; infinite if it needs results that were put off in a way that fails."""
+    """Least seconds of a run of the whole model; infinite if it does not run so.
+
+    It may need a result that was put off in a way that fails, or views that a memory format does not allow.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         run_model(model, example_input, tune)
-    except TooLate:
-        return float("inf")
     except RuntimeError:
-        # Some layers have no backward in eval mode (cuDNN's recurrent ones): the forward pass must tell.
-        tune = "infer"
-        run_model(model, example_input, tune)
+        return float("inf")
     seconds = [_clock(lambda: run_model(model, example_input, tune), device)]
     while len(seconds) < 3 or (sum(seconds) < _ENOUGH and len(seconds) < 10 * _REPEATS):
         seconds.append(_clock(lambda: run_model(model, example_input, tune), device))

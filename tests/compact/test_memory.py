@@ -148,3 +148,16 @@ def test_a_result_is_an_ordinary_tensor() -> None:
     shared = y.detach().clone()
     result = y.detach().share_memory_()
     assert torch.equal(result, shared)
+
+
+def test_where_there_is_no_memory(fresh: memory.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh.array(MIB)
+    assert fresh.idle > 0
+
+    def none(size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory, "_map", none)
+    with pytest.raises(MemoryError, match="no memory for a result of"):
+        fresh.array(8 * MIB)
+    assert fresh.idle == 0

@@ -314,3 +314,57 @@ def test_nothing_of_what_is_between_is_kept():
         with torch.autograd.graph.saved_tensors_hooks(noted, lambda t: t):
             model(torch.randn(3, 7, 16))
         assert (3 * 7 * 48 in sizes) == kept
+
+
+class _Keeps(_Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.act(self.fc1(self.norm(x)))
+        return x + self.fc2(self.kept)
+
+
+def test_a_hidden_tensor_that_is_put_aside_is_computed(pairs):
+    x = torch.randn(3, 7, 16)
+    net = _fused(_Keeps(), x)
+    assert net.fc1.execution.fused == ("gelu",)
+    with torch.inference_mode():
+        given = x.clone()
+        net(given)
+        given.zero_()
+    torch.testing.assert_close(net.kept, net.act(_apart(net).fc1(net.norm(x))), rtol=1e-4, atol=1e-4)
+    assert pairs == []
+
+
+@pytest.mark.parametrize("how", ["compile", "wrapper"])
+def test_compiled_parts_get_ordinary_tensors(how, pairs):
+    x = torch.randn(3, 7, 16)
+    net = _fused(_Block(), x)
+    plain = _apart(net)
+    try:
+        if how == "compile":
+            net.fc2.compile(backend="eager")
+        else:
+            net.fc2 = torch.compile(net.fc2, backend="eager")
+        net(x).square().sum().backward()
+    finally:
+        torch.compiler.reset()
+    plain(x).square().sum().backward()
+    assert pairs == []
+    for one, other in zip(net.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3 * float(other.grad.abs().max()))
+
+
+def test_a_parametrization_is_computed_once():
+    x = torch.randn(3, 7, 16)
+    net = _fused(_Block(), x)
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            calls.append(1)
+            return w * 1
+
+    nn.utils.parametrize.register_parametrization(net.fc2, "blocks", Counted())
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)
+    assert len(calls) == 1

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_LEAST = 1 << 20  # bytes: below, allocators keep what they have
+_LEAST = 1 << 20  # bytes: below, allocators keep what they have. Above, a result cannot be resized in place.
 
 
 class _Loan(weakref.ref):  # type: ignore[type-arg]
@@ -79,8 +79,19 @@ class Pool:
         self._peak = max(self._peak, used)
         while self._idle and self.idle + used > 2 * self._peak:
             del self._idle[:1]
-        # A process that is forked must not write into its parent's results.
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            return _map(size)
+        except OSError:
+            self._idle.clear()
+        try:
+            return _map(size)
+        except OSError as error:
+            raise MemoryError(f"no memory for a result of {size:,} bytes") from error
+
+
+def _map(size: int) -> mmap.mmap:
+    # A process that is forked must not write into its parent's results.
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 _pool = Pool()

@@ -1,4 +1,4 @@
-"""The native kernels layer by layer, on inputs that come from memory as in a model, not from a cache.
+"""The native kernels layer by layer, and for MLPs, on inputs that come from memory as in a model, not from a cache.
 
 python benchmarks/native.py
 """
@@ -27,6 +27,10 @@ LINEAR = {
     "mixer_b16 fc2": (784, 3072, 768),
     "Linear 4096": (256, 4096, 4096),
 }
+MLPS = {
+    "vit_small": (1576, 384, 1536),
+    "mixer_b16": (784, 768, 3072),
+}
 CONVOLUTIONS = {
     "vgg16, 64 on 224": (2, 64, 64, 224),
     "vgg16, 128 on 112": (2, 128, 128, 112),
@@ -52,6 +56,24 @@ def main() -> None:
         gradient = torch.randn(batch, m, size, size).contiguous(memory_format=torch.channels_last)
         _print(f"{name}, channels last", *layers, inputs, gradient)
 
+    print("\n| MLP | dense | two kernels | one kernel |\n|---|---:|---:|---:|")
+    for name, (batch, n, middle) in MLPS.items():
+        _print_mlp(name, [torch.randn(batch, n) for _ in range(_many(2 * batch * n))], n, middle)
+
+
+def _print_mlp(name: str, inputs: list[Tensor], n: int, middle: int) -> None:
+    first, second = BlockLinear(interleaved(middle, n, GROUPS)), BlockLinear(interleaved(n, middle, GROUPS))
+    second.run_as(Execution(native=True))
+    gradient, found = torch.randn_like(inputs[0]), []
+    for fused in (None, ("gelu",), ("gelu", "linear")):
+        net = nn.Sequential(first, nn.GELU(), second)
+        if fused is None:
+            net = nn.Sequential(nn.Linear(n, middle), nn.GELU(), nn.Linear(middle, n))
+        else:
+            first.run_as(Execution(native=True, fused=fused))
+        found.append(_both(net, inputs, [gradient] * len(inputs)))
+    print(f"| {name} | {' | '.join(found)} |", flush=True)
+
 
 def _many(floats: int) -> int:
     return max(8, min(40, int(BYTES / 4 / floats)))
@@ -66,16 +88,21 @@ def _print(name: str, block: BlockLinear | BlockConv2d, dense: nn.Module, inputs
         if execution is not None:
             block.run_as(execution)
             layer = block
-        with torch.no_grad():
-            forward = _time(lambda i, layer=layer: layer(inputs[i]), len(inputs))
-        leaves = list(layer.parameters())
-
-        def step(i: int, layer: nn.Module = layer, leaves: list[nn.Parameter] = leaves) -> object:
-            x = inputs[i].requires_grad_()
-            return torch.autograd.grad(layer(x), [x, *leaves], gradients[i])
-
-        found.append(f"{forward:.2f} / {_time(step, len(inputs)):.2f}")
+        found.append(_both(layer, inputs, gradients))
     print(f"| {name} | {' | '.join(found)} |", flush=True)
+
+
+def _both(layer: nn.Module, inputs: list[Tensor], gradients: list[Tensor]) -> str:
+    """Milliseconds of a forward pass without gradients, and of a forward and a backward pass."""
+    with torch.no_grad():
+        forward = _time(lambda i: layer(inputs[i]), len(inputs))
+    leaves = list(layer.parameters())
+
+    def step(i: int) -> object:
+        x = inputs[i].requires_grad_()
+        return torch.autograd.grad(layer(x), [x, *leaves], gradients[i])
+
+    return f"{forward:.2f} / {_time(step, len(inputs)):.2f}"
 
 
 def _time(run: Callable[[int], object], many: int, rounds: int = 5) -> float:

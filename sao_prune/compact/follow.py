@@ -13,10 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import record_calls
-from .deferred import LINEAR, does_nothing, is_known, step
 from .linear import BlockLinear
-
-_NORM = "batch_norm"
+from .steps import LINEAR, NORM, does_nothing, is_known, step
 
 
 @dataclass
@@ -70,7 +68,7 @@ class _Watch(TorchFunctionMode):
         """A layer is given a value: one use of it, whatever it does with it."""
         self.used(value)
         source = self.results.get(value) if isinstance(value, Tensor) else None
-        if source is None or type(source.layer) is not BlockLinear or not source.names or _NORM in source.names:
+        if source is None or type(source.layer) is not BlockLinear or not source.names or NORM in source.names:
             return
         names, modules = (*source.names, LINEAR), (*self._seen(source), reader)
         self.all.append(_Result(source.layer, source.above, source.entered, names, modules, source, reader))
@@ -113,7 +111,7 @@ class _Watch(TorchFunctionMode):
         found = None if source is None else step(func, args, kwargs)
         if source is not None and found is not None and isinstance(output, Tensor):
             if found.norm is None:
-                suits = source.names in ((), (_NORM,))
+                suits = source.names in ((), (NORM,))
             else:
                 suits = source.names == () and found.norm.suits(output.shape[1], output[:, 0].numel())
             if suits:

@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import nn
 
 import sao_prune
-from sao_prune.allocate import Allocation
-from sao_prune.methods import SAO
+from sao_prune.algorithms import SAO
+from sao_prune.allocation import Allocation
+from sao_prune.discovery import PrunableWeight, weight_of
 from sao_prune.prune import attach
-from sao_prune.walk import PrunableWeight, weight_of
 
 
 def medians(

@@ -9,7 +9,7 @@ from timing import Row, at_least, at_most, race
 from torch import Tensor, nn
 
 import sao_prune
-from sao_prune.compact import BlockLinear
+from sao_prune.blocks import BlockLinear
 from sao_prune.topology import BlockTopology, interleaved, ramanujan
 
 GROUPS = 32

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sao_prune.compact import BlockModule
+from sao_prune.blocks import BlockModule
 
 
 class _Free(nn.Module):

@@ -12,8 +12,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from sao_prune.compact import BlockConv2d, BlockLinear, Execution
-from sao_prune.compact.tune import default_execution
+from sao_prune.blocks import BlockConv2d, BlockLinear, Execution
+from sao_prune.blocks.tune import default_execution
 from sao_prune.topology import interleaved
 
 GROUPS = 32

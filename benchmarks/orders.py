@@ -1,6 +1,6 @@
 """Ways to reorder channels and to multiply blocks, each beside the plain copy or the product it could at best be.
 
-`python benchmarks/orders.py` prints milliseconds: what `sao_prune.compact.order` and `sao_prune.compact.matmul` choose
+`python benchmarks/orders.py` prints milliseconds: what `sao_prune.blocks.order` and `sao_prune.blocks.matmul` choose
 from these.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from timing import race
 
-from sao_prune.compact.order import Order
+from sao_prune.blocks.order import Order
 
 GROUPS = 32
 SIZES = {"vit_small rows": (1576, 384), "vit_small hidden": (1576, 1536), "mixer_b16 rows": (784, 768)}

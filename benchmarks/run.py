@@ -25,7 +25,7 @@ import stacks
 import torch
 from timing import Row
 
-from sao_prune.compact.native import library
+from sao_prune.blocks.native import library
 from sao_prune.lab.work import processor_name
 
 _TIMED = {

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sao_prune
-from sao_prune.methods import resolve
+from sao_prune.algorithms import resolve
 
 log = logging.getLogger("timm_finetune")
 METHODS = [name for name in sao_prune.methods() if not hasattr(resolve(name), "targets")]  # that need no data

@@ -8,15 +8,15 @@ Example:
 """
 
 from . import prune
-from .allocate import Budget
+from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
+from .allocation import Budget
+from .blocks import compact, expand
 from .checkpoint import CheckpointError, load, save
-from .compact import compact, expand
-from .hold import hold, release
-from .methods import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
+from .discovery import PrunableWeight, Selection, walk
 from .model import apply, plan, remove, report
-from .report import LayerRecord, Report, SparsityWarning
+from .orthogonality import hold, release
+from .reporting import LayerRecord, Report, SparsityWarning
 from .topology import BlockTopology, NotBlockStructuredError
-from .walk import PrunableWeight, Selection, walk
 
 __version__ = "0.1.0"
 

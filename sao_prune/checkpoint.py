@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .compact import BlockModule
-from .compact.adopt import adopt
-from .compact.build import settle
-from .compact.swap import restore
+from .blocks import BlockModule
+from .blocks.adopt import adopt
+from .blocks.build import settle
+from .blocks.swap import restore
 from .model import report
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
-from .prune.attach import check_writable
-from .report import Report
+from .prune.attachment import check_writable
+from .reporting import Report
 
 _TORCH = (".pt", ".pth", ".bin")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "module")

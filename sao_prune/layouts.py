@@ -8,9 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .discovery import PrunableWeight
 from .nn.eco import pack, unpack
 from .topology import BlockTopology
-from .walk import PrunableWeight
 from .weights import Blocks, Mirror, frequencies_from_kernel, kernel_from_frequencies, mirror_blocks
 
 

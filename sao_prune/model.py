@@ -12,14 +12,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
-from .allocate import Allocation, Amount, Budget, Distribution, Fit, allocate
-from .methods import RG, SAO, Method, resolve
+from .algorithms import RG, SAO, Method, resolve
+from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
+from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
 from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach_all, pruning_hooks, unwatch
-from .prune.attach import check_writable
-from .records import compact, done, left_alone, pruned, read_back
-from .report import LayerRecord, Report, SparsityWarning
+from .prune.attachment import check_writable
+from .reporting import LayerRecord, Report, SparsityWarning, compact, done, left_alone, pruned, read_back
 from .seeds import Seed, base_seed
-from .walk import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
 
 
 class PlanOptions(TypedDict, total=False):
@@ -127,7 +126,7 @@ def apply(
     hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
     if form == "compact":
         # Imported here because compact is built on everything to its left, this module's parts among it.
-        from .compact.build import install
+        from .blocks.build import install
 
         install(model, draws, hook, base)
     else:

@@ -16,6 +16,7 @@ pytest.importorskip("torchvision")
 
 from sao_prune import prune
 from sao_prune.cli import app
+from sao_prune.discovery import Selection, walk
 from sao_prune.lab.isolate import Outcome, isolated
 from sao_prune.lab.zoo import (
     Architecture,
@@ -32,7 +33,6 @@ from sao_prune.lab.zoo import (
 )
 from sao_prune.lab.zoo.architecture import PRELOAD
 from sao_prune.lab.zoo.plans import findings
-from sao_prune.walk import Selection, walk
 
 TINY = [a.name for a in architectures("test_*", ["timm"])]
 
@@ -105,7 +105,7 @@ def test_findings_see_what_must_not_be_pruned():
 
 
 def test_findings_see_a_pruned_classifier(monkeypatch):
-    monkeypatch.setattr(sys.modules["sao_prune.walk.endpoints"], "_TORCHVISION_OUTPUTS", ())
+    monkeypatch.setattr(sys.modules["sao_prune.discovery.endpoints"], "_TORCHVISION_OUTPUTS", ())
     plan = plan_one(PlanTask(one("googlenet", "torchvision"), 0.5))
     assert plan.failure == "aux1.fc2.weight is a classifier; aux2.fc2.weight is a classifier"
 

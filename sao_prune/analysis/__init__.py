@@ -1,5 +1,6 @@
 """Instruments: is a network connected, is it isometric, and what does it cost to store."""
 
+from .footprint import LayerStorage, Storage, storage
 from .graph import (
     RamanujanGap,
     adjacency_eigenvalues,
@@ -15,7 +16,6 @@ from .reach import depth_to_full_reachability, least_depth, reachability
 from .robustness import Certificate, certified_accuracy, certified_radii, pgd_l2
 from .similarity import KSResult, ks_test
 from .spectra import JacobianSpectrum, jacobian_spectrum, singular_values
-from .storage import LayerStorage, Storage, storage
 from .track import IsometryRecord, track_isometry
 
 __all__ = [

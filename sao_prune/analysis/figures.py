@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..methods import RG, Method, resolve
+from ..algorithms import RG, Method, resolve
 from ..model import apply
 from ..seeds import named_generator
 from ..topology import ramanujan

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from difflib import get_close_matches
 
-from ..methods import Method
+from ..algorithms import Method
 from ..model import PlanOptions, plan
-from ..report import Report, SparsityWarning
+from ..reporting import Report, SparsityWarning
 from .errors import LabError
 from .zoo import Architecture, architectures
 

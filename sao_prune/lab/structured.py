@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..walk import ALREADY_PRUNED, Selection, walk
+from ..discovery import ALREADY_PRUNED, Selection, walk
 from .errors import LabError
 
 

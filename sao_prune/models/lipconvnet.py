@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ..hold import hold
 from ..nn import ECOConv2d, MaxMin, SkewConv2d
+from ..orthogonality import hold
 from ..seeds import Seed, base_seed, named_generator
 from .classifier import ImageClassifier
 from .registry import refuse_pretrained, register_model, without_timm_options

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..discovery import Selector
 from ..seeds import Seed, base_seed, named_generator
 from ..topology import BlockTopology, NotBlockStructuredError
-from ..walk import Selector
 from ..weights import frequencies_from_kernel
 from .eco import ECOConv2d, pack
 

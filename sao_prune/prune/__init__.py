@@ -2,7 +2,7 @@
 
 from torch.nn.utils.prune import global_unstructured, is_pruned, remove
 
-from .attach import Snapshot, attach, attach_all
+from .attachment import Snapshot, attach, attach_all
 from .functional import (
     KernelL1Pruning,
     KernelRandomPruning,

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import PruningContainer
 from typing_extensions import Self
 
-from ..allocate import Allocation, Budget, allocate
-from ..methods import GMP, RG, SAO, Draw, Method
-from ..methods.magnitude import keep_top, unit_scores
+from ..algorithms import GMP, RG, SAO, Draw, Method
+from ..algorithms.magnitude import keep_top, unit_scores
+from ..allocation import Allocation, Budget, allocate
+from ..discovery import PrunableWeight, weight_of
 from ..seeds import Seed, base_seed, named_generator
-from ..walk import PrunableWeight, weight_of
-from .attach import attach, stored
+from .attachment import attach, stored
 from .hooks import MaskPruning, is_pruned_tensor
 
 P = TypeVar("P", bound=MaskPruning)

@@ -1,10 +1,10 @@
 """Which edges exist: block topologies and their makers, and other supports."""
 
 from .block import BlockTopology, Bucket, NotBlockStructuredError
-from .expander import expander
+from .expanders import expander
 from .makers import MAKERS, interleaved, make_topology, ramanujan
-from .product import product
-from .radix import radix
+from .mixed_radix import radix
+from .products import product
 from .sizes import even_sizes, exact_sizes
 from .supports import SUPPORTS, make_support
 

@@ -8,9 +8,9 @@ from math import gcd, log2
 import torch
 from torch import Tensor
 
-from .expander import expander
-from .product import max_halvings, product
-from .radix import radix
+from .expanders import expander
+from .mixed_radix import radix
+from .products import max_halvings, product
 
 SupportMaker = Callable[[int, int, float, int, "torch.Generator | None"], Tensor]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import sao_prune
 from sao_prune import RG, SAO, analysis
-from sao_prune.methods import EOI
+from sao_prune.algorithms import EOI
 
 
 def mlp(width=32, depth=2):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ...compact import BlockModule, compact, expand
+from ...blocks import BlockModule, compact, expand
 
 # Below so many weights a linear layer's masked product costs less than the steps around its blocks.
 _SMALL = 200 * 200

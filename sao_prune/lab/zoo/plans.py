@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from ...discovery import PrunableWeight, walk
 from ...model import plan
-from ...report import LayerRecord
-from ...walk import PrunableWeight, walk
+from ...reporting import LayerRecord
 from ..isolate import Outcome, isolated, one_line
 from .architecture import PRELOAD, Architecture
 

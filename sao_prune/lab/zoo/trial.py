@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ...blocks import compact
 from ...checkpoint import load, save
-from ...compact import compact
 from ...model import apply, remove
 from ...prune import MaskedWeight
-from ...report import Report
+from ...reporting import Report
 from ..isolate import one_line
 from .architecture import Architecture
 from .images import BATCH, smallest_input

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from itertools import chain
 
-from ...allocate import Budget
+from ...allocation import Budget
 from ..display import Display
 from .architecture import ZooError, architectures
 from .plans import ZooPlan, plan_zoo

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sao_prune
-from sao_prune.compact import BlockModule
+from sao_prune.blocks import BlockModule
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.network import initial_network
 from sao_prune.lab.train import TrainSpec, train

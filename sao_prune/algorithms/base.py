@@ -1,0 +1,163 @@
+"""What a pruning method is, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import Allocation
+from ..seeds import named_generator
+from ..topology import BlockTopology, make_support, make_topology
+from .draw import Draw
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose which entries stay and what values they get; subclasses are frozen dataclasses of options.
+
+    Attributes:
+        name: what users call it.
+        layerwise: whether every layer is held to its own share of the budget.
+    """
+
+    name: ClassVar[str] = ""
+    layerwise: ClassVar[bool] = True
+
+    @property
+    def structured(self) -> bool:
+        """Whether supports are block topologies, so that group counts apply."""
+        return False
+
+    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+        """For each weight the group count, if there is one, and the edges over all parts that `draw` would give it."""
+        out: list[tuple[int | None, int]] = []
+        for allocation in allocations:
+            parts, (rows, cols) = allocation.weight.parts, allocation.weight.matrix
+            if self.structured:
+                out.append((allocation.groups, allocation.edges * parts))
+            else:
+                out.append((None, round(allocation.density * parts * rows * cols)))
+        return out
+
+    def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Decide for all weights at once, touching none.
+
+        Args:
+            allocations: what each weight is asked for, in the order of the model.
+            weights: the weights themselves, in the same order.
+            seed: base seed; every weight derives its own generator from it and its name.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how it draws")
+
+    def draw_for(
+        self, model: nn.Module, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int
+    ) -> list[Draw]:
+        """As `draw`, with the whole model to look at: for methods that run it. It must stay as it is."""
+        return self.draw(allocations, weights, seed)
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known by its ``name``."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def methods() -> tuple[str, ...]:
+    """Names of all methods that `sao_prune.apply` knows.
+
+    Example:
+        >>> import sao_prune
+        >>> {"sao", "rg", "gmp", "lmp", "lrp"} <= set(sao_prune.methods())
+        True
+    """
+    return tuple(sorted(_REGISTRY))
+
+
+def resolve(method: str | Method) -> Method:
+    """A method from its name or an instance with options.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str):
+        if method not in _REGISTRY:
+            raise ValueError(f"unknown method {method!r}{nearest(method, methods())}; known: {', '.join(methods())}")
+        return _REGISTRY[method]()
+    hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) else ""
+    raise TypeError(f"method must be a name or an instance such as SAO(gain=1.1), got {method!r}{hint}")
+
+
+def choice(option: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse an option value that is not among the allowed ones."""
+    if isinstance(value, bool) or value not in allowed:
+        hint = nearest(value, allowed)
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def nearest(name: object, known: Sequence[object]) -> str:
+    """A hint at what a mistyped name may mean; empty if nothing is near."""
+    near = get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class TopologyDrawer:
+    """Makes block topologies for many weights; equal shapes share one unless ``unique``."""
+
+    def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
+        self._kind, self._seed, self._unique = kind, seed, unique
+        self._shared: dict[tuple[object, ...], BlockTopology] = {}
+
+    def __call__(
+        self, rows: int, cols: int, *, groups: int, nnz: int | None, name: tuple[object, ...]
+    ) -> BlockTopology:
+        key: tuple[object, ...] = (self._kind, rows, cols, groups, nnz)
+        if self._unique:
+            key = (*key, *name)
+        if key not in self._shared:
+            self._shared[key] = make_topology(
+                self._kind,
+                rows,
+                cols,
+                groups=groups if nnz is None else None,
+                nnz=nnz,
+                generator=named_generator(self._seed, "topology", *key),
+            )
+        return self._shared[key]
+
+
+class SupportDrawer:
+    """Makes supports that are plain masks; equal shapes share one unless ``unique`` or the kind minds the place."""
+
+    def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
+        self._kind, self._seed, self._unique = kind, seed, unique or kind == "radix"
+        self._shared: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(self, allocation: Allocation, place: int) -> Tensor:
+        """One mask a part, ``(parts, m, n)``."""
+        weight = allocation.weight
+        rows, cols = weight.matrix
+        masks = []
+        for part in range(weight.parts):
+            key: tuple[object, ...] = (self._kind, rows, cols, allocation.density)
+            key = (*key, weight.name, part) if self._unique else key
+            if key not in self._shared:
+                generator = named_generator(self._seed, "topology", *key)
+                try:
+                    mask = make_support(self._kind, rows, cols, allocation.density, place=place, generator=generator)
+                except ValueError as error:
+                    raise ValueError(f"{weight.name}: {error}") from None
+                self._shared[key] = mask
+            masks.append(self._shared[key])
+        return torch.stack(masks)

@@ -1,0 +1,92 @@
+"""What a method decided for one weight: which entries stay, and which values stand there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..discovery import PrunableWeight
+from ..topology import BlockTopology
+from ..weights import Blocks, delta_
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The outcome for one weight, in the least memory that tells it.
+
+    Attributes:
+        weight: the weight it is for.
+        topologies: one a part, where the support is made of blocks; else empty.
+        blocks: values, one tuple a part with a tensor a bucket: ``(blocks, r, c)`` for the centre tap alone, or
+            ``(blocks, r, c, taps)`` for every tap of the kernel. Empty keeps the weight's own values.
+        units: for other supports, a boolean ``(parts, m, n)`` tensor.
+        matrices: values for other supports, ``(parts, m, n)`` for the centre tap alone or with every tap,
+            ``(parts, m, n, *kernel)``; ``None`` keeps the weight's own.
+    """
+
+    weight: PrunableWeight
+    topologies: tuple[BlockTopology, ...] = ()
+    blocks: tuple[Blocks, ...] = ()
+    units: Tensor | None = None
+    matrices: Tensor | None = None
+
+    @property
+    def edges(self) -> int:
+        """Matrix entries (kernels, for a convolution) that stay, over all parts."""
+        return sum(t.nnz for t in self.topologies) if self.units is None else int(self.units.sum())
+
+    @property
+    def groups(self) -> int | None:
+        """Blocks of each part; ``None`` where the support is not made of blocks."""
+        return self.topologies[0].groups if self.topologies else None
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the weight's own values stay."""
+        return not self.blocks and self.matrices is None
+
+    def mask(self, like: Tensor) -> Tensor:
+        """A fresh mask of the shape, dtype and device of ``like``, the weight itself."""
+        mask = torch.zeros_like(like, requires_grad=False)
+        for part, target in enumerate(self.weight.matrices(mask)):
+            if self.units is not None:
+                unit = self.units[part].to(target)
+                target.copy_(unit.reshape(*unit.shape, *(1,) * len(self.weight.kernel)).expand_as(target))
+            else:
+                _write(target, self.topologies[part], None)
+        return mask
+
+    @torch.no_grad()
+    def write_(self, weight: Tensor) -> None:
+        """Put the values into the weight, in place; leaves it alone where the draw keeps values."""
+        for part, target in enumerate(self.weight.matrices(weight)):
+            if self.blocks:
+                _write(target, self.topologies[part], self.blocks[part])
+            elif self.matrices is not None:
+                values = self.matrices[part]
+                if values.dim() == target.dim():
+                    target.copy_(values)
+                else:
+                    delta_(target, values)
+
+
+def _write(target: Tensor, topology: BlockTopology, blocks: Blocks | None) -> None:
+    """Write block values into ``(m, n, *kernel)``; ``None`` writes ones at every tap of an already zeroed target."""
+    if target.dim() == 2 and target.is_contiguous():
+        if blocks is not None:
+            topology.scatter(blocks, out=target)
+            return
+        flat = target.view(-1)
+        for index in topology.flat_index:
+            flat[index.to(flat.device)] = 1
+    elif blocks is None:
+        target.copy_(topology.mask(target.dtype, target.device).view(*topology.shape, *(1,) * (target.dim() - 2)))
+    elif blocks[0].dim() == 3:
+        delta_(target, topology.scatter(blocks))
+    else:
+        full = blocks[0].new_zeros(topology.shape[0] * topology.shape[1], blocks[0].shape[-1])
+        for index, values in zip(topology.flat_index, blocks):
+            full[index] = values.flatten(0, 2)
+        target.copy_(full.view(target.shape))

@@ -1,0 +1,205 @@
+"""SAO: exactly orthogonal values on a block topology."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..allocation import Allocation
+from ..seeds import named_generator
+from ..topology import MAKERS, SUPPORTS, BlockTopology, even_sizes, exact_sizes
+from ..weights import (
+    Blocks,
+    Mirror,
+    approximate_isometry,
+    eco_blocks,
+    mirror_blocks,
+    mirror_topology,
+    orthogonal_blocks,
+)
+from .base import Method, SupportDrawer, TopologyDrawer, choice, register
+from .draw import Draw
+
+
+@register
+@dataclass(frozen=True)
+class SAO(Method):
+    """Sparsity-aware orthogonal initialisation (thesis section 3.4).
+
+    Attributes:
+        variant: 1: every block its own values, layers of one shape share a topology; 2: as 1, and all blocks of a
+            layer share their values; 3: every layer its own topology (thesis section 3.4.3.1).
+        topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``; or a support that is not made of blocks, so
+            cannot be exactly orthogonal nor run compactly: ``"expander"``, ``"radix"``, ``"product"``.
+        gain: every non-zero singular value of every matrix; 1.1 in the thesis's MLP-N.
+        nonlinearity: ``"relu"`` gives mirrored (looks-linear) weights, with which a chain of ReLU layers is an
+            orthogonal linear map; ``None`` plain ones.
+        conv: how a matrix becomes a convolution: ``"delta"``, its centre tap (thesis section 3.4.4.1); ``"eco"``, a
+            matrix for every frequency (section 3.4.4.2). The layer keeps its padding, stride and dilation, with which
+            an ECO kernel is only nearly orthogonal; `sao_prune.nn.convert_eco` makes it exact.
+        weights: ``"exact"``, orthogonal blocks; ``"approximate"``, the most isometric values on the mask that an
+            optimiser finds; ``"auto"``, exact where the topology allows it.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> report = sao_prune.apply(
+        ...     layer, sparsity=0.75, method=sao_prune.SAO(gain=1.1), skip_first=False, skip_last=False
+        ... )
+        >>> values = torch.linalg.svdvals(layer[0].weight)
+        >>> bool((values - 1.1).abs().max() < 1e-5)
+        True
+    """
+
+    name: ClassVar[str] = "sao"
+
+    variant: Literal[1, 2, 3] = 1
+    topology: str = "ramanujan"
+    gain: float = 1.0
+    nonlinearity: Literal["relu"] | None = None
+    conv: Literal["delta", "eco"] = "delta"
+    weights: Literal["auto", "exact", "approximate"] = "auto"
+
+    def __post_init__(self) -> None:
+        choice("variant", self.variant, (1, 2, 3))
+        choice("topology", self.topology, (*MAKERS, *SUPPORTS))
+        choice("nonlinearity", self.nonlinearity, (None, "relu"))
+        choice("conv", self.conv, ("delta", "eco"))
+        choice("weights", self.weights, ("auto", "exact", "approximate"))
+        check_gain(self.gain)
+        if self.weights == "exact" and not self.structured:
+            raise ValueError(
+                f"no values on topology={self.topology!r} are exactly orthogonal; use weights='approximate' or a "
+                f"block topology ({', '.join(MAKERS)})"
+            )
+        if self._approximate and (self.variant == 2 or self.nonlinearity is not None or self.conv != "delta"):
+            raise ValueError(
+                "approximate values are found for each matrix on its own: they go with variant 1 or 3, conv='delta' "
+                "and nonlinearity=None"
+            )
+
+    @property
+    def structured(self) -> bool:
+        """Whether supports are block topologies."""
+        return self.topology in MAKERS
+
+    @property
+    def _approximate(self) -> bool:
+        return self.weights == "approximate" or not self.structured
+
+    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+        """Mirrored weights have the edges of their halves, doubled along every mirrored side."""
+        if not self.structured or self.nonlinearity is None:
+            return super().foretell(allocations)
+        out: list[tuple[int | None, int]] = []
+        for allocation, mirror in zip(allocations, _mirrors(allocations)):
+            rows, cols, groups, nnz = _half(allocation, mirror)
+            sizes = even_sizes(rows, cols, groups) if nnz is None else exact_sizes(rows, cols, nnz)
+            copies = (1 + mirror.rows) * (1 + mirror.cols) if mirror else 1
+            out.append((len(sizes[0]), int((sizes[0] * sizes[1]).sum()) * copies * allocation.weight.parts))
+        return out
+
+    def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """One topology and one set of orthogonal blocks for every part of every weight."""
+        if not self.structured:
+            return self._draw_irregular(allocations, seed)
+        drawer = TopologyDrawer(self.topology, seed, unique=self.variant == 3)
+        mirrors = _mirrors(allocations) if self.nonlinearity == "relu" else [None] * len(allocations)
+        halves = [_half_topologies(a, m, drawer) for a, m in zip(allocations, mirrors)]
+        values = iter(self._values(allocations, halves, seed))
+        draws = []
+        for allocation, mirror, parts in zip(allocations, mirrors, halves):
+            blocks = tuple(next(values) for _ in parts)
+            if mirror is not None:
+                known = {id(t): mirror_topology(t, mirror) for t in parts}
+                parts = tuple(known[id(t)] for t in parts)
+                blocks = tuple(mirror_blocks(b, mirror) for b in blocks)
+            draws.append(Draw(allocation.weight, parts, blocks))
+        return draws
+
+    def _values(
+        self, allocations: Sequence[Allocation], topologies: Sequence[tuple[BlockTopology, ...]], seed: int
+    ) -> list[Blocks]:
+        """Block values of every part of every weight, in their order."""
+        flat = [t for parts in topologies for t in parts]
+        kernels = [a.weight.kernel for a in allocations for _ in range(a.weight.parts)]
+        names = [(a.weight.name, part) for a in allocations for part in range(a.weight.parts)]
+        generators = [named_generator(seed, "values", *name) for name in names]
+        if self._approximate:
+            return [
+                t.gather(approximate_isometry(t.mask(), g, gain=self.gain).matrix) for t, g in zip(flat, generators)
+            ]
+        shared = self.variant == 2
+        if self.conv == "delta":
+            return orthogonal_blocks(flat, generators, gain=self.gain, shared=shared)
+        return eco_blocks(flat, kernels, generators, gain=self.gain, shared=shared)
+
+    def _draw_irregular(self, allocations: Sequence[Allocation], seed: int) -> list[Draw]:
+        """Supports that are plain masks, with the most isometric values on them."""
+        drawer = SupportDrawer(self.topology, seed, unique=self.variant == 3)
+        draws = []
+        for place, allocation in enumerate(allocations):
+            units, name = drawer(allocation, place), allocation.weight.name
+            matrices = [
+                approximate_isometry(mask, named_generator(seed, "values", name, part), gain=self.gain).matrix
+                for part, mask in enumerate(units)
+            ]
+            draws.append(Draw(allocation.weight, units=units, matrices=torch.stack(matrices)))
+        return draws
+
+
+def check_gain(gain: float) -> None:
+    """Refuse a gain that is no positive finite number."""
+    if isinstance(gain, bool) or not isinstance(gain, Real) or not isfinite(gain) or gain <= 0:
+        raise ValueError(f"gain must be a positive finite number, got {gain!r}")
+
+
+def _mirrors(allocations: Sequence[Allocation]) -> list[Mirror | None]:
+    """The first layer takes plain inputs; the model's last layer, if it is pruned, gives plain outputs."""
+    roles: list[Mirror | None] = [Mirror.INNER] * len(allocations)
+    if allocations[-1].weight.last:
+        roles[-1] = Mirror.EXIT
+    roles[0] = None if len(allocations) == 1 and allocations[0].weight.last else Mirror.ENTRY
+    for allocation, role in zip(allocations, roles):
+        weight = allocation.weight
+        if role is None:
+            continue
+        if weight.parts > 1:
+            raise ValueError(
+                f"{weight.name} consists of {weight.parts} separate matrices, so its channels cannot be mirrored; "
+                "exclude it or use nonlinearity=None"
+            )
+        try:
+            role.half(*weight.matrix)
+        except ValueError as error:
+            raise ValueError(f"{weight.name}: {error}; exclude it or use nonlinearity=None") from None
+    return roles
+
+
+def _half_topologies(
+    allocation: Allocation, mirror: Mirror | None, drawer: TopologyDrawer
+) -> tuple[BlockTopology, ...]:
+    rows, cols, groups, nnz = _half(allocation, mirror)
+    weight = allocation.weight
+    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part)) for part in range(weight.parts))
+
+
+def _half(allocation: Allocation, mirror: Mirror | None) -> tuple[int, int, int, int | None]:
+    """Rows, columns, groups and edges of the matrix that is mirrored; of the weight's own where none is."""
+    weight, groups, nnz = allocation.weight, allocation.groups, allocation.nnz
+    rows, cols = weight.matrix
+    if mirror is not None:
+        rows, cols = mirror.half(rows, cols)
+        groups = min(groups, rows, cols)
+        if nnz is not None:
+            nnz = max(round(nnz * rows * cols / (weight.matrix[0] * weight.matrix[1])), rows, cols)
+    return rows, cols, groups, nnz

@@ -1,0 +1,256 @@
+"""What was done to a model: one record a layer, totals, and a table; and how layers become records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+from math import prod
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .algorithms import Draw
+from .allocation import Allocation
+from .discovery import ALREADY_PRUNED, PrunableWeight
+from .topology import BlockTopology
+
+_FEW = 0.05
+
+
+class SparsityWarning(UserWarning):
+    """Layers whose achieved sparsity is more than one percentage point from the requested one."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One weight of the model.
+
+    Attributes:
+        name: full parameter name.
+        kind: class of its module.
+        shape: shape of the weight.
+        groups: blocks of each of its matrices; ``None`` where it is not made of blocks.
+        requested: requested sparsity; ``None`` where it is unknown or the layer was left alone.
+        nnz: weights that stay.
+        total: weights in all.
+        reason: why the layer was left alone; ``None`` if it is pruned.
+        note: anything else worth knowing.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    groups: int | None
+    requested: float | None
+    nnz: int
+    total: int
+    reason: str | None = None
+    note: str = ""
+
+    @property
+    def achieved(self) -> float:
+        """Share of zeros."""
+        return 1 - self.nnz / self.total if self.total else 0.0
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the layer is pruned."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers of a model and their totals; prints as a table.
+
+    Attributes:
+        layers: the records, in the order of the walk.
+        parameters: parameters of the whole model before pruning, biases and norms included.
+        title: heading of the table.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    parameters: int
+    title: str = ""
+
+    @property
+    def pruned(self) -> tuple[LayerRecord, ...]:
+        """The records of the pruned layers."""
+        return tuple(layer for layer in self.layers if layer.pruned)
+
+    @property
+    def skipped(self) -> tuple[LayerRecord, ...]:
+        """The records of the layers left alone."""
+        return tuple(layer for layer in self.layers if not layer.pruned)
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved share of zeros over the pruned layers."""
+        total = sum(layer.total for layer in self.pruned)
+        return 1 - self.nnz / total if total else 0.0
+
+    @property
+    def requested(self) -> float | None:
+        """Requested share of zeros over the pruned layers, if known."""
+        total = sum(layer.total for layer in self.pruned)
+        asked = [layer.requested for layer in self.pruned]
+        if not total or any(r is None for r in asked):
+            return None
+        return sum(layer.total * (layer.requested or 0.0) for layer in self.pruned) / total
+
+    @property
+    def nnz(self) -> int:
+        """Weights that stay in the pruned layers."""
+        return sum(layer.nnz for layer in self.pruned)
+
+    @property
+    def remaining(self) -> int:
+        """Parameters of the whole model that stay."""
+        return self.parameters - sum(layer.total - layer.nnz for layer in self.pruned)
+
+    def off_target(self, tolerance: float = 0.01) -> tuple[LayerRecord, ...]:
+        """Pruned layers whose sparsity differs from the requested one by more than ``tolerance``."""
+        return tuple(
+            layer
+            for layer in self.pruned
+            if layer.requested is not None and abs(layer.achieved - layer.requested) > tolerance
+        )
+
+    def warning(self, *, layerwise: bool = True) -> str | None:
+        """The text of a `SparsityWarning`: layers that keep nothing, or, if ``layerwise``, layers off target."""
+        dead = [layer.name for layer in self.pruned if not layer.nnz]
+        if dead:
+            return f"{len(dead)} of {len(self.pruned)} layers keep no weight at all: {', '.join(dead[:6])}" + (
+                ", .." if len(dead) > 6 else ""
+            )
+        off = self.off_target()
+        if not off or not layerwise:
+            return None
+        named = ", ".join(
+            f"{layer.name} ({_percent(layer.requested)} -> {_percent(layer.achieved)})" for layer in off[:6]
+        )
+        more = f" and {len(off) - 6} more" if len(off) > 6 else ""
+        return (
+            f"{len(off)} of {len(self.pruned)} layers cannot have the requested sparsity to within a percentage point: "
+            f"{named}{more}; fit='exact' comes closer, or give them a sparsity of their own"
+        )
+
+    def table(self) -> Table:
+        """The report as a rich table."""
+        table = Table(
+            title=self.title or None,
+            caption=self.summary(),
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        table.add_column("layer", overflow="fold")
+        for column in ("shape", "groups", "sparsity %", "weights"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("", overflow="fold")
+        for layer in self.layers:
+            table.add_row(
+                layer.name.removesuffix(".weight"),
+                "x".join(map(str, layer.shape)) or "-",
+                str(layer.groups) if layer.groups else "-",
+                _sparsity(layer),
+                f"{layer.nnz:,}",
+                layer.note if layer.pruned else f"{layer.reason}",
+                style=None if layer.pruned else "dim",
+            )
+        return table
+
+    def summary(self) -> str:
+        """One line of totals."""
+        asked = self.requested
+        wanted = f" (requested {_percent(asked)})" if asked is not None else ""
+        return (
+            f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense; sparsity of the pruned layers "
+            f"{_percent(self.sparsity)}{wanted}; {self.remaining:,} of {self.parameters:,} parameters stay"
+        )
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _sparsity(layer: LayerRecord) -> str:
+    """What was achieved, after what was asked where the two differ."""
+    if not layer.pruned:
+        return "-"
+    asked, got = f"{100 * (layer.requested or 0):.3f}", f"{100 * layer.achieved:.3f}"
+    return got if layer.requested is None or asked == got else f"{asked} -> {got}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3f} %"
+
+
+def left_alone(weight: PrunableWeight) -> LayerRecord:
+    """A weight with a reason."""
+    total = weight.numel if weight.shape else 0
+    return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason)
+
+
+def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecord:
+    """A weight of which ``edges`` matrix entries, over all its parts, stay."""
+    weight = allocation.weight
+    nnz = edges * prod(weight.kernel)
+    requested = 1 - allocation.density
+    return LayerRecord(
+        weight.name, weight.kind, weight.shape, groups, requested, nnz, weight.numel, None, _note(weight)
+    )
+
+
+def done(allocation: Allocation, draw: Draw) -> LayerRecord:
+    """A weight after its draw."""
+    return pruned(allocation, draw.groups, draw.edges)
+
+
+def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:
+    """A weight as it is found: masked, baked, or dense.
+
+    Without a mask it counts as baked if its non-zeros are blocks, or if more than a few of its units are zero.
+    """
+    masked = weight.reason == ALREADY_PRUNED
+    tensor = getattr(module, f"{weight.tensor}_mask" if masked else weight.tensor).detach()
+    entries = weight.matrices(tensor != 0)
+    units = entries.flatten(3).any(3) if weight.kernel else entries
+    # A delta-orthogonal convolution is zero off its centre tap, but its kernels are there: count whole kernels.
+    nnz = int(entries.sum()) if masked else int(units.sum()) * prod(weight.kernel)
+    groups = block_count(units)
+    share = 1 - nnz / weight.numel
+    if not masked and (nnz == 0 or share == 0 or (share < _FEW and groups is None)):
+        total = weight.numel
+        return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, "dense")
+    return LayerRecord(weight.name, weight.kind, weight.shape, groups, None, nnz, weight.numel, None, _note(weight))
+
+
+def compact(path: str, module: Any) -> LayerRecord:
+    """A block layer, told by its dense weight's shape."""
+    shape, groups = module.weight_shape, module.topology.groups
+    name = f"{path}.weight" if path else "weight"
+    total = torch.Size(shape).numel()
+    return LayerRecord(name, type(module).__name__, shape, groups, None, module.blocks.numel(), total, None, "compact")
+
+
+def block_count(units: Tensor) -> int | None:
+    """How many blocks each part of ``(parts, m, n)`` has; ``None`` if they differ or are not complete blocks."""
+    try:
+        counts = {BlockTopology.from_mask(part).groups for part in units}
+    except ValueError:
+        return None
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _note(weight: PrunableWeight) -> str:
+    notes = [f"{weight.parts} matrices"] if weight.parts > 1 else []
+    notes += [f"tied to {path}.{tensor}" for path, tensor in weight.aliases]
+    return "; ".join(notes)

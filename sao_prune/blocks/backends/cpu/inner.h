@@ -57,22 +57,28 @@ static void product(int tile, const float *const *x, long count, const float *w,
 
 /* ---- Transposition ------------------------------------------------------------------------------------------- */
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
+
 #if V == 16
 #define SWAP(a, b, h)                                                                                                 \
     {                                                                                                                 \
         vec first = a, second = b;                                                                                    \
         if (h == 8) {                                                                                                 \
-            a = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);        \
-            b = __builtin_shufflevector(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);  \
+            a = SHUFFLE(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);        \
+            b = SHUFFLE(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);  \
         } else if (h == 4) {                                                                                          \
-            a = __builtin_shufflevector(first, second, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);      \
-            b = __builtin_shufflevector(first, second, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);    \
+            a = SHUFFLE(first, second, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);      \
+            b = SHUFFLE(first, second, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);    \
         } else if (h == 2) {                                                                                          \
-            a = __builtin_shufflevector(first, second, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);      \
-            b = __builtin_shufflevector(first, second, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);    \
+            a = SHUFFLE(first, second, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);      \
+            b = SHUFFLE(first, second, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);    \
         } else {                                                                                                      \
-            a = __builtin_shufflevector(first, second, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);     \
-            b = __builtin_shufflevector(first, second, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);     \
+            a = SHUFFLE(first, second, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);     \
+            b = SHUFFLE(first, second, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);     \
         }                                                                                                             \
     }
 #elif V == 8
@@ -80,14 +86,14 @@ static void product(int tile, const float *const *x, long count, const float *w,
     {                                                                                                                 \
         vec first = a, second = b;                                                                                    \
         if (h == 4) {                                                                                                 \
-            a = __builtin_shufflevector(first, second, 0, 1, 2, 3, 8, 9, 10, 11);                                      \
-            b = __builtin_shufflevector(first, second, 4, 5, 6, 7, 12, 13, 14, 15);                                    \
+            a = SHUFFLE(first, second, 0, 1, 2, 3, 8, 9, 10, 11);                                      \
+            b = SHUFFLE(first, second, 4, 5, 6, 7, 12, 13, 14, 15);                                    \
         } else if (h == 2) {                                                                                          \
-            a = __builtin_shufflevector(first, second, 0, 1, 8, 9, 4, 5, 12, 13);                                      \
-            b = __builtin_shufflevector(first, second, 2, 3, 10, 11, 6, 7, 14, 15);                                    \
+            a = SHUFFLE(first, second, 0, 1, 8, 9, 4, 5, 12, 13);                                      \
+            b = SHUFFLE(first, second, 2, 3, 10, 11, 6, 7, 14, 15);                                    \
         } else {                                                                                                      \
-            a = __builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14);                                     \
-            b = __builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);                                     \
+            a = SHUFFLE(first, second, 0, 8, 2, 10, 4, 12, 6, 14);                                     \
+            b = SHUFFLE(first, second, 1, 9, 3, 11, 5, 13, 7, 15);                                     \
         }                                                                                                             \
     }
 #else
@@ -95,11 +101,11 @@ static void product(int tile, const float *const *x, long count, const float *w,
     {                                                                                                                 \
         vec first = a, second = b;                                                                                    \
         if (h == 2) {                                                                                                 \
-            a = __builtin_shufflevector(first, second, 0, 1, 4, 5);                                                    \
-            b = __builtin_shufflevector(first, second, 2, 3, 6, 7);                                                    \
+            a = SHUFFLE(first, second, 0, 1, 4, 5);                                                    \
+            b = SHUFFLE(first, second, 2, 3, 6, 7);                                                    \
         } else {                                                                                                      \
-            a = __builtin_shufflevector(first, second, 0, 4, 2, 6);                                                    \
-            b = __builtin_shufflevector(first, second, 1, 5, 3, 7);                                                    \
+            a = SHUFFLE(first, second, 0, 4, 2, 6);                                                    \
+            b = SHUFFLE(first, second, 1, 5, 3, 7);                                                    \
         }                                                                                                             \
     }
 #endif

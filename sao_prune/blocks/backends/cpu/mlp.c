@@ -61,7 +61,7 @@ static void half_sums(half a, float *const *g, float *const *x, long length, flo
 }
 
 /* y = w2 act(w1 x + b1) + b2 for images of `height` positions that lie as rows or, `columns`, as planes. */
-int pair_forward(const float *x, const float *w1, const float *b1, const float *w2, const float *b2, float *y,
+int mlp_forward(const float *x, const float *w1, const float *b1, const float *w2, const float *b2, float *y,
                  long batch, long height, long n, long middle, long m, long groups1, long rows1, long cols1,
                  const int *in1, const int *out1, long groups2, long rows2, long cols2, const int *in2, const int *out2,
                  int columns, long lines, int threads, int act) {
@@ -104,7 +104,7 @@ int pair_forward(const float *x, const float *w1, const float *b1, const float *
 }
 
 /* Gradients; all but `g`, `x`, the weights and `b1` are written, or NULL. */
-int pair_backward(const float *g, const float *x, const float *w1, const float *b1, const float *w2, float *dx,
+int mlp_backward(const float *g, const float *x, const float *w1, const float *b1, const float *w2, float *dx,
                   float *dw1, float *db1, float *dw2, float *db2, long batch, long height, long n, long middle, long m,
                   long groups1, long rows1, long cols1, const int *in1, const int *out1, long groups2, long rows2,
                   long cols2, const int *in2, const int *out2, int columns, long lines, int threads, int act) {

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..order import is_features_first
-from ..packing import Packing
+from ...layout import Layout
+from ...permutation import is_column_major
 from .build import library
 from .memory import empty, empty_like
 
@@ -27,9 +27,8 @@ _COLUMNS = (1, 0)
 _PIXELS = (0, 2, 3, 1)
 
 # As the kernels number them.
-ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known slope": 6}
+ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known derivative": 6}
 
-_KINDS = (Tensor, nn.Parameter)
 _Argument = Tensor | int | None
 
 
@@ -39,7 +38,7 @@ class Forward:
 
     Attributes:
         act: what to make of the product.
-        keep: whether to give the activation's slopes back as well.
+        keep: whether to give the activation's derivatives back as well.
         moments: whether to measure mean and variance of the product's channels; then ``act`` is none.
     """
 
@@ -49,7 +48,7 @@ class Forward:
 
 
 @dataclass(frozen=True, eq=False)
-class Slope:
+class Derivative:
     """How a gradient of the result becomes one of the product.
 
     Attributes:
@@ -69,41 +68,49 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def ready(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these: single precision, on the CPU, real tensors that nobody watches or traces."""
+    """Whether the kernels can take these: single precision on the CPU, in memory that is there.
+
+    A storage may have been freed and be filled again later, as sharded parameters are.
+    """
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _KINDS or t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or t.is_neg():
+        if t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or not _is_backed(t):
             return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch.is_autocast_enabled("cpu") and library() is not None
+    return library() is not None
+
+
+def _is_backed(t: Tensor) -> bool:
+    last = t.storage_offset() + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
+    return t.untyped_storage().nbytes() >= 4 * (last + 1)
 
 
 class Call(ABC):
     """The arguments of one call of the kernels that are not tensors to differentiate by."""
 
-    def __init__(self, packing: Packing) -> None:
-        self.packing = packing
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
-        """The result, slopes and moments if the plan asks for them."""
+        """The result, derivatives and moments if the plan asks for them."""
 
     @abstractmethod
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
         """Gradients of input, weight and bias, as far as they are needed."""
 
     def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
         """The last arguments of a forward pass, and its results."""
-        slopes = empty_like(y) if plan.keep else None
-        moments = (_numbers(y, self.packing), _numbers(y, self.packing)) if plan.moments else None
-        return (ACTS[plan.act], slopes, *(moments or (None, None))), (y, slopes, moments)
+        derivatives = empty_like(y) if plan.keep else None
+        moments = (_numbers(y, self.layout), _numbers(y, self.layout)) if plan.moments else None
+        return (ACTS[plan.act], derivatives, *(moments or (None, None))), (y, derivatives, moments)
 
     def _weights(self, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Room for the gradients of weight and bias."""
         dw = torch.empty_like(weight) if needs[1] else None
-        return dw, _numbers(weight, self.packing) if needs[2] else None
+        return dw, _numbers(weight, self.layout) if needs[2] else None
 
 
 def call(name: str, *arguments: _Argument) -> None:
@@ -136,78 +143,78 @@ def panel_lines(lines: int, images: int, widths: int, limits: tuple[int, int, in
     return -(-lines // (panels * _LANES)) * _LANES
 
 
-def _numbers(like: Tensor, packing: Packing) -> Tensor:
+def _numbers(like: Tensor, layout: Layout) -> Tensor:
     """Room for one number a channel."""
-    return like.new_empty(packing.out_channels)
+    return like.new_empty(layout.channels)
 
 
 class Rows(Call):
-    def __init__(self, packing: Packing, features_first: bool) -> None:
-        super().__init__(packing)
-        self.features_first = features_first
+    def __init__(self, layout: Layout, column_major: bool) -> None:
+        super().__init__(layout)
+        self.column_major = column_major
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
         batch, n = x.shape
-        m, threads = self.packing.out_channels, torch.get_num_threads()
-        y = empty((batch, m), _COLUMNS if self.features_first else None)
+        m, threads = self.layout.channels, torch.get_num_threads()
+        y = empty((batch, m), _COLUMNS if self.column_major else None)
         length = panel_lines(batch, 1, n + m, _FORWARD, threads)
-        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
-        layouts = is_features_first(x), self.features_first
+        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.tables
+        layouts = is_column_major(x), self.column_major
         extras, results = self._extras(y, plan)
         call("rows_forward", x, weight, bias, y, *geometry, *layouts, length, threads, *extras)
         return results
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
         (batch, n), m, threads = x.shape, grad.shape[1], torch.get_num_threads()
-        columns = is_features_first(x)
-        if not is_features_first(grad):
+        columns = is_column_major(x)
+        if not is_column_major(grad):
             grad = grad.contiguous()
         dx = empty((batch, n), _COLUMNS if columns else None) if needs[0] else None
         dw, db = self._weights(weight, needs)
         length = panel_lines(batch, 1, n + m, _BACKWARD, threads)
-        layouts = is_features_first(grad), columns, columns
-        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.packing.channel_tables
+        layouts = is_column_major(grad), columns, columns
+        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.tables
         tensors = grad, x, weight, dx, dw, db
-        call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(slope, self.features_first))
+        call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(derivative, self.column_major))
         return dx, dw, db
 
 
-def _through(slope: Slope | None, *layout: bool) -> tuple[_Argument, ...]:
+def _through(derivative: Derivative | None, *layout: bool) -> tuple[_Argument, ...]:
     """The last arguments of a backward pass."""
-    if slope is None:
+    if derivative is None:
         return None, *(False for _ in layout), 0, None
-    return slope.values, *layout, ACTS[slope.act], slope.numbers
+    return derivative.values, *layout, ACTS[derivative.act], derivative.numbers
 
 
 class Planes(Call):
     """Channels as planes ``(batch, n, *space)``: convolutions, tokens to mix."""
 
-    def __init__(self, packing: Packing, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> None:
-        super().__init__(packing)
+    def __init__(self, layout: Layout, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+        super().__init__(layout)
         self.kernel, self.dilation = (1, *kernel)[-2:], (1, *dilation)[-2:]
 
     def _geometry(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
         space = (1, *x.shape[2:])[-2:]
-        channels = x.shape[1], self.packing.out_channels
+        channels = x.shape[1], self.layout.channels
         return len(x), *channels, *space, *self.kernel, *self.dilation, *weight.shape[:3]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
-        y = empty((len(x), self.packing.out_channels, *x.shape[2:]))
-        tables, threads = self.packing.channel_tables, torch.get_num_threads()
+        y = empty((len(x), self.layout.channels, *x.shape[2:]))
+        tables, threads = self.layout.tables, torch.get_num_threads()
         extras, results = self._extras(y, plan)
         call("planes_forward", x, weight, bias, y, *self._geometry(x, weight), *tables, threads, *extras)
         return results
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
-        tables, threads = self.packing.channel_tables, torch.get_num_threads()
+        tables, threads = self.layout.tables, torch.get_num_threads()
         dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
         tensors = grad.contiguous(), x, weight, dx, dw, db
-        call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(slope))
+        call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(derivative))
         return dx, dw, db
 
 
@@ -217,23 +224,23 @@ class Pixels(Planes):
     def _lines(self, x: Tensor) -> int:
         """Lines of a panel: as many as a core's cache holds, at least as many as the kernel is high."""
         pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
-        return max(_IMAGE // ((x.shape[1] + self.packing.out_channels) * pitch), self.kernel[0])
+        return max(_IMAGE // ((x.shape[1] + self.layout.channels) * pitch), self.kernel[0])
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
-        y = empty((len(x), self.packing.out_channels, *x.shape[2:]), _PIXELS)
-        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
+        y = empty((len(x), self.layout.channels, *x.shape[2:]), _PIXELS)
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.tables
         extras, results = self._extras(y, plan)
         call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads(), *extras)
         return results
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], slope: Slope | None = None
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
         threads = torch.get_num_threads()
         dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
-        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.packing.channel_tables
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.tables
         grad = grad.contiguous(memory_format=torch.channels_last)
         tensors = grad, x, weight, dx, dw, db
-        call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(slope, False))
+        call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(derivative, False))
         return dx, dw, db

@@ -1,0 +1,336 @@
+"""The operators ``torch.ops.sao_prune``: `functional`, computed by the backend that suits the operands.
+
+Compilers leave an operator whole and every dispatch mode sees it. A layer's sets are tensors among its operands, so the
+result always follows the buffers that the call is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import functional
+from .backends import cpu
+from .backends import torch as plain
+from .dispatch import Definition, define
+from .functional import Geometry, keeps_derivative
+from .layout import Layout, layout_of
+
+Found = Sequence[Tensor | None]
+_SETS = ("Tensor row_set", "Tensor col_set")
+
+
+def _native(backend: str, *tensors: Tensor | None) -> bool:
+    return backend == "cpu" and cpu.ready(*tensors)
+
+
+def _saves_result(activation: str, *_: Any) -> bool:
+    return activation in ("relu", "tanh")
+
+
+# ---- block_linear(x, blocks, bias, row_set, col_set, activation, backend) -----------------------------------------
+
+
+def _linear(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    (x, blocks, bias), (activation, backend) = inputs, attributes
+    layout = layout_of(*sets)
+    layout.check(x, -1, bias)
+    weight = layout.pack(blocks)
+    room = cpu if _native(backend, x, weight, bias) else plain
+    return room.linear_forward(x, weight, bias, layout, activation, keep)
+
+
+def _linear_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
+    (x, blocks, _), (activation, backend) = inputs, attributes
+    layout = layout_of(*sets)
+    layout.check(x, -1, None, grad)
+    weight, values = layout.pack(blocks), kept[0] if kept[0] is not None else kept[1]
+    room = cpu if _native(backend, grad, x, weight, values) else plain
+    dx, dw, db = room.linear_backward(grad, x, weight, layout, mask, activation, values)
+    return dx, None if dw is None else layout.unpack(dw, blocks.shape), db
+
+
+def _linear_fake(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    y = plain.empty_linear(inputs[0], sets[0].shape[0])
+    return y, torch.empty_like(y) if keep and keeps_derivative(attributes[0]) else None
+
+
+def _linear_reference(inputs: Any, sets: Any, attributes: Any) -> Tensor:
+    x, blocks, bias = inputs
+    return functional.block_linear(x, blocks, bias, layout_of(*sets), attributes[0])
+
+
+block_linear = define(
+    Definition(
+        "block_linear",
+        ("Tensor x", "Tensor blocks", "Tensor? bias"),
+        _SETS,
+        ("str activation", "str backend"),
+        1,
+        _linear,
+        _linear_backward,
+        _linear_fake,
+        _linear_reference,
+        keeps=lambda activation, backend: keeps_derivative(activation),
+        result=_saves_result,
+    )
+)
+
+
+# ---- block_conv(x, blocks, bias, row_set, col_set, activation, backend, stride, padding, dilation, merge) -----------
+
+
+def _suited(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> bool:
+    return _native(backend, x, weight, *others) and cpu.suits_conv(weight.shape[3:], geometry)
+
+
+def _conv(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    (x, blocks, bias), (activation, backend, *geometry, merge) = inputs, attributes
+    layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
+    layout.check(x, 1, bias)
+    weight = layout.pack(blocks)
+    room = cpu if _suited(backend, x, weight, where, bias) else plain
+    return room.conv_forward(x, weight, bias, layout, where, activation, keep)
+
+
+def _conv_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
+    (x, blocks, _), (activation, backend, *geometry, merge) = inputs, attributes
+    layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
+    layout.check(x, 1, None, grad)
+    weight, values = layout.pack(blocks), kept[0] if kept[0] is not None else kept[1]
+    room = cpu if _suited(backend, x, weight, where, grad, values) else plain
+    dx, dw, db = room.conv_backward(grad, x, weight, layout, where, mask, activation, values)
+    return dx, None if dw is None else layout.unpack(dw, blocks.shape), db
+
+
+def _conv_fake(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    x, blocks, _ = inputs
+    y = _conv_room(x, blocks, sets, Geometry.of(*attributes[2:5]))
+    return y, torch.empty_like(y) if keep and keeps_derivative(attributes[0]) else None
+
+
+def _conv_room(x: Tensor, blocks: Tensor, sets: Any, geometry: Geometry) -> Tensor:
+    kernel = tuple(blocks.shape[blocks.dim() - (x.dim() - 2) :])
+    return plain.empty_conv(x, sets[0].shape[0], kernel, geometry)
+
+
+def _conv_reference(inputs: Any, sets: Any, attributes: Any) -> Tensor:
+    activation, _, *geometry, merge = attributes
+    x, blocks, bias = inputs
+    layout = layout_of(sets[0], sets[1], merge)
+    return functional.block_conv(x, blocks, bias, layout, Geometry.of(*geometry), activation)
+
+
+_CONV = ("SymInt[] stride", "SymInt[] padding", "SymInt[] dilation", "int merge")
+block_conv = define(
+    Definition(
+        "block_conv",
+        ("Tensor x", "Tensor blocks", "Tensor? bias"),
+        _SETS,
+        ("str activation", "str backend", *_CONV),
+        1,
+        _conv,
+        _conv_backward,
+        _conv_fake,
+        _conv_reference,
+        keeps=lambda activation, *_: keeps_derivative(activation),
+        result=_saves_result,
+    )
+)
+
+
+# ---- block_conv_norm(x, blocks, bias, gain, offset, row_set, col_set, mean, variance, activation, backend, eps, ..) --
+# Results: y, what is normed if it is to be kept, and the mean and biased variance of the batch if it is normed by them.
+
+
+def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
+    (x, blocks, bias, gain, offset), (*sets, mean, variance) = inputs, constants
+    activation, backend, eps, *geometry, merge = attributes
+    layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
+    layout.check(x, 1, bias)
+    weight = layout.pack(blocks)
+    native = _suited(backend, x, weight, where, bias, gain, offset, mean, variance)
+    if mean is not None and not keep:
+        # The norm is one more factor of the weight.
+        scale, shift, _ = cpu.affine(gain, offset, mean, variance, eps)
+        weight = weight * layout.bias(scale).view(layout.groups, layout.rows, *[1] * (weight.dim() - 2))
+        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+        room = cpu if native else plain
+        return room.conv_forward(x, weight, bias, layout, where, activation, False)[0], None, None, None
+    if native:
+        averages = mean, variance
+        found = cpu.conv_norm_forward(x, weight, bias, gain, offset, *averages, layout, where, eps, activation)
+    else:
+        z, _ = plain.conv_forward(x, weight, bias, layout, where, "", False)
+        if mean is None:
+            variance, mean = torch.var_mean(z, [d for d in range(z.dim()) if d != 1], correction=0)
+        else:
+            mean, variance = mean.clone(), variance.clone()
+        y = torch.nn.functional.batch_norm(z, mean, variance, gain, offset, False, 0.0, eps)
+        found = functional.ACTIVATIONS[activation](y), z, mean, variance
+    return found if keep else (found[0], None, *found[2:])
+
+
+def _norm_backward(
+    grad: Tensor, inputs: Any, constants: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]
+) -> Found:
+    (x, blocks, bias, gain, offset), sets, (_, z, mean, variance) = inputs, constants[:2], kept
+    activation, backend, eps, *geometry, merge = attributes
+    layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
+    layout.check(x, 1, None, grad)
+    weight, training = layout.pack(blocks), constants[2] is None
+    if _suited(backend, x, weight, where, grad, bias, gain, offset, z, mean, variance):
+        dx, dw, *rest = cpu.conv_norm_backward(
+            grad, x, weight, gain, offset, z, mean, variance, layout, where, eps, activation, training, mask
+        )
+        return dx, None if dw is None else layout.unpack(dw, blocks.shape), *rest
+    sources = [t.detach().requires_grad_() for t in (z, gain, offset) if t is not None]
+    with torch.enable_grad():
+        own = iter(sources)
+        normed, *affine = (None if t is None else next(own) for t in (z, gain, offset))
+        averages = (None, None) if training else (mean, variance)
+        y = torch.nn.functional.batch_norm(normed, *averages, *affine, training, 0.0, eps)  # type: ignore
+        found = iter(torch.autograd.grad(functional.ACTIVATIONS[activation](y), sources, grad))
+    dz, dgain, doffset = (None if t is None else next(found) for t in (z, gain, offset))
+    assert dz is not None
+    dx, dw, db = plain.conv_backward(dz, x, weight, layout, where, mask[:3], "", None)
+    gradients = dx, None if dw is None else layout.unpack(dw, blocks.shape), db, dgain, doffset
+    return [g if need else None for g, need in zip(gradients, mask)]
+
+
+def _norm_fake(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
+    x, blocks = inputs[:2]
+    y = _conv_room(x, blocks, constants, Geometry.of(*attributes[3:6]))
+    channels = constants[0].shape[0]
+    averages = [x.new_empty(channels) if keep or constants[2] is None else None for _ in range(2)]
+    return y, torch.empty_like(y) if keep else None, *averages
+
+
+def _norm_reference(inputs: Any, constants: Any, attributes: Any) -> Tensor:
+    activation, _, eps, *geometry, merge = attributes
+    layout = layout_of(constants[0], constants[1], merge)
+    own, averages, where = tuple(inputs), tuple(constants[2:]), Geometry.of(*geometry)
+    x, blocks, bias, gain, offset = own
+    mean, variance = averages
+    return functional.block_conv_norm(x, blocks, bias, gain, offset, mean, variance, layout, where, eps, activation)
+
+
+block_conv_norm = define(
+    Definition(
+        "block_conv_norm",
+        ("Tensor x", "Tensor blocks", "Tensor? bias", "Tensor? gain", "Tensor? offset"),
+        (*_SETS, "Tensor? mean", "Tensor? variance"),
+        ("str activation", "str backend", "float eps", *_CONV),
+        3,
+        _norm,
+        _norm_backward,
+        _norm_fake,
+        _norm_reference,
+    )
+)
+
+
+# ---- block_mlp(x, blocks1, bias1, blocks2, bias2, row_set1, col_set1, row_set2, col_set2, activation, backend) -------
+
+
+def _layouts(x: Tensor, bias1: Tensor | None, bias2: Tensor | None, sets: Any) -> tuple[Layout, Layout]:
+    layout1, layout2 = layout_of(*sets[:2]), layout_of(*sets[2:])
+    layout1.check(x, -1, bias1)
+    if layout1.channels != len(layout2.inputs.inverse):
+        raise RuntimeError(f"{layout2.topology} does not take the {layout1.channels} results of {layout1.topology}")
+    layout2.check_bias(bias2)
+    return layout1, layout2
+
+
+def _mlp(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    (x, blocks1, bias1, blocks2, bias2), (activation, backend) = inputs, attributes
+    layout1, layout2 = _layouts(x, bias1, bias2, sets)
+    w1, w2 = layout1.pack(blocks1), layout2.pack(blocks2)
+    if _native(backend, x, w1, bias1, w2, bias2):
+        return (cpu.mlp_forward(x, w1, bias1, layout1, w2, bias2, layout2, activation),)
+    hidden, _ = plain.linear_forward(x, w1, bias1, layout1, activation, False)
+    return (plain.linear_forward(hidden, w2, bias2, layout2, "", False)[0],)
+
+
+def _mlp_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
+    (x, blocks1, bias1, blocks2, bias2), (activation, backend) = inputs, attributes
+    layout1, layout2 = _layouts(x, bias1, bias2, sets)
+    w1, w2 = layout1.pack(blocks1), layout2.pack(blocks2)
+    if _native(backend, grad, x, w1, bias1, w2, bias2):
+        dx, dw1, db1, dw2, db2 = cpu.mlp_backward(grad, x, w1, bias1, layout1, w2, layout2, activation, mask)
+    else:
+        hidden, values = plain.linear_forward(x, w1, bias1, layout1, activation, keeps_derivative(activation))
+        dh, dw2, db2 = plain.linear_backward(grad, hidden, w2, layout2, (any(mask[:3]), *mask[3:]), "", None)
+        dx = dw1 = db1 = None
+        if dh is not None:
+            values = hidden if values is None else values
+            dx, dw1, db1 = plain.linear_backward(dh, x, w1, layout1, mask[:3], activation, values)
+    dw1 = None if dw1 is None else layout1.unpack(dw1, blocks1.shape)
+    return dx, dw1, db1, None if dw2 is None else layout2.unpack(dw2, blocks2.shape), db2
+
+
+def _mlp_fake(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    return (plain.empty_linear(inputs[0], sets[2].shape[0]),)
+
+
+def _mlp_reference(inputs: Any, sets: Any, attributes: Any) -> Tensor:
+    x, blocks1, bias1, blocks2, bias2 = inputs
+    first, second = layout_of(*sets[:2]), layout_of(*sets[2:])
+    return functional.block_mlp(x, blocks1, bias1, first, blocks2, bias2, second, attributes[0])
+
+
+block_mlp = define(
+    Definition(
+        "block_mlp",
+        ("Tensor x", "Tensor blocks1", "Tensor? bias1", "Tensor blocks2", "Tensor? bias2"),
+        ("Tensor row_set1", "Tensor col_set1", "Tensor row_set2", "Tensor col_set2"),
+        ("str activation", "str backend"),
+        0,
+        _mlp,
+        _mlp_backward,
+        _mlp_fake,
+        _mlp_reference,
+    )
+)
+
+
+# ---- What they cost, for torch's counter of operations ---------------------------------------------------------------
+
+
+@register_flop_formula([torch.ops.sao_prune.block_linear])  # type: ignore[untyped-decorator]
+def _linear_flops(x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * torch.Size(blocks).numel() * torch.Size(x[:-1]).numel()
+
+
+@register_flop_formula([torch.ops.sao_prune.block_linear_backward])  # type: ignore[untyped-decorator]
+def _linear_backward_flops(grad: Any, x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sum(args[-1][:2]) * _linear_flops(x, blocks)
+
+
+@register_flop_formula([torch.ops.sao_prune.block_conv, torch.ops.sao_prune.block_conv_norm])  # type: ignore[untyped-decorator]
+def _conv_flops(x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    y = out_shape[0]
+    return 2 * torch.Size(blocks).numel() * y[0] * torch.Size(y[2:]).numel()
+
+
+@register_flop_formula([torch.ops.sao_prune.block_conv_backward, torch.ops.sao_prune.block_conv_norm_backward])  # type: ignore[untyped-decorator]
+def _conv_backward_flops(grad: Any, x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sum(args[-1][:2]) * 2 * torch.Size(blocks).numel() * grad[0] * torch.Size(grad[2:]).numel()
+
+
+@register_flop_formula([torch.ops.sao_prune.block_mlp])  # type: ignore[untyped-decorator]
+def _mlp_flops(x: Any, blocks1: Any, bias1: Any, blocks2: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _linear_flops(x, blocks1) + _linear_flops(x, blocks2)
+
+
+@register_flop_formula([torch.ops.sao_prune.block_mlp_backward])  # type: ignore[untyped-decorator]
+def _mlp_backward_flops(
+    grad: Any, x: Any, blocks1: Any, bias1: Any, blocks2: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    mask = args[-1]
+    first, second = _linear_flops(x, blocks1), _linear_flops(x, blocks2)
+    return first * (1 + mask[0] + mask[1]) + second * (any(mask[:3]) + mask[3])

@@ -3,6 +3,7 @@
 from torch.nn.utils.prune import global_unstructured, is_pruned, remove
 
 from .attachment import Snapshot, attach, attach_all
+from .derived import MaskedWeight, current
 from .functional import (
     KernelL1Pruning,
     KernelRandomPruning,
@@ -15,13 +16,13 @@ from .functional import (
     sao,
 )
 from .hooks import (
-    MaskedWeight,
     MaskPruning,
     RefreshAll,
     RefreshChildren,
     is_pruned_tensor,
     pruning_hooks,
     refresh,
+    settle_all,
     unwatch,
     watch,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "Snapshot",
     "attach",
     "attach_all",
+    "current",
     "global_kernel_l1",
     "global_unstructured",
     "is_pruned",
@@ -49,6 +51,7 @@ __all__ = [
     "refresh",
     "remove",
     "sao",
+    "settle_all",
     "unwatch",
     "watch",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import PruningContainer
 
 from ..algorithms import Draw
+from .derived import MaskedWeight, settle
 from .hooks import MaskPruning, RefreshAll, RefreshChildren, is_pruned_tensor, pruning_hooks, refresh, watch
 
 
@@ -114,13 +115,18 @@ def _write(modules: Mapping[str, nn.Module], draw: Draw, owners: Sequence[tuple[
         original: Tensor = getattr(modules[path], f"{tensor}_orig")
         if (path, tensor) == owners[0]:
             draw.write_(original.data)
-        if joined:
-            refresh(modules[path])
+        weight = modules[path].__dict__.get(tensor)
+        if isinstance(weight, MaskedWeight) and not joined:
+            weight.refill_(original)
         else:
-            getattr(modules[path], tensor).copy_(original)
+            refresh(modules[path])
 
 
 def stored(module: nn.Module, tensor: str) -> Tensor:
     """A weight as it is stored, detached: of a pruned tensor the original."""
-    owner: Any = getattr(module, f"{tensor}_orig") if is_pruned_tensor(module, tensor) else getattr(module, tensor)
+    if not is_pruned_tensor(module, tensor):
+        owner: Any = getattr(module, tensor)
+    else:
+        settle(module, tensor)
+        owner = getattr(module, f"{tensor}_orig")
     return owner.detach()

@@ -5,29 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch._C import _disabled_torch_function_impl
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
-
-class MaskedWeight(Tensor):
-    """The product of weight and mask: an ordinary tensor in the graph that can also be copied and pickled.
-
-    A plain non-leaf tensor refuses `copy.deepcopy`, which would break model averaging and every other tool that
-    copies a pruned model. The copy is detached; the next forward pass computes it anew.
-    """
-
-    __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedWeight:
-        if id(self) not in memo:
-            memo[id(self)] = self.detach().clone().as_subclass(MaskedWeight)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().as_subclass(Tensor).__reduce_ex__(protocol)
-
+from .derived import derive, operands, place, settle
+from .offload import Unload, is_offloaded
 
 class MaskPruning(BasePruningMethod):
     """Base of this library's pruning methods: a given mask, joined with any that is there already.
@@ -51,12 +35,16 @@ class MaskPruning(BasePruningMethod):
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """The weight that the module uses: ``<name>_orig * <name>_mask``."""
-        return super().apply_mask(module).as_subclass(MaskedWeight)
+        return derive(module, self._tensor_name)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if not self.called:
             self.called = True
-        setattr(module, self._tensor_name, self.apply_mask(module))
+        if f"{self._tensor_name}_orig" not in module._parameters:
+            _run_last(module, self)
+        place(module, self._tensor_name, derive(module, self._tensor_name))
+        if "_hf_hook" in module.__dict__:
+            _unload_afterwards(module, self._tensor_name)
 
     @classmethod
     def register(cls, module: nn.Module, name: str, mask: Tensor) -> None:
@@ -69,6 +57,7 @@ class MaskPruning(BasePruningMethod):
         if is_pruned_tensor(module, name):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
+            follow_state(module)
             return
         method = cls()
         method._tensor_name = name
@@ -77,6 +66,7 @@ class MaskPruning(BasePruningMethod):
         module.register_buffer(f"{name}_mask", mask)
         setattr(module, name, original.detach())
         module.register_forward_pre_hook(method)
+        follow_state(module)
 
 
 class MaskContainer(PruningContainer):
@@ -84,7 +74,7 @@ class MaskContainer(PruningContainer):
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """The weight that the module uses."""
-        return super().apply_mask(module).as_subclass(MaskedWeight)
+        return derive(module, self._tensor_name)
 
 
 def pruning_hooks(module: nn.Module) -> Iterator[BasePruningMethod]:
@@ -104,7 +94,62 @@ def refresh(module: nn.Module) -> None:
     for hook in pruning_hooks(module):
         if type(hook) is PruningContainer:
             hook.__class__ = MaskContainer
-        setattr(module, hook._tensor_name, hook.apply_mask(module))
+        place(module, hook._tensor_name, hook.apply_mask(module))
+
+
+def settle_all(model: nn.Module) -> None:
+    """Let what was written to any masked weight of a model reach its parameter."""
+    for module in model.modules():
+        for hook in pruning_hooks(module):
+            settle(module, hook._tensor_name)
+
+
+def settle_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """State-dict pre-hook: what was written to a masked weight is in the state."""
+    for hook in pruning_hooks(module):
+        settle(module, hook._tensor_name)
+
+
+def refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
+    """Load-state-dict post-hook: the masked weight is that of the loaded state."""
+    for hook in pruning_hooks(module):
+        name = hook._tensor_name
+        if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
+            original, mask = operands(module, name)
+            if _is_local(module, original, mask):
+                with torch.no_grad():
+                    # A plain tensor: what was written before the state was loaded is none of it.
+                    place(module, name, original.detach())
+                place(module, name, hook.apply_mask(module))
+
+
+def follow_state(module: nn.Module) -> None:
+    """Keep masked weights and state dicts in step, once for each module."""
+    if settle_state not in module._state_dict_pre_hooks.values():
+        module.register_state_dict_pre_hook(settle_state)
+    if refresh_state not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(refresh_state)
+
+
+def _is_local(module: nn.Module, original: Tensor, mask: Tensor) -> bool:
+    """Whether parameter and mask can be multiplied as they are: neither sharded nor offloaded."""
+    if type(original) is not nn.Parameter and hasattr(original, "device_mesh") is not hasattr(mask, "device_mesh"):
+        return False
+    return original.shape == mask.shape and not is_offloaded(module, original)
+
+
+def _run_last(module: nn.Module, hook: MaskPruning) -> None:
+    """Let other hooks of a module, `torch.nn.utils.weight_norm` for one, compute the parameter before it is masked."""
+    hooks = module._forward_pre_hooks
+    if next(reversed(hooks.values())) is not hook:
+        for key in [key for key, known in hooks.items() if known is hook]:
+            hooks[key] = hooks.pop(key)
+
+
+def _unload_afterwards(module: nn.Module, name: str) -> None:
+    original = operands(module, name)[0]
+    if original.is_meta:
+        module.register_forward_hook(Unload(name, original.detach()))
 
 
 def _costly(module: nn.Module) -> bool:
@@ -122,8 +167,8 @@ class RefreshAll:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for descendant in module.modules():
             if descendant._forward_pre_hooks and not _costly(descendant):
-                _settle(descendant)
-                refresh(descendant)
+                for hook in pruning_hooks(descendant):
+                    _refresh_or_leave(descendant, hook)
 
 
 class RefreshChildren:
@@ -138,10 +183,20 @@ class RefreshChildren:
                 refresh(child)
 
 
-def _settle(module: nn.Module) -> None:
-    for hook in pruning_hooks(module):
-        if isinstance(hook, MaskPruning) and getattr(hook, "settled", False) != hook.called:
-            hook.settled = hook.called
+def _refresh_or_leave(module: nn.Module, hook: BasePruningMethod) -> None:
+    """Recompute a masked weight outside its module's own forward.
+
+    Where it is sharded or offloaded, that cannot be: the hook of its parent or its own does it, when it is whole.
+    """
+    name = hook._tensor_name
+    original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+    ready = original is not None and mask is not None and _is_local(module, original, mask)
+    if isinstance(hook, MaskPruning):
+        settled = ready and hook.called
+        if hook.settled is not settled:
+            hook.settled = settled
+    if ready or parametrize.is_parametrized(module, f"{name}_orig"):
+        place(module, name, hook.apply_mask(module))
 
 
 _REFRESHERS = (RefreshAll, RefreshChildren)

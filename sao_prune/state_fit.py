@@ -30,7 +30,8 @@ def check_held(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         prefix = f"{path}." if path else ""
         for tensor in held_tensors(module):
             name, own = f"{prefix}{tensor.removesuffix('_orig')}", f"{prefix}parametrizations.{tensor}."
-            if any(f"{name}{suffix}" in state for suffix in ("", "_orig")) or f"{prefix}blocks" in state:
+            plain = {name, f"{name}_orig", *(f"{prefix}{other}" for other in ("blocks", "weight", "weight_orig"))}
+            if not plain.isdisjoint(state):
                 raise CheckpointError(
                     f"{name} is held in the model, not in the checkpoint: sao_prune.release(model) first"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ def choose(
         >>> list(choose([{"net.0.weight": w, "net.0.bias": w}], ["0.weight", "0.bias"]))
         ['0.weight', '0.bias']
     """
-    ours = {_plain(key) for key in own}
+    ours = dict.fromkeys(_plain(key) for key in own).keys()
     if prefix is not None:
         dotted = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
         states = [{k.removeprefix(dotted): v for k, v in s.items() if k.startswith(dotted)} for s in states]
@@ -55,10 +55,10 @@ def choose(
     return {added + key.removeprefix(stripped): value for key, value in state.items() if key.startswith(stripped)}
 
 
-def _prefixes(state: Mapping[str, Tensor], ours: set[str]) -> tuple[str, str, int]:
+def _prefixes(state: Mapping[str, Tensor], ours: Set[str]) -> tuple[str, str, int]:
     """The prefix to take from a state's names, the one to put before them, and how many are the model's then."""
-    theirs = {_plain(key) for key in state}
-    matches = {("", ""): len(theirs & ours)}
+    theirs = dict.fromkeys(_plain(key) for key in state)
+    matches = {("", ""): len(theirs.keys() & ours)}
     for longer, shorter, strips in ((theirs, ours, True), (ours, theirs, False)):
         counts: Counter[str] = Counter()
         for key in longer:

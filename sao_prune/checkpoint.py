@@ -26,7 +26,7 @@ from .prune.attachment import check_writable
 from .replaced import warn_replaced
 from .reporting import Report
 from .state_file import CheckpointError, check_plain, first_line, read_states
-from .state_fit import check_fit, check_held, check_masks, check_support, mask_of, masked_names
+from .state_fit import check_block_layers, check_fit, check_held, check_masks, check_support, mask_of, masked_names
 from .state_names import choose, complete_tied
 
 _TORCH = (".pt", ".pth", ".bin")
@@ -119,6 +119,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
     check_plain(state, Path(path))
     complete_tied(model, state)
     check_held(model, state)
+    check_block_layers(model, state)
     try:
         changes = adopt(model, state)
     except ValueError as error:

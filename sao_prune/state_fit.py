@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .blocks import BlockModule
 from .held import held_tensors
+from .plain import why_not_plain
 from .state_file import CheckpointError
 
 
@@ -53,6 +56,18 @@ def check_held(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{path}{tensor} is held in the checkpoint, not in the model: sao_prune.hold(model) first, or release "
                 "before saving"
             )
+
+
+def check_block_layers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse another topology for a block layer whose blocks are more than a parameter."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if not isinstance(module, BlockModule) or f"{prefix}blocks" not in state:
+            continue
+        reason = why_not_plain(module)
+        for name, own in (("row_set", module.row_set), ("col_set", module.col_set)) if reason else ():
+            if not torch.equal(state.get(f"{prefix}{name}", own).cpu(), own.cpu()):
+                raise CheckpointError(f"{path}: the checkpoint's blocks lie elsewhere than the model's, and {reason}")
 
 
 def check_support(name: str, values: Tensor, modules: Mapping[str, nn.Module]) -> None:

@@ -11,11 +11,13 @@ from . import prune
 from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
 from .allocation import Budget
 from .blocks import compact, expand
-from .checkpoint import CheckpointError, load, save
+from .checkpoint import load, save
 from .discovery import PrunableWeight, Selection, walk
 from .model import apply, plan, remove, report
 from .orthogonality import hold, release
+from .replaced import StaleOptimizerWarning
 from .reporting import LayerRecord, Report, SparsityWarning
+from .state_file import CheckpointError
 from .topology import BlockTopology, NotBlockStructuredError
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "Report",
     "Selection",
     "SparsityWarning",
+    "StaleOptimizerWarning",
     "SynFlow",
     "apply",
     "compact",

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .blocks import BlockModule
 from .blocks.adopt import adopt
 from .blocks.build import settle
-from .blocks.swap import restore
+from .blocks.swap import Changes, restore
+from .held import held_tensors
 from .model import report
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
 from .prune.attachment import check_writable
+from .replaced import warn_replaced
 from .reporting import Report
+from .state_file import CheckpointError, check_plain, first_line, read_states
+from .state_fit import check_block_layers, check_fit, check_held, check_masks, check_support, mask_of, masked_names
+from .state_names import choose, complete_tied
 
 _TORCH = (".pt", ".pth", ".bin")
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "module")
-_PREFIXES = ("module.", "_orig_mod.")
-_NESTING = 4
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the model; the model is unchanged."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -88,17 +85,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> Report:
+def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, prefix: str | None = None) -> Report:
     """Fill a model from a dense, pruned or baked checkpoint, in place; if it does not fit, nothing changes.
 
     A pruned checkpoint prunes a dense model with the checkpoint's masks, or replaces the masks of a pruned one. A
     dense checkpoint in a pruned model goes under the model's masks. A compact checkpoint makes the model compact; in
-    a compact model a dense or masked one is read block by block.
+    a compact model a dense or masked one is read block by block. What was saved while it was held (`hold`) goes into
+    a model that is held. A prefix that all names share (``model.``, ``net.``, ..), or that all the model's have, is
+    recognised, a state dict among other things in a checkpoint is found, and weights that the model ties need be
+    there once.
+
+    Where a compact checkpoint makes layers compact, their parameters are new ones: make the optimizer afterwards.
 
     Args:
         model: the architecture that the checkpoint is of, dense or pruned.
-        path: ``*.safetensors``, or torch's format, which is read with ``weights_only=True``.
+        path: ``*.safetensors``, torch's format (``*.pt``, ``*.ckpt``, ..; read with ``weights_only=True``), the
+            ``*.index.json`` of a sharded checkpoint, or the folder of one as ``save_pretrained`` writes it.
         strict: refuse missing and unexpected entries; wrong shapes are refused in any case.
+        prefix: of the model's entries, where the checkpoint holds others too, which are then left out.
 
     Returns:
         `report` of the loaded model.
@@ -106,13 +110,22 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it cannot be read, or names what does not fit.
+
+    Warns:
+        StaleOptimizerWarning: if an optimizer that was made before holds parameters that are replaced.
     """
-    state = _read(Path(path))
+    states = read_states(Path(path))
+    state = choose(states, model.state_dict(), prefix, strict)
+    check_plain(state, Path(path))
+    complete_tied(model, state)
+    check_held(model, state)
+    check_block_layers(model, state)
     try:
         changes = adopt(model, state)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint does not fit the model, which is unchanged: {error}") from None
     try:
+        warn_replaced(_replaced(changes), "load")
         _fill(model, state, strict)
     except BaseException:
         restore(changes)
@@ -122,20 +135,31 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     return report(model)
 
 
+def _replaced(changes: Changes) -> list[nn.Parameter | None]:
+    """The parameters that modules had and have no longer."""
+    return [
+        old
+        for module, _, fields in changes
+        for old in fields["_parameters"].values()
+        if all(old is not new for new in module._parameters.values())
+    ]
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
     """Load a state whose block layers are the model's; changes nothing if it does not fit."""
     # A module that is used twice has its entries under both paths, as state_dict has them.
     modules = dict(model.named_modules(remove_duplicate=False))
-    ours = _pruned_names(modules)
-    theirs = _masked_names(state, set(model.state_dict()), ours)
+    held = _held_names(modules)
+    ours = _pruned_names(modules) - held
+    theirs = masked_names(state, set(model.state_dict()), ours)
     to_prune = sorted(theirs - ours)
     for name in ours - theirs:
         if name in state:
-            _check_support(name, state[name], modules)
+            check_support(name, state[name], modules)
             state[f"{name}_orig"] = state.pop(name)
-            state[f"{name}_mask"] = _mask(modules, name)
-    _check_fit(model, state, to_prune, ours - theirs, strict)
-    _check_masks(state, theirs)
+            state[f"{name}_mask"] = mask_of(modules, name)
+    check_fit(model, state, to_prune, ours - theirs, strict)
+    check_masks(state, theirs | {name for name in held if f"{name}_mask" in state})
     for name, parameter in model.named_parameters():
         check_writable(name, parameter)
     backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -144,15 +168,24 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
         model.load_state_dict(_versioned(state, model), strict=False)
     except BaseException as error:
         snapshot.restore()
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                if key in backup:
-                    value.copy_(backup[key])
+        _put_back(model, backup)
         if isinstance(error, Exception):
-            raise CheckpointError(f"the model refused the checkpoint and is unchanged: {_first_line(error)}") from error
+            raise CheckpointError(f"the model refused the checkpoint and is unchanged: {first_line(error)}") from error
         raise
     for module in modules.values():
         refresh(module)
+
+
+def _put_back(model: nn.Module, backup: Mapping[str, Tensor]) -> None:
+    """Values as they were, and what modules derive from them when they load; one that cannot load has its values."""
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key in backup:
+                value.copy_(backup[key])
+    for path, module in model.named_modules(remove_duplicate=False):
+        with suppress(Exception):
+            prefix = f"{path}." if path else ""
+            module._load_from_state_dict(backup, prefix, {"version": module._version}, False, [], [], [])
 
 
 def _versioned(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -160,12 +193,6 @@ def _versioned(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str
     versioned = OrderedDict(state)
     versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     return versioned
-
-
-def _masked_names(state: Mapping[str, Tensor], own: set[str], pruned: set[str]) -> set[str]:
-    """The weights of a checkpoint that come with a mask; buffers that merely sound like one are none."""
-    named = {key[:-5] for key in state if key.endswith("_mask") and f"{key[:-5]}_orig" in state}
-    return {name for name in named if name in pruned or f"{name}_orig" not in own}
 
 
 def _umask() -> int:
@@ -190,60 +217,6 @@ def _drop_aliases(state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> di
     return aliases
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-            loaded: Any = {**{alias: state[owner] for alias, owner in aliases.items()}, **state}
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} holds more than tensors and was not loaded, because reading it could run code"
-        ) from None
-    except Exception as error:
-        # Whatever a damaged or hostile file makes the readers raise, it is the file's fault.
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
-    state = _unwrap(loaded, path)
-    for key, value in state.items():
-        expanded = any(stride == 0 and size > 1 for stride, size in zip(_strides(value), value.shape))
-        if value.is_meta or value.layout != torch.strided or expanded:
-            raise CheckpointError(f"{path}: {key!r} is not stored as a plain dense tensor")
-    return state
-
-
-def _strides(value: Tensor) -> tuple[int, ...]:
-    return value.stride() if value.layout == torch.strided else ()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside what training scripts save."""
-    for _ in range(_NESTING):
-        if not isinstance(loaded, Mapping) or all(isinstance(v, Tensor) for v in loaded.values()):
-            break
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
-    plain = isinstance(loaded, Mapping) and loaded and all(isinstance(v, Tensor) for v in loaded.values())
-    if not plain or not all(isinstance(key, str) for key in loaded):
-        raise CheckpointError(
-            f"{path} holds no state dict: expected names and tensors, at the top or under one of {', '.join(_WRAPPERS)}"
-        )
-    state = dict(loaded)
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), ""):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
 def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:
     return {
         f"{path}.{hook._tensor_name}" if path else hook._tensor_name
@@ -252,60 +225,13 @@ def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def _mask(modules: Mapping[str, nn.Module], name: str) -> Tensor:
-    path, _, tensor = name.rpartition(".")
-    return getattr(modules[path], f"{tensor}_mask")
-
-
-def _check_support(name: str, values: Tensor, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse a baked weight whose zeros are elsewhere than the model's mask: little of it would be left."""
-    mask = _mask(modules, name)
-    if values.shape != mask.shape:
-        return
-    units = (values != 0).flatten(2).any(2) if values.dim() > 2 else values != 0
-    kept = (mask != 0).flatten(2).any(2) if mask.dim() > 2 else mask != 0
-    if units.float().mean() < 0.9 and bool((units & ~kept.cpu()).any()):
-        raise CheckpointError(
-            f"{name}: the checkpoint is sparse already, with other non-zeros than the model's mask; load it into an "
-            "unpruned model instead"
-        )
-
-
-def _check_fit(
-    model: nn.Module, state: Mapping[str, Tensor], to_prune: list[str], masked: set[str], strict: bool
-) -> None:
-    own = model.state_dict()
-    expected = {key: tuple(value.shape) for key, value in own.items()}
-    for name in to_prune:
-        shape = expected.pop(name, None)
-        if shape is not None:
-            expected[f"{name}_orig"] = expected[f"{name}_mask"] = shape
-    problems = [
-        f"{key}: the checkpoint has shape {tuple(state[key].shape)}, the model {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    if strict:
-        unseen = {f"{name}{suffix}" for name in masked for suffix in ("_orig", "_mask")}
-        unseen |= {key for key in expected if key.endswith("num_batches_tracked")}
-        missing = [key for key in expected if key not in state and key not in unseen]
-        problems += [f"{key}: missing from the checkpoint" for key in missing]
-        problems += [f"{name}: missing from the checkpoint" for name in masked if f"{name}_orig" not in state]
-        problems += [f"{key}: the model has no such entry" for key in state if key not in expected]
-    elif to_prune:
-        problems += [f"{name}: the model has no such weight" for name in to_prune if f"{name}_orig" not in expected]
-    if problems:
-        more = f"\n  .. and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(
-            "the checkpoint does not fit the model, which is unchanged:\n  " + "\n  ".join(problems[:10]) + more
-        )
-
-
-def _check_masks(state: Mapping[str, Tensor], names: set[str]) -> None:
-    for name in sorted(names):
-        mask = state[f"{name}_mask"]
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise CheckpointError(f"{name}_mask: holds values other than 0 and 1; the model is unchanged")
+def _held_names(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The weights that are held, by the names that they have without."""
+    return {
+        f"{path}.{tensor.removesuffix('_orig')}" if path else tensor.removesuffix("_orig")
+        for path, module in modules.items()
+        for tensor in held_tensors(module)
+    }
 
 
 def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> Snapshot:

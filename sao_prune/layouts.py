@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -16,6 +17,19 @@ from .weights import Blocks, Mirror, frequencies_from_kernel, kernel_from_freque
 
 class Layout:
     """How blocks ``(batch, r, c)``, one tensor a bucket, lie in a weight."""
+
+    @property
+    def parts(self) -> tuple[BlockTopology, ...]:
+        """The topology of each matrix in the weight."""
+        raise NotImplementedError
+
+    def onto(self, parts: Sequence[BlockTopology]) -> Layout:
+        """The same layout on other topologies of the same shapes, one for each of `parts`."""
+        raise NotImplementedError
+
+    def fits(self, parts: Sequence[BlockTopology]) -> bool:
+        """Whether the blocks of other topologies are as many and of the same shapes, so that values can change over."""
+        return [[b.shape for b in t.buckets] for t in parts] == [[b.shape for b in t.buckets] for t in self.parts]
 
     def split(self, weight: Tensor) -> Blocks:
         """The blocks of a weight."""
@@ -32,6 +46,13 @@ class MaskedLayout(Layout):
 
     weight: PrunableWeight
     topologies: tuple[BlockTopology, ...]
+
+    @property
+    def parts(self) -> tuple[BlockTopology, ...]:
+        return self.topologies
+
+    def onto(self, parts: Sequence[BlockTopology]) -> MaskedLayout:
+        return replace(self, topologies=tuple(parts))
 
     def split(self, weight: Tensor) -> Blocks:
         parts = (
@@ -56,6 +77,13 @@ class CompactLayout(Layout):
     topology: BlockTopology
     shape: tuple[int, ...]
 
+    @property
+    def parts(self) -> tuple[BlockTopology, ...]:
+        return (self.topology,)
+
+    def onto(self, parts: Sequence[BlockTopology]) -> CompactLayout:
+        return replace(self, topology=parts[0])
+
     def split(self, weight: Tensor) -> Blocks:
         shapes = [b.shape for b in self.topology.buckets]
         parts = weight.flatten().split([prod(s) for s in shapes])
@@ -71,6 +99,13 @@ class FrequencyLayout(Layout):
 
     topology: BlockTopology
     kernel: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[BlockTopology, ...]:
+        return (self.topology,)
+
+    def onto(self, parts: Sequence[BlockTopology]) -> FrequencyLayout:
+        return replace(self, topology=parts[0])
 
     def split(self, weight: Tensor) -> Blocks:
         return tuple(frequencies_from_kernel(b, self.kernel).flatten(0, 1) for b in unpack(weight, self.topology))

@@ -8,13 +8,13 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
 from .algorithms import RG, SAO, Method, resolve
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
+from .plain import why_not_plain
 from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach_all, pruning_hooks, unwatch
 from .prune.attachment import check_writable
 from .reporting import LayerRecord, Report, SparsityWarning, compact, done, left_alone, pruned, read_back
@@ -165,9 +165,8 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
     for module, path, name in targets:
         original = module._parameters.get(f"{name}_orig")
         if original is None or f"{name}_mask" not in module._buffers:
-            held = parametrize.is_parametrized(module, f"{name}_orig")
-            why = "is held orthogonal: call sao_prune.release(model) first" if held else "has lost its weight or mask"
-            raise ValueError(f"{path}.{name} {why}; nothing was removed")
+            why = why_not_plain(module, masked=True) or "it has lost its weight or mask"
+            raise ValueError(f"{path}.{name}: {why}; nothing was removed")
         check_writable(f"{path}.{name}", original)
     before = report(model)
     for module, _, name in targets:

@@ -6,21 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 from .blocks import BlockModule
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
-from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, double, halve, mirror_of
+from .held import Held, OrthogonalMap, held_tensors, precise, put, take_off
+from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, halve, mirror_of
 from .nn import ECOConv2d
+from .plain import why_not_plain
+from .prune import pruning_hooks
+from .replaced import warn_replaced
 from .topology import BlockTopology, NotBlockStructuredError
-from .weights import Mirror
-
-# Not "householder": torch keeps signs in a parameter there, which weight decay turns into zeros.
-OrthogonalMap = Literal["cayley", "matrix_exp"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,9 @@ def hold(
 ) -> HoldReport:
     """Keep the blocks of every block-sparse layer orthogonal through training, in place.
 
-    Each layer's weight becomes a function of unconstrained parameters (`torch.nn.utils.parametrizations.orthogonal` on
-    the batched blocks; for `nn.ECOConv2d` on its frequencies), whose cost falls with the square of the block size.
+    Each layer's weight becomes a function of unconstrained parameters (as `torch.nn.utils.parametrizations.orthogonal`
+    does it, on the batched blocks; for `nn.ECOConv2d` on its frequencies), whose cost falls with the square of the
+    block size; in half precision it is computed in float32.
     Masked and compact layers without a spatial kernel are held, ECO convolutions, and mirrored (looks-linear) weights;
     values that are not orthogonal move to the nearest ones that are, times their mean singular value. Make the
     optimizer afterwards: the parameters are new ones. `release` undoes it; save, bake, compact or convert after that.
@@ -90,6 +90,9 @@ def hold(
     Raises:
         TypeError: if ``model`` is no module.
         ValueError: if no layer can be held or the map is unknown; the model is then as it was.
+
+    Warns:
+        StaleOptimizerWarning: if an optimizer that was made before holds the parameters that are replaced.
 
     Example:
         >>> import torch, sao_prune
@@ -109,7 +112,7 @@ def hold(
     if orthogonal_map not in get_args(OrthogonalMap):
         raise ValueError(f"orthogonal_map must be one of {get_args(OrthogonalMap)}, got {orthogonal_map!r}")
     records: list[HeldRecord] = []
-    ready: list[tuple[nn.Module, str, _Held]] = []
+    ready: list[tuple[nn.Module, str, Held]] = []
     for module, tensor, name, layout in _candidates(model, include, exclude):
         if isinstance(layout, str):
             records.append(HeldRecord(name, reason=layout))
@@ -127,13 +130,26 @@ def hold(
             f"nothing to hold in {type(model).__name__}: it needs layers that sao_prune.apply, compact or "
             f"nn.ECOConv2d made" + (f" ({reasons})" if reasons else "")
         )
+    warn_replaced([module._parameters[tensor] for module, tensor, _ in ready], "hold")
     for module, tensor, held in ready:
-        parametrize.register_parametrization(module, tensor, held, unsafe=True)
+        put(module, tensor, held)
     return HoldReport(tuple(records))
 
 
 def release(model: nn.Module) -> int:
-    """Undo `hold`, in place: plain parameters with the values they have now; returns how many weights were released.
+    """Undo `hold`, in place: plain parameters with the values they have now.
+
+    Copies of the model that are held stay so. Make the optimizer afterwards: the parameters are new ones.
+
+    Returns:
+        How many weights were released.
+
+    Raises:
+        TypeError: if the model is no module.
+        ValueError: if a held weight has further parametrizations; nothing is released then.
+
+    Warns:
+        StaleOptimizerWarning: if an optimizer that was made before holds the parameters that are replaced.
 
     Example:
         >>> import torch, sao_prune
@@ -143,38 +159,20 @@ def release(model: nn.Module) -> int:
         >>> release(net), type(net[1].weight_orig).__name__
         (1, 'Parameter')
     """
-    count = 0
-    for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        chains = module.parametrizations
-        assert isinstance(chains, nn.ModuleDict)
-        for tensor, chain in list(chains.items()):
-            assert isinstance(chain, nn.ModuleList)
-            if any(isinstance(step, _Held) for step in chain):
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
-                count += 1
-    return count
-
-
-class _Held(nn.Module):
-    """A weight as a function of free parameters: one orthogonal map for each bucket of blocks."""
-
-    def __init__(self, layout: Layout, maps: list[nn.Module], gain: float, mirrors: list[Mirror | None]) -> None:
-        super().__init__()
-        self.layout, self.gain, self.mirrors = layout, gain, mirrors
-        self.maps = nn.ModuleList(maps)
-
-    def forward(self, *free: Tensor) -> Tensor:
-        blocks = tuple(step(x) * self.gain for step, x in zip(self.maps, free))
-        return self.layout.join(tuple(double(b, m) for b, m in zip(blocks, self.mirrors)))
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        blocks = self.layout.split(weight)
-        halves = (halve(b, m) / self.gain for b, m in zip(blocks, self.mirrors))
-        with torch.random.fork_rng(devices=[]):
-            # The maps complete non-square blocks to square ones at random, which no value depends on.
-            return tuple(step.right_inverse(h) for step, h in zip(self.maps, halves))  # type: ignore[operator]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    targets = [(path, m, tensor) for path, m in model.named_modules() for tensor in held_tensors(m)]
+    for path, module, tensor in targets:
+        steps = module.parametrizations[tensor]  # type: ignore[index]
+        if len(steps) > 1:
+            raise ValueError(
+                f"{_join(path, tensor)} is held and has a further parametrization ({type(steps[-1]).__name__}): remove "
+                "that first; nothing was released"
+            )
+    warn_replaced((p for _, m, tensor in targets for p in m.parametrizations[tensor].parameters()), "release")  # type: ignore[index]
+    for _, module, tensor in targets:
+        take_off(module, tensor)
+    return len(targets)
 
 
 def _candidates(
@@ -182,25 +180,30 @@ def _candidates(
 ) -> Iterator[tuple[nn.Module, str, str, Layout | str]]:
     """Module, tensor, name and layout (or why not) of everything that might be held."""
     modules = dict(model.named_modules())
-    chosen = {path for path in modules if _picked(path, modules[path], include, exclude)}
-    for path, module in modules.items():
-        if path not in chosen or parametrize.is_parametrized(module):
-            continue
+    chosen = {path: m for path, m in modules.items() if _picked(path, m, include, exclude)}
+    for path, module in chosen.items():
         if isinstance(module, ECOConv2d) and "weight_mask" not in module._buffers:
             kernel = (module.kernel_size[0], module.kernel_size[1])
-            yield module, "weight", _join(path, "weight"), FrequencyLayout(module.topology, kernel)
+            layout = why_not_plain(module) or FrequencyLayout(module.topology, kernel)
+            yield module, "weight", _join(path, "weight"), layout
         elif isinstance(module, BlockModule):
-            spatial = prod(module.weight_shape[2:]) > 1
-            layout = _SPATIAL if spatial else CompactLayout(module.topology, tuple(module.blocks.shape))
-            yield module, "blocks", _join(path, "blocks"), layout
+            yield module, "blocks", _join(path, "blocks"), why_not_plain(module) or _compact_layout(module)
+        elif reason := why_not_plain(module, masked=True):
+            for hook in pruning_hooks(module):
+                yield module, hook._tensor_name, _join(path, hook._tensor_name), reason
     for weight in walk(model, Selection(skip_first=False, skip_last=False)):
         if weight.reason == ALREADY_PRUNED and weight.module in chosen:
             module = modules[weight.module]
-            if not parametrize.is_parametrized(module):
+            if not why_not_plain(module, masked=True):
                 yield module, f"{weight.tensor}_orig", weight.name, _masked_layout(module, weight)
 
 
 _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_eco puts it in place)"
+
+
+def _compact_layout(module: BlockModule) -> Layout | str:
+    spatial = prod(module.weight_shape[2:]) > 1
+    return _SPATIAL if spatial else CompactLayout(module.topology, tuple(module.blocks.shape))
 
 
 def _masked_layout(module: nn.Module, weight: PrunableWeight) -> Layout | str:
@@ -225,33 +228,21 @@ def _join(path: str, tensor: str) -> str:
     return f"{path}.{tensor}" if path else tensor
 
 
-def _prepare(name: str, weight: Tensor, layout: Layout, kind: OrthogonalMap) -> tuple[_Held, HeldRecord]:
-    """The parametrization of a weight, started at the nearest orthogonal values."""
-    blocks = layout.split(weight)
+def _prepare(name: str, weight: Tensor, layout: Layout, kind: OrthogonalMap) -> tuple[Held, HeldRecord]:
+    """The parametrization of a weight, not on it yet, and what it will do to it."""
+    blocks = [b.double() for b in layout.split(weight.to(precise(weight.dtype)))]
     mirrors = [mirror_of(b) for b in blocks]
     halves = [halve(b, m) for b, m in zip(blocks, mirrors)]
-    factors = [torch.linalg.svd(h.double(), full_matrices=False) for h in halves]
+    factors = [torch.linalg.svd(h, full_matrices=False) for h in halves]
     values = torch.cat([s.flatten() for _, s, _ in factors])
     gain = float(values.mean())
     if not gain > 0 or not bool(torch.isfinite(values).all()):
         raise ValueError("its blocks are zero or not finite")
     if abs(gain - round(gain, 4)) < 1e-6:
         gain = round(gain, 4)
-    nearest = [
-        h if bool((s - gain).abs().max() < 1e-5 * gain) else (gain * u @ v).to(h)
+    moved = [
+        0.0 if bool((s - gain).abs().max() < 1e-5 * gain) else float((gain * u @ v - h).abs().max())
         for h, (u, s, v) in zip(halves, factors)
     ]
-    moved = max(float((n - h).abs().max()) for n, h in zip(nearest, halves))
-    maps = [_orthogonal_map(n / gain, kind) for n in nearest]
-    return _Held(layout, maps, gain, mirrors), HeldRecord(name, sum(h.shape[0] for h in halves), gain, moved)
-
-
-def _orthogonal_map(blocks: Tensor, kind: OrthogonalMap) -> nn.Module:
-    """torch's orthogonal parametrization for a batch of matrices."""
-    holder = nn.Module()
-    holder.register_parameter("q", nn.Parameter(blocks.clone()))
-    with torch.random.fork_rng(devices=[]):
-        parametrizations.orthogonal(holder, "q", kind, use_trivialization=True)
-    chains = holder.parametrizations
-    assert isinstance(chains, nn.ModuleDict)
-    return next(iter(chains["q"].children()))
+    held = Held(layout, weight, kind, gain, mirrors)
+    return held, HeldRecord(name, sum(h.shape[0] for h in halves), gain, max(moved))

@@ -188,7 +188,7 @@ def test_remove_is_atomic():
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
     sao_prune.apply(model, groups=4, seed=0)
     del model[2]._buffers["weight_mask"]
-    with pytest.raises(ValueError, match=r"2\.weight has lost its weight or mask; nothing was removed"):
+    with pytest.raises(ValueError, match=r"2\.weight: it has lost its weight or mask; nothing was removed"):
         sao_prune.remove(model)
     assert torch_prune.is_pruned(model[1])
 

@@ -70,10 +70,21 @@ class Layout:
         """Values in the packed matrices, zeros included."""
         return self.groups * self.rows * self.cols
 
-    @property
+    @cached_property
+    def own(self) -> torch.Size:
+        """Shape of the ``blocks`` parameter without a kernel."""
+        buckets = self.topology.buckets
+        return torch.Size(buckets[0].shape if len(buckets) == 1 else (self.topology.nnz, 1))
+
+    @cached_property
     def channels(self) -> int:
         """Channels of the result."""
         return len(self.outputs.index)
+
+    @cached_property
+    def sources(self) -> int:
+        """Channels of the input."""
+        return len(self.inputs.inverse)
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -107,14 +118,13 @@ class Layout:
         Raises:
             RuntimeError: if the parameter is not of this topology.
         """
-        shape, buckets = (self.groups, self.rows, self.cols), self.topology.buckets
-        own = tuple(buckets[0].shape) if len(buckets) == 1 else (self.topology.nnz, 1)
-        if tuple(blocks.shape[: len(own)]) != own:
+        own = self.own
+        if blocks.shape[: len(own)] != own:
             given = tuple(blocks.shape)
             raise RuntimeError(f"blocks of {self.topology} have shape {own} and the kernel's, got {given}")
-        kernel = blocks.shape[len(own) :]
+        kernel, shape = blocks.shape[len(own) :], (self.groups, self.rows, self.cols)
         if self.slots is None:
-            return blocks.reshape(*shape, *kernel)
+            return blocks if self.merge == 1 and len(own) == 3 else blocks.reshape(*shape, *kernel)
         values = blocks.reshape(-1, *kernel)
         return values.new_zeros(self.size, *kernel).index_copy(0, self.slots, values).view(*shape, *kernel)
 
@@ -130,11 +140,11 @@ class Layout:
         Raises:
             RuntimeError: telling what was given and what is expected.
         """
-        channels, inputs = self.channels, len(self.inputs.inverse)
-        if x.shape[dim] != inputs:
-            raise RuntimeError(f"expected an input of {inputs} channels in dimension {dim}, got {tuple(x.shape)}")
+        if x.dim() < 1 or x.shape[dim] != self.sources:
+            given = tuple(x.shape)
+            raise RuntimeError(f"expected an input of {self.sources} channels in dimension {dim}, got {given}")
         self.check_bias(bias)
-        if grad is not None and (grad.dim() != x.dim() or grad.shape[dim] != channels or len(grad) != len(x)):
+        if grad is not None and (grad.dim() != x.dim() or grad.shape[dim] != self.channels or len(grad) != len(x)):
             raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} is not that of the result")
 
     def check_bias(self, bias: Tensor | None) -> None:

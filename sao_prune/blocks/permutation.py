@@ -109,6 +109,11 @@ class Permutation:
         return self.kind is Kind.STRIDED and self.dims[2] == 1
 
 
+def dense(t: Tensor) -> Tensor:
+    """`Tensor.contiguous`, without a new wrapper where there is nothing to do."""
+    return t if t.is_contiguous() else t.contiguous()
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``(batch, channels, *space)`` has its channels innermost in memory."""
     return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()

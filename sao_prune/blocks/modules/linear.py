@@ -78,7 +78,7 @@ class BlockLinear(BlockModule):
         y: Tensor
         if then is not None:
             second = then.blocks, then.bias, *sets, then.row_set, then.col_set
-            y = operators.block_mlp(*own, *second, activation, self.execution.backend)
+            y = operators.block_mlp(*own, *second, activation, self.execution.backend)[0]
         elif norm is not None:
             y = normed(norm, own, sets, activation, self.execution.backend, ((), (), (), 1))
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ...permutation import is_column_major
+from ...permutation import dense, is_column_major
 from .build import library
 from .memory import empty, empty_like
 
@@ -81,8 +81,10 @@ def ready(*tensors: Tensor | None) -> bool:
 
 
 def _is_backed(t: Tensor) -> bool:
-    last = t.storage_offset() + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
-    return t.untyped_storage().nbytes() >= 4 * (last + 1)
+    span = t.numel()
+    if not t.is_contiguous():
+        span = 1 + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
+    return t.untyped_storage().nbytes() >= 4 * (t.storage_offset() + span)
 
 
 class Call(ABC):
@@ -170,7 +172,7 @@ class Rows(Call):
         (batch, n), m, threads = x.shape, grad.shape[1], torch.get_num_threads()
         columns = is_column_major(x)
         if not is_column_major(grad):
-            grad = grad.contiguous()
+            grad = dense(grad)
         dx = empty((batch, n), _COLUMNS if columns else None) if needs[0] else None
         dw, db = self._weights(weight, needs)
         length = panel_lines(batch, 1, n + m, _BACKWARD, threads)
@@ -213,7 +215,7 @@ class Planes(Call):
         tables, threads = self.layout.tables, torch.get_num_threads()
         dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
-        tensors = grad.contiguous(), x, weight, dx, dw, db
+        tensors = dense(grad), x, weight, dx, dw, db
         call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(derivative))
         return dx, dw, db
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...functional import Geometry
 from ...layout import Layout
-from ...permutation import is_channels_last, is_column_major
+from ...permutation import dense, is_channels_last, is_column_major
 from ..torch import Gradients, is_transposed
 from .launch import Call, Derivative, Forward, Pixels, Planes, Rows
 
@@ -46,7 +46,7 @@ def linear_backward(
     operand, call = _linear_call(x, layout)
     outer = _flat(grad, x)
     kept = None if values is None else _flat(values, x)
-    dx, dw, db = call.backward(outer, operand, weight.contiguous(), needs, derivative_of(activation, kept))
+    dx, dw, db = call.backward(outer, operand, dense(weight), needs, derivative_of(activation, kept))
     return None if dx is None else _shaped(dx, x, x.shape[-1]), dw, db
 
 
@@ -60,9 +60,9 @@ def _linear_call(x: Tensor, layout: Layout) -> tuple[Tensor, Call]:
 def _flat(t: Tensor, x: Tensor) -> Tensor:
     """A tensor like the input or the result of a linear layer as the kernels take it, by how the input lies."""
     if is_transposed(x):
-        return t.mT.contiguous().flatten(0, -3)
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if is_column_major(flat) else flat.contiguous()
+        return dense(t.mT).flatten(0, -3)
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return flat if flat.is_contiguous() or is_column_major(flat) else flat.contiguous()
 
 
 def _shaped(flat: Tensor, x: Tensor, features: int) -> Tensor:
@@ -107,7 +107,7 @@ def conv_backward(
     """As `backends.torch.conv_backward`."""
     operand, flat, call = conv_call(x, weight, layout, geometry)
     outer, kept = as_operand(grad, x, call), None if values is None else as_operand(values, x, call)
-    dx, dw, db = call.backward(outer, operand, flat.contiguous(), needs, derivative_of(activation, kept))
+    dx, dw, db = call.backward(outer, operand, dense(flat), needs, derivative_of(activation, kept))
     return None if dx is None else as_image(dx, x), None if dw is None else dw.view(weight.shape), db
 
 
@@ -118,7 +118,7 @@ def conv_call(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> 
         operand, call = _linear_call(x, layout)
         return operand, weight, call
     if x.dim() != 4 or not is_channels_last(x):
-        return x.contiguous(), weight, Planes(layout, kernel, geometry.dilation)
+        return dense(x), weight, Planes(layout, kernel, geometry.dilation)
     x = x.contiguous(memory_format=torch.channels_last)
     if any(k > 1 for k in kernel):
         return x, weight, Pixels(layout, kernel, geometry.dilation)
@@ -130,10 +130,10 @@ def as_operand(t: Tensor, x: Tensor, call: Call) -> Tensor:
     if x.dim() == 2:
         return _flat(t, x)
     if isinstance(call, Rows):
-        return t.movedim(1, -1).contiguous().flatten(0, -2)
+        return dense(t.movedim(1, -1)).flatten(0, -2)
     if isinstance(call, Pixels):
         return t.contiguous(memory_format=torch.channels_last)
-    return t.contiguous()
+    return dense(t)
 
 
 def as_image(t: Tensor, x: Tensor) -> Tensor:
@@ -144,4 +144,4 @@ def as_image(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _contiguous(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.contiguous(), None if bias is None else bias.contiguous()
+    return dense(weight), None if bias is None else dense(bias)

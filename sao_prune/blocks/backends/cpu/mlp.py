@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
+from ...permutation import dense
 from ..torch import is_transposed
 from .launch import ACTS, call, panel_lines
 from .memory import empty, empty_like
@@ -30,7 +31,7 @@ def mlp_forward(
     """``(..., n)`` to ``(..., m)``; the weights are packed."""
     flat = _flat(x, x)
     y = empty((len(flat), layout2.channels, *flat.shape[2:]))
-    tensors = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2)]
+    tensors = [None if t is None else dense(t) for t in (w1, b1, w2, b2)]
     call("mlp_forward", flat, *tensors, y, *_arguments(flat, w1, layout1, w2, layout2, activation))
     return _shaped(y, x)
 
@@ -48,8 +49,8 @@ def mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``x, w1, b1, w2, b2``, as far as they are needed; what is between is computed again, to the bit."""
     flat, outer = _flat(x, x), _flat(grad, x)
-    w1, w2 = w1.contiguous(), w2.contiguous()
-    b1 = None if b1 is None else b1.contiguous()
+    w1, w2 = dense(w1), dense(w2)
+    b1 = None if b1 is None else dense(b1)
     found = (
         empty_like(flat) if needs[0] else None,
         torch.empty_like(w1) if needs[1] else None,
@@ -76,8 +77,8 @@ def _arguments(
 def _flat(t: Tensor, x: Tensor) -> Tensor:
     """Rows of shape ``(N, channels)`` or, where tokens lie transposed, planes ``(batch, channels, length)``."""
     if is_transposed(x):
-        return t.mT.contiguous().flatten(0, -3)
-    return t.reshape(-1, t.shape[-1]).contiguous()
+        return dense(t.mT).flatten(0, -3)
+    return dense(t.reshape(-1, t.shape[-1]))
 
 
 def _shaped(flat: Tensor, x: Tensor) -> Tensor:

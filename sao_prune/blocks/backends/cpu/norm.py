@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...functional import Geometry
 from ...layout import Layout
-from ...permutation import is_column_major
+from ...permutation import dense, is_column_major
 from .launch import ACTS, Derivative, Forward, call
 from .linear import as_image, as_operand, conv_call
 from .memory import empty_like
@@ -40,8 +40,8 @@ def conv_norm_forward(
 ) -> Normed:
     """The result, what is normed, and the mean and biased variance it is normed by."""
     operand, flat, kernel = conv_call(x, weight, layout, geometry)
-    bias = None if bias is None else bias.contiguous()
-    z, _, moments = kernel.forward(operand, flat.contiguous(), bias, Forward(moments=mean is None))
+    bias = None if bias is None else dense(bias)
+    z, _, moments = kernel.forward(operand, dense(flat), bias, Forward(moments=mean is None))
     if moments is not None:
         mean, variance = moments
     assert mean is not None
@@ -85,7 +85,7 @@ def conv_norm_backward(
         inner = -scale * inverse * inverse * moment / values
         constant = -scale * through / values
     derivative = Derivative(activation, z, torch.stack([scale, shift, scale, inner, constant, mean]))
-    dx, dw, db = kernel.backward(grad, operand, flat.contiguous(), needs[:3], derivative)
+    dx, dw, db = kernel.backward(grad, operand, dense(flat), needs[:3], derivative)
     dx = None if dx is None else as_image(dx, x)
     dw = None if dw is None else dw.view(weight.shape)
     return dx, dw, db, moment * inverse if needs[3] else None, through if needs[4] else None

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import StringIO
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from .algorithms import Draw
 from .allocation import Allocation
 from .discovery import ALREADY_PRUNED, PrunableWeight
 from .topology import BlockTopology
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _FEW = 0.05
 
@@ -140,6 +140,9 @@ class Report:
 
     def table(self) -> Table:
         """The report as a rich table."""
+        from rich import box
+        from rich.table import Table
+
         table = Table(
             title=self.title or None,
             caption=self.summary(),
@@ -175,6 +178,8 @@ class Report:
         )
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=StringIO(), width=120, color_system=None)
         with console.capture() as capture:
             console.print(self.table())

@@ -124,18 +124,16 @@ class Layout:
             return packed.reshape(shape)
         return packed.flatten(0, 2).index_select(0, self.slots).view(shape)
 
-    def check(self, x: Tensor, dim: int, bias: Tensor | None, grad: Tensor | None = None) -> None:
+    def check(self, x: Tensor, dim: int, bias: Tensor | None) -> None:
         """Refuse operands whose channels are not the topology's.
 
         Raises:
             RuntimeError: telling what was given and what is expected.
         """
-        channels, inputs = self.channels, len(self.inputs.inverse)
-        if x.shape[dim] != inputs:
+        inputs = len(self.inputs.inverse)
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != inputs:
             raise RuntimeError(f"expected an input of {inputs} channels in dimension {dim}, got {tuple(x.shape)}")
         self.check_bias(bias)
-        if grad is not None and (grad.dim() != x.dim() or grad.shape[dim] != channels or len(grad) != len(x)):
-            raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} is not that of the result")
 
     def check_bias(self, bias: Tensor | None) -> None:
         """Refuse a bias of another size."""

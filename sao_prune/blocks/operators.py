@@ -216,15 +216,7 @@ def _norm_backward(
             grad, x, weight, gain, offset, z, mean, variance, layout, where, eps, activation, training, mask
         )
         return dx, None if dw is None else layout.unpack(dw, blocks.shape), *rest
-    sources = [t.detach().requires_grad_() for t in (z, gain, offset) if t is not None]
-    with torch.enable_grad():
-        own = iter(sources)
-        normed, *affine = (None if t is None else next(own) for t in (z, gain, offset))
-        averages = (None, None) if training else (mean, variance)
-        y = torch.nn.functional.batch_norm(normed, *averages, *affine, training, 0.0, eps)  # type: ignore
-        found = iter(torch.autograd.grad(functional.ACTIVATIONS[activation](y), sources, grad))
-    dz, dgain, doffset = (None if t is None else next(found) for t in (z, gain, offset))
-    assert dz is not None
+    dz, dgain, doffset = plain.norm_backward(grad, z, gain, offset, mean, variance, training, eps, activation)
     dx, dw, db = plain.conv_backward(dz, x, weight, layout, where, mask[:3], "", None)
     gradients = dx, None if dw is None else layout.unpack(dw, blocks.shape), db, dgain, doffset
     return [g if need else None for g, need in zip(gradients, mask)]

@@ -161,7 +161,7 @@ def derivative(activation: str, z: Tensor) -> Tensor:
         1.0
     """
     if activation == "relu":
-        return (z > 0).to(z.dtype)
+        return (z <= 0).logical_not().to(z.dtype)
     if activation == "gelu":
         density = torch.exp(z * z * -0.5) * 0.3989422804014327
         return torch.erf(z * 0.7071067811865476) * 0.5 + 0.5 + z * density
@@ -184,7 +184,7 @@ def through(grad: Tensor, values: Tensor | None, activation: str) -> Tensor:
     if not activation or values is None:
         return grad
     if activation == "relu":
-        return torch.where(values > 0, grad, 0)
+        return torch.ops.aten.threshold_backward(grad, values, 0)  # type: ignore[no-any-return]
     if activation == "tanh":
         return grad * (1 - values * values)
     return grad * values

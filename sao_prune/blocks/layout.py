@@ -134,18 +134,16 @@ class Layout:
             return packed.reshape(shape)
         return packed.flatten(0, 2).index_select(0, self.slots).view(shape)
 
-    def check(self, x: Tensor, dim: int, bias: Tensor | None, grad: Tensor | None = None) -> None:
+    def check(self, x: Tensor, dim: int, bias: Tensor | None) -> None:
         """Refuse operands whose channels are not the topology's.
 
         Raises:
             RuntimeError: telling what was given and what is expected.
         """
-        if x.dim() < 1 or x.shape[dim] != self.sources:
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.sources:
             given = tuple(x.shape)
             raise RuntimeError(f"expected an input of {self.sources} channels in dimension {dim}, got {given}")
         self.check_bias(bias)
-        if grad is not None and (grad.dim() != x.dim() or grad.shape[dim] != self.channels or len(grad) != len(x)):
-            raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} is not that of the result")
 
     def check_bias(self, bias: Tensor | None) -> None:
         """Refuse a bias of another size."""

@@ -32,23 +32,49 @@ def _saves_result(activation: str, *_: Any) -> bool:
     return activation in ("relu", "tanh")
 
 
+def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry | None = None) -> Tensor:
+    """The blocks as matrices, once it is sure that the operands are those of one layer."""
+    weight = layout.pack(blocks)
+    space = weight.dim() - 3
+    dims = {space} if where is None else {len(where.stride), len(where.padding), len(where.dilation), x.dim() - 2}
+    if dims != {0 if where is None else space}:
+        given = f"an input of shape {tuple(x.shape)}, blocks of shape {tuple(blocks.shape)}"
+        raise RuntimeError(
+            f"expected as many dimensions of space everywhere, got {given}" + (f", {where}" if where else "")
+        )
+    layout.check(x, -1 if where is None else 1, bias)
+    return weight
+
+
+def _check_results(
+    x: Tensor, channels: int, where: Geometry | None, kernel: Sequence[int], *like: Tensor | None
+) -> None:
+    """Refuse gradients, and tensors kept for the backward pass, that are not like the result."""
+    if where is None:
+        shape = *x.shape[:-1], channels
+    else:
+        shape = x.shape[0], channels, *where.output(x.shape[2:], kernel)
+    for t in like:
+        if t is not None and t.shape != shape:
+            raise RuntimeError(f"expected a gradient of the result's shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
 # ---- block_linear(x, blocks, bias, row_set, col_set, activation, backend) -----------------------------------------
 
 
 def _linear(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend) = inputs, attributes
     layout = layout_of(*sets)
-    layout.check(x, -1, bias)
-    weight = layout.pack(blocks)
+    weight = _packed(layout, x, blocks, bias)
     room = cpu if _native(backend, x, weight, bias) else plain
     return room.linear_forward(x, weight, bias, layout, activation, keep)
 
 
 def _linear_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
     (x, blocks, _), (activation, backend) = inputs, attributes
-    layout = layout_of(*sets)
-    layout.check(x, -1, None, grad)
-    weight, values = layout.pack(blocks), kept[0] if kept[0] is not None else kept[1]
+    layout, values = layout_of(*sets), kept[0] if kept[0] is not None else kept[1]
+    weight = _packed(layout, x, blocks, None)
+    _check_results(x, layout.channels, None, (), grad, values)
     room = cpu if _native(backend, grad, x, weight, values) else plain
     dx, dw, db = room.linear_backward(grad, x, weight, layout, mask, activation, values)
     return dx, None if dw is None else layout.unpack(dw, blocks.shape), db
@@ -91,8 +117,7 @@ def _suited(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others
 def _conv(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend, *geometry, merge) = inputs, attributes
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
-    layout.check(x, 1, bias)
-    weight = layout.pack(blocks)
+    weight = _packed(layout, x, blocks, bias, where)
     room = cpu if _suited(backend, x, weight, where, bias) else plain
     return room.conv_forward(x, weight, bias, layout, where, activation, keep)
 
@@ -100,8 +125,8 @@ def _conv(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
 def _conv_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
     (x, blocks, _), (activation, backend, *geometry, merge) = inputs, attributes
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
-    layout.check(x, 1, None, grad)
-    weight, values = layout.pack(blocks), kept[0] if kept[0] is not None else kept[1]
+    weight, values = _packed(layout, x, blocks, None, where), kept[0] if kept[0] is not None else kept[1]
+    _check_results(x, layout.channels, where, weight.shape[3:], grad, values)
     room = cpu if _suited(backend, x, weight, where, grad, values) else plain
     dx, dw, db = room.conv_backward(grad, x, weight, layout, where, mask, activation, values)
     return dx, None if dw is None else layout.unpack(dw, blocks.shape), db
@@ -151,8 +176,9 @@ def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias, gain, offset), (*sets, mean, variance) = inputs, constants
     activation, backend, eps, *geometry, merge = attributes
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
-    layout.check(x, 1, bias)
-    weight = layout.pack(blocks)
+    weight = _packed(layout, x, blocks, bias, where)
+    for numbers in (gain, offset, mean, variance):
+        layout.check_bias(numbers)
     native = _suited(backend, x, weight, where, bias, gain, offset, mean, variance)
     if mean is not None and not keep:
         # The norm is one more factor of the weight.
@@ -181,22 +207,16 @@ def _norm_backward(
     (x, blocks, bias, gain, offset), sets, (_, z, mean, variance) = inputs, constants[:2], kept
     activation, backend, eps, *geometry, merge = attributes
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
-    layout.check(x, 1, None, grad)
-    weight, training = layout.pack(blocks), constants[2] is None
+    weight, training = _packed(layout, x, blocks, bias, where), constants[2] is None
+    _check_results(x, layout.channels, where, weight.shape[3:], grad, z)
+    for numbers in (gain, offset, mean, variance):
+        layout.check_bias(numbers)
     if _suited(backend, x, weight, where, grad, bias, gain, offset, z, mean, variance):
         dx, dw, *rest = cpu.conv_norm_backward(
             grad, x, weight, gain, offset, z, mean, variance, layout, where, eps, activation, training, mask
         )
         return dx, None if dw is None else layout.unpack(dw, blocks.shape), *rest
-    sources = [t.detach().requires_grad_() for t in (z, gain, offset) if t is not None]
-    with torch.enable_grad():
-        own = iter(sources)
-        normed, *affine = (None if t is None else next(own) for t in (z, gain, offset))
-        averages = (None, None) if training else (mean, variance)
-        y = torch.nn.functional.batch_norm(normed, *averages, *affine, training, 0.0, eps)  # type: ignore
-        found = iter(torch.autograd.grad(functional.ACTIVATIONS[activation](y), sources, grad))
-    dz, dgain, doffset = (None if t is None else next(found) for t in (z, gain, offset))
-    assert dz is not None
+    dz, dgain, doffset = plain.norm_backward(grad, z, gain, offset, mean, variance, training, eps, activation)
     dx, dw, db = plain.conv_backward(dz, x, weight, layout, where, mask[:3], "", None)
     gradients = dx, None if dw is None else layout.unpack(dw, blocks.shape), db, dgain, doffset
     return [g if need else None for g, need in zip(gradients, mask)]
@@ -237,19 +257,22 @@ block_conv_norm = define(
 # ---- block_mlp(x, blocks1, bias1, blocks2, bias2, row_set1, col_set1, row_set2, col_set2, activation, backend) -------
 
 
-def _layouts(x: Tensor, bias1: Tensor | None, bias2: Tensor | None, sets: Any) -> tuple[Layout, Layout]:
+def _two(inputs: Any, sets: Any) -> tuple[Layout, Tensor, Layout, Tensor]:
+    """Layouts and matrices of both layers."""
+    x, blocks1, bias1, blocks2, bias2 = inputs
     layout1, layout2 = layout_of(*sets[:2]), layout_of(*sets[2:])
-    layout1.check(x, -1, bias1)
     if layout1.channels != len(layout2.inputs.inverse):
         raise RuntimeError(f"{layout2.topology} does not take the {layout1.channels} results of {layout1.topology}")
     layout2.check_bias(bias2)
-    return layout1, layout2
+    w2 = layout2.pack(blocks2)
+    if w2.dim() != 3:
+        raise RuntimeError(f"expected blocks of a linear layer, got shape {tuple(blocks2.shape)}")
+    return layout1, _packed(layout1, x, blocks1, bias1), layout2, w2
 
 
 def _mlp(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
-    (x, blocks1, bias1, blocks2, bias2), (activation, backend) = inputs, attributes
-    layout1, layout2 = _layouts(x, bias1, bias2, sets)
-    w1, w2 = layout1.pack(blocks1), layout2.pack(blocks2)
+    (x, _, bias1, _, bias2), (activation, backend) = inputs, attributes
+    layout1, w1, layout2, w2 = _two(inputs, sets)
     if _native(backend, x, w1, bias1, w2, bias2):
         return (cpu.mlp_forward(x, w1, bias1, layout1, w2, bias2, layout2, activation),)
     hidden, _ = plain.linear_forward(x, w1, bias1, layout1, activation, False)
@@ -258,8 +281,8 @@ def _mlp(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
 
 def _mlp_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
     (x, blocks1, bias1, blocks2, bias2), (activation, backend) = inputs, attributes
-    layout1, layout2 = _layouts(x, bias1, bias2, sets)
-    w1, w2 = layout1.pack(blocks1), layout2.pack(blocks2)
+    layout1, w1, layout2, w2 = _two(inputs, sets)
+    _check_results(x, layout2.channels, None, (), grad)
     if _native(backend, grad, x, w1, bias1, w2, bias2):
         dx, dw1, db1, dw2, db2 = cpu.mlp_backward(grad, x, w1, bias1, layout1, w2, layout2, activation, mask)
     else:

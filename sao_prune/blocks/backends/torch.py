@@ -149,6 +149,32 @@ def conv_backward(
     return dx, dw.view(weight.shape) if needs[1] else None, db
 
 
+def norm_backward(
+    grad: Tensor,
+    z: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> Gradients:
+    """Gradients of what a batch norm and an activation were given, of gain and of offset.
+
+    By formulas: under a dispatch mode there is no autograd within an operator.
+    """
+    if activation:
+        y = torch.nn.functional.batch_norm(z, mean, variance, gain, offset, False, 0.0, eps)
+        grad = grad * derivative(activation, y)
+    inverse = (variance + eps).rsqrt()
+    averages = (None, None) if training else (mean, variance)
+    dz, dgain, doffset = torch.ops.aten.native_batch_norm_backward(
+        grad, z, gain, *averages, mean, inverse, training, eps, [True, True, True]
+    )
+    return dz, dgain, doffset
+
+
 def _activated(y: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor | None]:
     if not activation:
         return y, None

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from time import perf_counter
 
 import torch
+from sao_prune.blocks.tune import default_execution
 from torch import Tensor, nn
 
 from sao_prune.blocks import BlockConv2d, BlockLinear, Execution
-from sao_prune.blocks.tune import default_execution
 from sao_prune.topology import interleaved
 
 GROUPS = 32

@@ -10,9 +10,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from timing import race
-
 from sao_prune.blocks.order import Order
+from timing import race
 
 GROUPS = 32
 SIZES = {"vit_small rows": (1576, 384), "vit_small hidden": (1576, 1536), "mixer_b16 rows": (784, 768)}

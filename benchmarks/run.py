@@ -23,9 +23,9 @@ import memory
 import models
 import stacks
 import torch
+from sao_prune.blocks.native import library
 from timing import Row
 
-from sao_prune.blocks.native import library
 from sao_prune.lab.work import processor_name
 
 _TIMED = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import functional
-from .backends import cpu
+from .backends import cpu, cuda
 from .backends import torch as plain
 from .dispatch import Definition, define
 from .functional import Geometry, keeps_derivative
@@ -26,6 +26,19 @@ _SETS = ("Tensor row_set", "Tensor col_set")
 
 def _native(backend: str, *tensors: Tensor | None) -> bool:
     return backend == "cpu" and cpu.ready(*tensors)
+
+
+def _linear_room(backend: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> Any:
+    """The backend that serves these operands."""
+    if _native(backend, x, weight, *others):
+        return cpu
+    return cuda if (x.is_cuda or backend == "triton") and cuda.suits_linear(x, weight, *others) else plain
+
+
+def _conv_room(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Any:
+    if _suited(backend, x, weight, geometry, *others):
+        return cpu
+    return cuda if (x.is_cuda or backend == "triton") and cuda.suits_conv(x, weight, *others) else plain
 
 
 def _saves_result(activation: str, *_: Any) -> bool:
@@ -66,7 +79,7 @@ def _linear(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend) = inputs, attributes
     layout = layout_of(*sets)
     weight = _packed(layout, x, blocks, bias)
-    room = cpu if _native(backend, x, weight, bias) else plain
+    room = _linear_room(backend, x, weight, bias)
     return room.linear_forward(x, weight, bias, layout, activation, keep)
 
 
@@ -75,7 +88,7 @@ def _linear_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes
     layout, values = layout_of(*sets), kept[0] if kept[0] is not None else kept[1]
     weight = _packed(layout, x, blocks, None)
     _check_results(x, layout.channels, None, (), grad, values)
-    room = cpu if _native(backend, grad, x, weight, values) else plain
+    room = _linear_room(backend, x, weight, grad, values)
     dx, dw, db = room.linear_backward(grad, x, weight, layout, mask, activation, values)
     return dx, None if dw is None else layout.unpack(dw, blocks.shape), db
 
@@ -118,7 +131,7 @@ def _conv(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend, *geometry, merge) = inputs, attributes
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
     weight = _packed(layout, x, blocks, bias, where)
-    room = cpu if _suited(backend, x, weight, where, bias) else plain
+    room = _conv_room(backend, x, weight, where, bias)
     return room.conv_forward(x, weight, bias, layout, where, activation, keep)
 
 
@@ -127,18 +140,18 @@ def _conv_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: 
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
     weight, values = _packed(layout, x, blocks, None, where), kept[0] if kept[0] is not None else kept[1]
     _check_results(x, layout.channels, where, weight.shape[3:], grad, values)
-    room = cpu if _suited(backend, x, weight, where, grad, values) else plain
+    room = _conv_room(backend, x, weight, where, grad, values)
     dx, dw, db = room.conv_backward(grad, x, weight, layout, where, mask, activation, values)
     return dx, None if dw is None else layout.unpack(dw, blocks.shape), db
 
 
 def _conv_fake(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     x, blocks, _ = inputs
-    y = _conv_room(x, blocks, sets, Geometry.of(*attributes[2:5]))
+    y = _conv_result(x, blocks, sets, Geometry.of(*attributes[2:5]))
     return y, torch.empty_like(y) if keep and keeps_derivative(attributes[0]) else None
 
 
-def _conv_room(x: Tensor, blocks: Tensor, sets: Any, geometry: Geometry) -> Tensor:
+def _conv_result(x: Tensor, blocks: Tensor, sets: Any, geometry: Geometry) -> Tensor:
     kernel = tuple(blocks.shape[blocks.dim() - (x.dim() - 2) :])
     return plain.empty_conv(x, sets[0].shape[0], kernel, geometry)
 
@@ -224,7 +237,7 @@ def _norm_backward(
 
 def _norm_fake(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     x, blocks = inputs[:2]
-    y = _conv_room(x, blocks, constants, Geometry.of(*attributes[3:6]))
+    y = _conv_result(x, blocks, constants, Geometry.of(*attributes[3:6]))
     channels = constants[0].shape[0]
     averages = [x.new_empty(channels) if keep or constants[2] is None else None for _ in range(2)]
     return y, torch.empty_like(y) if keep else None, *averages

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sao_prune.blocks.native import build, launch, ready
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sao_prune
 from sao_prune.blocks import BlockConv1d, BlockConv2d, BlockLinear, BlockModule, Execution, convert, tune
-from sao_prune.blocks.native import build, launch, ready
 from sao_prune.topology import BlockTopology, interleaved, ramanujan
 
 from .cases import assert_same, randomise, topologies

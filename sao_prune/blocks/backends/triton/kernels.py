@@ -242,9 +242,7 @@ def product(
             if IN == "index":
                 real = real & (channel >= 0)
             if CONV:
-                h, w, exists = _source(
-                    row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, TRANSPOSED
-                )
+                h, w, exists = _source(row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, TRANSPOSED)
                 exists = exists & there
                 place = base + h * x_row + w * x_column
                 saved_place = ((image * x_height + h).to(tl.int64) * x_width + w) * s_channels

@@ -57,6 +57,17 @@ def read_states(path: Path) -> list[dict[str, Tensor]]:
     return states
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a safetensors file; none for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:
+        return {}
+
+
 def check_plain(state: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors that are no memory of their own.
 

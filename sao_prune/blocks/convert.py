@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from ..plain import why_not_plain
 from ..prune import RefreshAll, RefreshChildren, pruning_hooks, unwatch, watch
+from ..replaced import warn_replaced
 from .autotune import Candidate, Tune, default_plan, with_steps
 from .backends import cpu
 from .calls import Calls, record_calls, to_contiguous
@@ -78,6 +79,8 @@ def compact(
     candidates, records = _candidates(model, found, calls)
     if not candidates:
         raise ValueError(_nothing(model, records))
+    replaced: list[Any] = [dense_weight(c.module) for c in candidates]
+    warn_replaced(replaced, "compact")
     detach(model)
     try:
         follow: dict[int, Chain] = {}
@@ -309,6 +312,7 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
         raise ValueError("nothing to expand: no layer of the model is compact")
     for name, module in targets:
         _check_plain(name, module)
+    warn_replaced([p for _, module in targets for p in module._parameters.values()], "expand")
     detach(model)
     records = []
     for name, module in targets:
@@ -331,9 +335,8 @@ def _check_plain(name: str, module: nn.Module) -> None:
     Raises:
         ValueError: telling what to do first.
     """
-    if parametrize.is_parametrized(module):
-        raise ValueError(f"{name}: its parameters are parametrized: call sao_prune.release(model) first")
-    if any(True for _ in pruning_hooks(module)):
-        raise ValueError(f"{name}: it has been pruned since it was made compact: call sao_prune.remove(model) first")
+    reason = why_not_plain(module)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}; nothing was expanded")
     if "blocks" not in module._parameters:
         raise ValueError(f"{name}: its blocks are no parameter of its own: undo what replaced them first")

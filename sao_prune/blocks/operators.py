@@ -230,6 +230,7 @@ def _norm_backward(
         )
         return dx, None if dw is None else layout.unpack(dw, blocks.shape), *rest
     dz, dgain, doffset = plain.norm_backward(grad, z, gain, offset, mean, variance, training, eps, activation)
+    assert dz is not None
     dx, dw, db = plain.conv_backward(dz, x, weight, layout, where, mask[:3], "", None)
     gradients = dx, None if dw is None else layout.unpack(dw, blocks.shape), db, dgain, doffset
     return [g if need else None for g, need in zip(gradients, mask)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .backends import cpu
@@ -153,10 +155,6 @@ def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], ta
 
 def machine() -> str:
     """What the timings of a plan depend on besides the model: processor, threads and versions."""
-    import platform
-
-    import torch
-
     kernels = "native" if cpu.library() is not None else "no kernels"
     parts = (platform.machine(), cpu.processor(), f"{torch.get_num_threads()} threads", torch.__version__, kernels)
     return ", ".join(parts)

@@ -42,6 +42,9 @@ def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, wher
         raise RuntimeError(
             f"expected as many dimensions of space everywhere, got {given}" + (f", {where}" if where else "")
         )
+    types = [t.dtype for t in (x, blocks, bias) if t is not None]
+    if len(set(types)) > 1:
+        raise RuntimeError(f"expected operands of one type, got {', '.join(map(str, types))}")
     layout.check(x, -1 if where is None else 1, bias)
     return weight
 

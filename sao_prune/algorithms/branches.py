@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -20,12 +21,12 @@ from ..weights.residual import (
     closing_topology,
     deal,
     mirrored_matrix,
-    plain_branch,
+    padded_block,
     projection_block,
     relay,
-    rotation_less_identity,
     values_on,
 )
+from ..weights.rotation import plain_branch, rotation_less_identity
 from .base import TopologyDrawer
 from .draw import Draw
 from .halves import half_budget
@@ -94,6 +95,10 @@ class BranchPlanner:
         if [cols for _, cols in shapes] != sides[:-1]:
             raise Unfit("its layers do not read one another's channels")
         if block.shortcut == "identity":
+            grown = [b > a for a, b in pairwise(sides[:-1])]
+            shrunk = [b < a for a, b in pairwise(sides[:-1])]
+            if any(any(grown[:index]) for index, shrinks in enumerate(shrunk) if shrinks):
+                raise Unfit("its hidden widths grow and shrink again")
             return self._identity(block)
         return self._resized(block)
 
@@ -122,14 +127,10 @@ class BranchPlanner:
 
     def _resized(self, block: ResidualBlock) -> BranchPlan:
         relays = [self._relay(layer, exact=False, beside=block.projection) for layer in block.layers[:-1]]
+        if block.shortcut == "fixed":
+            return self._padded(block, relays)
         closing = self._half(block.layers[-1].weight)
         topologies = self._wholes(block, relays, closing)
-        if block.shortcut == "fixed":
-
-            def silent(_: torch.Generator) -> list[Tensor]:
-                return [*(step.matrix() for step in relays), torch.zeros(2 * closing.shape[0], 2 * closing.shape[1])]
-
-            return BranchPlan(block, topologies, "its shortcut changes the size: the branch starts silent", silent)
         assert block.projection is not None
         beside = self._beside(block.projection, closing)
         fresh, twice = _carried(relays, closing.shape[1])
@@ -146,6 +147,42 @@ class BranchPlanner:
             return [*(step.matrix() for step in relays), *pair]
 
         return BranchPlan(block, topologies, near if beside is not None else f"{near} that starts at zero", values)
+
+    def _padded(self, block: ResidualBlock, relays: Sequence[Relay]) -> BranchPlan:
+        """Beside a shortcut that strides and pads: cleared and written anew where the widths double, else silent."""
+        rows, hidden, groups, nnz = half_budget(self._allocations[block.layers[-1].weight], Mirror.INNER)
+        fresh, twice = _carried(relays, hidden)
+        count = rows // 2
+        units = (twice >= 0).nonzero().flatten()
+        outputs = (torch.arange(2 * count) + (block.padding or 0)) % rows
+        feasible = (
+            block.padding is not None
+            and hidden == rows == 2 * len(units)
+            and len(outputs.unique()) == rows
+            and nnz is None
+        )
+        if not feasible or groups > count:
+            closing = self._half(block.layers[-1].weight)
+            why = "its shortcut changes the size" + (f", for more than {count} blocks" if feasible else "")
+
+            def silent(_: torch.Generator) -> list[Tensor]:
+                return [*(step.matrix() for step in relays), torch.zeros(2 * rows, 2 * hidden)]
+
+            return BranchPlan(block, self._wholes(block, relays, closing), f"{why}: the branch starts silent", silent)
+        unit = units[torch.argsort(twice[units])]
+        sizes = even_sizes(count, count, groups)[0]
+        sets = deal(sizes, sizes, torch.arange(count), self._order(block, count))
+        row_set, col_set = torch.empty(rows, dtype=torch.long), torch.empty(hidden, dtype=torch.long)
+        row_set[outputs] = sets.repeat(2)
+        col_set[unit] = sets
+        col_set[(twice < 0).nonzero().flatten()] = torch.arange(groups).repeat_interleave(sizes)
+        topology = BlockTopology(row_set, col_set)
+
+        def values(generator: torch.Generator) -> list[Tensor]:
+            last = padded_block(topology, fresh, unit, block.padding or 0, generator)
+            return [*(step.matrix() for step in relays), last]
+
+        return BranchPlan(block, self._wholes(block, relays, topology), "its shortcut changes the size", values)
 
     def _plain(self, block: ResidualBlock) -> BranchPlan:
         allocations = [self._allocations[layer.weight] for layer in block.layers]

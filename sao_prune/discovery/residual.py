@@ -59,6 +59,7 @@ class ResidualBlock:
         activations: function names between them, one fewer.
         shortcut: ``"identity"``; ``"projection"``, a layer; ``"fixed"``, no parameters but another size.
         projection: the shortcut's layer.
+        padding: zero channels before the shortcut's, where it only strides and pads; ``None`` for others.
         norms: names of the modules that normalise, in branch and shortcut.
         batch_norms: whether all of them are batch norms.
         scales: parameters that multiply inside the branch.
@@ -74,6 +75,7 @@ class ResidualBlock:
     activations: tuple[str, ...]
     shortcut: Shortcut
     projection: BranchLayer | None
+    padding: int | None
     norms: tuple[str, ...]
     batch_norms: bool
     scales: tuple[str, ...]
@@ -142,7 +144,9 @@ def made_up_input(model: nn.Module) -> Tensor:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     if size is not None:
-        return torch.zeros(1, *size)
+        # timm's configuration does not know of another image size that the model was built for; its patches do.
+        image = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        return torch.zeros(1, size[0], *(image or size[1:]))
     for module in model.modules():
         if isinstance(module, nn.Linear):
             return torch.zeros(1, module.in_features)
@@ -182,6 +186,7 @@ def _block(graph: Graph, add: Node) -> ResidualBlock | None:
         tuple(parts.activations),
         kind_of_shortcut,
         projection,
+        _padding(graph, shortcut),
         tuple(dict.fromkeys(parts.norms)),
         parts.batch_norms,
         tuple(parts.scales),
@@ -270,6 +275,26 @@ def _cell_taps(kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[
     return tuple(sum(t * s for t, s in zip(tap, strides)) for tap in product(*along))
 
 
+def _padding(graph: Graph, shortcut: Sequence[int]) -> int | None:
+    """Zero channels before its own that a shortcut of strided slices and pads puts; ``None`` for any other."""
+    before = 0
+    for node in (graph.nodes[index] for index in shortcut):
+        if node.op == "getitem":
+            index = node.args[1]
+            whole = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+            if not whole or any(i.start or i.stop is not None for i in index) or index[1].step not in (None, 1):
+                return None
+        elif node.op == "pad":
+            pads = tuple(node.argument(1, "pad"))
+            spatial = 2 * (len(node.shape) - 2)
+            if len(pads) != spatial + 2 or any(pads[:spatial]) or node.argument(3, "value"):
+                return None
+            before += pads[spatial]
+        elif node.op not in _SAME:
+            return None
+    return before
+
+
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
     if isinstance(value, int):
         return (value,) * dims
@@ -284,8 +309,6 @@ def _weights(graph: Graph, nodes: Sequence[int]) -> int:
 def _relu_obstacle(graph: Graph, start: int, parts: _Parts) -> str | None:
     if any(name != "relu" for name in parts.activations):
         return f"its layers have {', '.join(parts.activations)} between them, not ReLU"
-    if parts.scales or parts.shifts:
-        return "a scale or shift stands in its branch"
     source = _back(graph, start, (*_SAME, *_MAX_POOLS))
     if graph.nodes[source].op not in ("relu", "input"):
         return "its input is not the output of a ReLU"

@@ -1,12 +1,9 @@
-"""Residual blocks that are orthogonal maps at initialisation: the values of their branches, from topologies alone.
+"""ReLU residual blocks that are orthogonal maps at initialisation: values of their branches, from topologies alone.
 
 A block ``x <- relu(x + W_L relu(.. relu(W_1 x)))`` whose channels are mirrored signals, ``x = [relu(h), relu(-h)]``, is
 the map ``h -> Q h`` if all layers but the last *carry* channels unchanged (a ReLU commutes with a permutation) and the
-last writes ``Q h`` and takes away what the shortcut adds. A block ``x <- x + W_2 f(W_1 x)`` is the rotation
-``(I + S) / sqrt(2)``, ``S`` skew-symmetric and orthogonal, if ``W_2 f(W_1 x) = ((I + S) / sqrt(2) - I) x``.
-
-The idea of the first for dense networks: Gadhikar and Burkholz, "Dynamical isometry for residual networks"
-(https://arxiv.org/abs/2210.02411).
+last writes ``Q h`` and takes away what the shortcut adds. The idea for dense networks: Gadhikar and Burkholz,
+"Dynamical isometry for residual networks" (https://arxiv.org/abs/2210.02411).
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from .blocks import Blocks, orthogonal_blocks
 from .mirrored import Mirror, mirror_topology
 from .orthogonal import haar
 
-_COS = _SIN = sqrt(0.5)
+_HALF = sqrt(0.5)
 
 
 def carriers(topology: BlockTopology, turn: int = 0) -> Tensor:
@@ -215,75 +212,6 @@ def relay(
     return Relay(topology, carriers(topology, turn), at, kernel, corner)
 
 
-def rotation_less_identity(sets: Tensor, generator: torch.Generator) -> Tensor:
-    """``(I + S) / sqrt(2) - I`` with ``S`` skew-symmetric and orthogonal, with blocks between nodes of one set.
-
-    In a set of odd size ``S`` leaves one direction out, in which the result is zero.
-
-    Args:
-        sets: set of every node, shape ``(n,)``.
-        generator: of the random directions.
-
-    Returns:
-        Shape ``(n, n)``; the identity plus it is orthogonal.
-
-    Example:
-        >>> r = torch.eye(5) + rotation_less_identity(torch.tensor([0, 0, 1, 1, 1]), torch.Generator().manual_seed(0))
-        >>> torch.allclose(r @ r.T, torch.eye(5), atol=1e-6)
-        True
-    """
-    square = BlockTopology(sets, sets)
-    blocks = []
-    for directions in orthogonal_blocks([square], [generator])[0]:
-        half = directions.shape[-1] // 2
-        first, second = directions[..., :half], directions[..., half : 2 * half]
-        plane = first @ first.mT + second @ second.mT
-        skew = second @ first.mT - first @ second.mT
-        blocks.append((_COS - 1) * plane + _SIN * skew)
-    return square.scatter(tuple(blocks))
-
-
-def plain_branch(
-    topology: BlockTopology, generator: torch.Generator, *, paired: float | None = None
-) -> tuple[tuple[BlockTopology, BlockTopology], tuple[Tensor, Tensor]]:
-    """The two layers of a branch ``W_2 f(W_1 x)`` with which ``x + W_2 f(W_1 x)`` is a rotation by 45 degrees.
-
-    ``W_1`` is ``V``, semi-orthogonal, and ``W_2`` is ``R V^T`` or ``V^T R``, ``R`` from `rotation_less_identity` on the
-    sets of the shorter side. So the second layer has the first one's topology, transposed.
-
-    Args:
-        topology: of the first layer, ``(m, n)``; of its half, ``(m / 2, n)``, where ``paired``.
-        generator: of the values.
-        paired: ``c`` of an activation with ``f(u) - f(-u) = c u``: the hidden units then come in pairs ``u, -u``, and
-            the block is a rotation for every input. ``None`` for an odd activation of derivative 1 at 0, with which
-            it is one near 0.
-
-    Returns:
-        The topologies and the matrices of both layers.
-
-    Example:
-        >>> from sao_prune.topology import interleaved
-        >>> _, (w1, w2) = plain_branch(interleaved(8, 4, 2), torch.Generator().manual_seed(0), paired=1.0)
-        >>> x = torch.randn(4, generator=torch.Generator().manual_seed(1))
-        >>> y = x + w2 @ torch.nn.functional.gelu(w1 @ x)
-        >>> torch.allclose(y.norm(), x.norm())
-        True
-    """
-    rows, cols = topology.shape
-    v = topology.scatter(orthogonal_blocks([topology], [generator])[0])
-    back = topology.transpose()
-    if rows >= cols:
-        second = rotation_less_identity(topology.col_set, generator) @ v.T
-    else:
-        second = v.T @ rotation_less_identity(topology.row_set, generator)
-    if paired is None:
-        return (topology, back), (v, second)
-    return (
-        (mirror_topology(topology, Mirror.ENTRY), mirror_topology(back, Mirror.EXIT)),
-        (torch.cat([v, -v]), torch.cat([second, -second], 1) / paired),
-    )
-
-
 def projection_block(
     closing: BlockTopology, shortcut: BlockTopology, fresh: Tensor, twice: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -322,8 +250,38 @@ def projection_block(
         beside[rows[:, None], inputs] = directions[:, : len(inputs)]
         last[rows[:, None], used] = directions[:, len(inputs) :]
         both = used[~is_fresh[used]]
-        last[rows[:, None], both] *= _SIN
+        last[rows[:, None], both] *= _HALF
         shared.append(twice[both])
     # The shortcut may bring an input into another set than the branch: its column is complete only now.
-    beside[:, torch.cat(shared)] *= _COS
+    beside[:, torch.cat(shared)] *= _HALF
     return last, beside
+
+
+def padded_block(
+    topology: BlockTopology, fresh: Tensor, unit: Tensor, before: int, generator: torch.Generator
+) -> Tensor:
+    """The last layer of a branch beside a shortcut that pads channels with zeros, all of it as orthogonal as it can be.
+
+    The shortcut puts the two halves of a signal on outputs that are no pair of one another. The layer takes both away
+    and writes what its hidden units carry, the signal among it, onto orthonormal directions.
+
+    Args:
+        topology: of the half, ``(k, m)``; a unit that carries a signal is in one set with the outputs it must clear.
+        fresh: hidden units that carry what the shortcut does not bring.
+        unit: for every signal of the shortcut the hidden unit that carries it, shape ``(n,)``.
+        before: zero channels that the shortcut puts before its input.
+
+    Returns:
+        Shape ``(2 k, 2 m)``.
+    """
+    rows, hidden = topology.shape
+    last = torch.zeros(rows, hidden)
+    carrying = torch.cat([unit, fresh])
+    for index in range(topology.groups):
+        outputs = (topology.row_set == index).nonzero().flatten()
+        used = carrying[topology.col_set[carrying] == index][: len(outputs)]
+        last[outputs[:, None], used] = haar(torch.randn(1, len(outputs), len(used), generator=generator))[0]
+    matrix = mirrored_matrix(last, -last)
+    for half in range(2):
+        matrix[before + half * len(unit) + torch.arange(len(unit)), half * hidden + unit] -= 1
+    return matrix

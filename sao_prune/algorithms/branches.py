@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..allocation import Allocation
-from ..discovery.residual import PAIRED, BranchLayer, ResidualBlock
+from ..discovery.branch import PAIRED, BranchLayer
+from ..discovery.residual import ResidualBlock
 from ..seeds import named_generator
 from ..topology import MAKERS, BlockTopology, even_sizes, exact_sizes, make_topology
 from ..weights import Mirror, mirror_topology, orthogonal_blocks

@@ -4,48 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product, takewhile
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .dataflow import Graph, Held, Node, record
+from .branch import (
+    ADDS,
+    MAX_POOLS,
+    NORMS,
+    POOLS,
+    SAME,
+    WEIGHTED,
+    BranchLayer,
+    BranchReader,
+    branch_layer,
+    shortcut_padding,
+)
+from .dataflow import Graph, Node, record
 
 Kind = Literal["relu", "plain"]
 Shortcut = Literal["identity", "projection", "fixed"]
-
-_WEIGHTED = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
-_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm")
-_SAME = ("dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout", "contiguous", "clone", "to", "float")
-_VIEWS = ("transpose", "permute", "flatten", "reshape", "view", "movedim", "unflatten", "swapaxes", "squeeze")
-_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean")
-_MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch")
-_ADDS = ("add", "iadd", "radd")
-_SCALES = ("mul", "imul", "rmul")
-
-#: Activations ``f`` with ``f(u) - f(-u) = c u`` for every ``u``, and their ``c``.
-PAIRED = {"relu": 1.0, "gelu": 1.0, "silu": 1.0, "hardswish": 1.0, "softplus": 1.0}
-#: Odd activations of derivative 1 at 0.
-ODD = ("tanh", "hardtanh", "softsign", "asinh", "atan", "sin")
-
-
-@dataclass(frozen=True)
-class BranchLayer:
-    """A linear layer or convolution inside a residual block.
-
-    Attributes:
-        weight: full name of its weight.
-        bias: of its bias, if it has one.
-        taps: flat kernel positions that read the cell of inputs that an output position stands for, its first corner
-            first: one where the stride is 1, ``()`` where the layer shifts or dilates in another way.
-        strided: whether any stride is above 1.
-    """
-
-    weight: str
-    bias: str | None
-    taps: tuple[int, ...]
-    strided: bool
 
 
 @dataclass(frozen=True)
@@ -129,7 +109,7 @@ def find_residuals(model: nn.Module, example_input: Any = None) -> Residuals:
     except ValueError as error:
         hint = "; give example_input=.., one batch that the model takes" if made_up else ""
         raise ValueError(f"{error}{hint}") from None
-    adds = [node for node in graph.nodes if node.op in _ADDS and len(node.sources) == 2]
+    adds = [node for node in graph.nodes if node.op in ADDS and len(node.sources) == 2]
     blocks = [block for node in adds if (block := _block(graph, node)) is not None]
     blocks = _refuse_shared(blocks)
     return Residuals(graph, tuple(blocks), *_ends(graph, blocks))
@@ -166,8 +146,8 @@ def _block(graph: Graph, add: Node) -> ResidualBlock | None:
         branch, shortcut = shortcut, branch
     if not _weights(graph, branch):
         return None
-    parts = _Parts(graph, start)
-    after = [i for i in graph.consumers[add.index] if graph.nodes[i].op in ("relu", *_SAME)]
+    parts = BranchReader(graph, start)
+    after = [i for i in graph.consumers[add.index] if graph.nodes[i].op in ("relu", *SAME)]
     ends_in_relu = len(after) == 1 == len(graph.consumers[add.index]) and graph.nodes[after[0]].op == "relu"
     kind: Kind = "relu" if ends_in_relu else "plain"
     reason = parts.read(branch, shortcut)
@@ -186,7 +166,7 @@ def _block(graph: Graph, add: Node) -> ResidualBlock | None:
         tuple(parts.activations),
         kind_of_shortcut,
         projection,
-        _padding(graph, shortcut),
+        shortcut_padding(graph, shortcut),
         tuple(dict.fromkeys(parts.norms)),
         parts.batch_norms,
         tuple(parts.scales),
@@ -197,119 +177,14 @@ def _block(graph: Graph, add: Node) -> ResidualBlock | None:
     )
 
 
-class _Parts:
-    """What a branch and a shortcut consist of."""
-
-    def __init__(self, graph: Graph, start: int) -> None:
-        self.graph, self.start = graph, start
-        self.layers: list[BranchLayer] = []
-        self.activations: list[str] = []
-        self.norms: list[str] = []
-        self.scales: list[str] = []
-        self.shifts: list[str] = []
-        self.projection: BranchLayer | None = None
-        self.batch_norms = True
-
-    def read(self, branch: Sequence[int], shortcut: Sequence[int]) -> str | None:
-        """Take the nodes apart; what stands in the way, if anything does."""
-        obstacle = self._chain(branch, in_branch=True)
-        return obstacle or self._chain(shortcut, in_branch=False)
-
-    def _chain(self, nodes: Sequence[int], *, in_branch: bool) -> str | None:
-        previous, pending, obstacle = self.start, 0, None
-        for node in (self.graph.nodes[index] for index in nodes):
-            if node.op in _WEIGHTED and (layer := branch_layer(self.graph, node)) is not None:
-                if in_branch:
-                    if self.layers and not pending:
-                        self.activations.append("none")
-                    self.layers.append(layer)
-                elif self.projection is None:
-                    self.projection = layer
-                else:
-                    obstacle = obstacle or "its shortcut has several layers"
-                pending = 0
-            elif node.op in _NORMS:
-                self.norms += [name.rpartition(".")[0] for name in node.held[:1]]
-                self.batch_norms &= node.op == "batch_norm"
-            elif node.op in (*PAIRED, *ODD) and in_branch and self.layers and not pending:
-                self.activations.append(node.op)
-                pending += 1
-            elif node.op in _SCALES and node.held and in_branch:
-                self.scales += node.held
-            elif node.op in _ADDS and node.held and in_branch:
-                self.shifts += node.held
-            elif node.op not in (*_SAME, *_VIEWS) and (in_branch or node.op not in ("getitem", "pad", *_POOLS)):
-                obstacle = obstacle or f"its {'branch' if in_branch else 'shortcut'} has {_article(node.op)}"
-            if node.sources != (previous,) and obstacle is None:
-                obstacle = f"its {'branch' if in_branch else 'shortcut'} is no chain of layers"
-            previous = node.index
-        if in_branch and pending and obstacle is None:
-            obstacle = "its branch ends in an activation"
-        return obstacle
-
-
-def branch_layer(graph: Graph, node: Node) -> BranchLayer | None:
-    """The layer behind a node, if its weight is a parameter."""
-    weight, bias = (node.argument(position, name) for position, name in ((1, "weight"), (2, "bias")))
-    if not isinstance(weight, Held):
-        return None
-    kernel = graph.shapes[weight.name][2:]
-    stride = _sizes(node.argument(3, "stride", 1), len(kernel))
-    taps: tuple[int, ...] = (0,)
-    if kernel:
-        dilation = _sizes(node.argument(5, "dilation", 1), len(kernel))
-        padding = node.argument(4, "padding", 0)
-        around = tuple(k // 2 for k in kernel) if padding == "same" else _sizes(padding, len(kernel))
-        taps = _cell_taps(kernel, stride, around) if all(d == 1 for d in dilation) else ()
-    return BranchLayer(weight.name, bias.name if isinstance(bias, Held) else None, taps, any(s > 1 for s in stride))
-
-
-def _cell_taps(kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> tuple[int, ...]:
-    """Kernel positions over the ``stride x stride`` cell of each output, if the centre tap reads its first corner."""
-    if any(p != k // 2 for p, k in zip(padding, kernel)):
-        return ()
-    strides = [1]
-    for k in reversed(kernel[1:]):
-        strides.insert(0, strides[0] * k)
-    along = [[p + o for o in range(s) if p + o < k] for k, s, p in zip(kernel, stride, padding)]
-    return tuple(sum(t * s for t, s in zip(tap, strides)) for tap in product(*along))
-
-
-def _padding(graph: Graph, shortcut: Sequence[int]) -> int | None:
-    """Zero channels before its own that a shortcut of strided slices and pads puts; ``None`` for any other."""
-    before = 0
-    for node in (graph.nodes[index] for index in shortcut):
-        if node.op == "getitem":
-            index = node.args[1]
-            whole = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
-            if not whole or any(i.start or i.stop is not None for i in index) or index[1].step not in (None, 1):
-                return None
-        elif node.op == "pad":
-            pads = tuple(node.argument(1, "pad"))
-            spatial = 2 * (len(node.shape) - 2)
-            if len(pads) != spatial + 2 or any(pads[:spatial]) or node.argument(3, "value"):
-                return None
-            before += pads[spatial]
-        elif node.op not in _SAME:
-            return None
-    return before
-
-
-def _sizes(value: Any, dims: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * dims
-    given = tuple(value)
-    return given * dims if len(given) == 1 else given
-
-
 def _weights(graph: Graph, nodes: Sequence[int]) -> int:
-    return sum(graph.nodes[index].op in _WEIGHTED for index in nodes)
+    return sum(graph.nodes[index].op in WEIGHTED for index in nodes)
 
 
-def _relu_obstacle(graph: Graph, start: int, parts: _Parts) -> str | None:
+def _relu_obstacle(graph: Graph, start: int, parts: BranchReader) -> str | None:
     if any(name != "relu" for name in parts.activations):
         return f"its layers have {', '.join(parts.activations)} between them, not ReLU"
-    source = _back(graph, start, (*_SAME, *_MAX_POOLS))
+    source = _back(graph, start, (*SAME, *MAX_POOLS))
     if graph.nodes[source].op not in ("relu", "input"):
         return "its input is not the output of a ReLU"
     layers = [*parts.layers, *([parts.projection] if parts.projection else [])]
@@ -318,7 +193,7 @@ def _relu_obstacle(graph: Graph, start: int, parts: _Parts) -> str | None:
     return None
 
 
-def _plain_obstacle(parts: _Parts, shortcut: Sequence[int]) -> str | None:
+def _plain_obstacle(parts: BranchReader, shortcut: Sequence[int]) -> str | None:
     if shortcut:
         return "its shortcut is no identity, and no ReLU follows"
     if len(parts.layers) > 2:
@@ -360,16 +235,16 @@ def _ends(graph: Graph, blocks: Sequence[ResidualBlock]) -> tuple[tuple[str, ...
     inside = {layer.weight for block in blocks for layer in _all_layers(block)}
     entries, exits, pooled = [], [], False
     for block in usable:
-        source = _back(graph, block.start, (*_SAME, *_MAX_POOLS))
+        source = _back(graph, block.start, (*SAME, *MAX_POOLS))
         if source in stops or graph.nodes[source].op != "relu":
             continue
-        pooled |= _back(graph, block.start, _SAME) != source
-        before = graph.nodes[_back(graph, graph.nodes[source].sources[0], (*_SAME, *_NORMS))]
-        if before.op in _WEIGHTED and (layer := branch_layer(graph, before)) and layer.weight not in inside:
+        pooled |= _back(graph, block.start, SAME) != source
+        before = graph.nodes[_back(graph, graph.nodes[source].sources[0], (*SAME, *NORMS))]
+        if before.op in WEIGHTED and (layer := branch_layer(graph, before)) and layer.weight not in inside:
             entries.append(layer.weight)
-    between = (*_SAME, "flatten", "reshape", "view", "squeeze", *_POOLS)
+    between = (*SAME, "flatten", "reshape", "view", "squeeze", *POOLS)
     for node in graph.nodes:
-        layer = branch_layer(graph, node) if node.op in _WEIGHTED else None
+        layer = branch_layer(graph, node) if node.op in WEIGHTED else None
         if layer and layer.weight not in inside and _back(graph, node.sources[0], between) in stops:
             exits.append(layer.weight)
     return tuple(dict.fromkeys(entries)), tuple(dict.fromkeys(exits)), pooled
@@ -380,7 +255,3 @@ def _name(weights: Sequence[str]) -> str:
     paths = [weight.split(".")[:-1] for weight in weights]
     shared = [steps[0] for steps in takewhile(lambda steps: len(set(steps)) == 1, zip(*paths))]
     return ".".join(shared or paths[0])
-
-
-def _article(op: str) -> str:
-    return f"{'an' if op[:1] in 'aeiou' else 'a'} {op}"

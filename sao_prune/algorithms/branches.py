@@ -107,7 +107,7 @@ class BranchPlanner:
         relays = [self._relay(layer, exact=True) for layer in block.layers[:-1]]
         last = self._allocations[block.layers[-1].weight]
         rows, cols, groups, nnz = half_budget(last, Mirror.INNER)
-        carried = torch.arange(rows)
+        carried = torch.arange(rows, device="cpu")
         for step in relays:
             carried = carried[step.picked]
         distinct = carried.unique()
@@ -155,7 +155,7 @@ class BranchPlanner:
         fresh, twice = _carried(relays, hidden)
         count = rows // 2
         units = (twice >= 0).nonzero().flatten()
-        outputs = (torch.arange(2 * count) + (block.padding or 0)) % rows
+        outputs = (torch.arange(2 * count, device="cpu") + (block.padding or 0)) % rows
         feasible = (
             block.padding is not None
             and hidden == rows == 2 * len(units)
@@ -167,16 +167,22 @@ class BranchPlanner:
             why = "its shortcut changes the size" + (f", for more than {count} blocks" if feasible else "")
 
             def silent(_: torch.Generator) -> list[Tensor]:
-                return [*(step.matrix() for step in relays), torch.zeros(2 * rows, 2 * hidden)]
+                return [
+                    *(step.matrix() for step in relays),
+                    torch.zeros(2 * rows, 2 * hidden, dtype=torch.float32, device="cpu"),
+                ]
 
             return BranchPlan(block, self._wholes(block, relays, closing), f"{why}: the branch starts silent", silent)
         unit = units[torch.argsort(twice[units])]
         sizes = even_sizes(count, count, groups)[0]
-        sets = deal(sizes, sizes, torch.arange(count), self._order(block, count))
-        row_set, col_set = torch.empty(rows, dtype=torch.long), torch.empty(hidden, dtype=torch.long)
+        sets = deal(sizes, sizes, torch.arange(count, device="cpu"), self._order(block, count))
+        row_set, col_set = (
+            torch.empty(rows, dtype=torch.long, device="cpu"),
+            torch.empty(hidden, dtype=torch.long, device="cpu"),
+        )
         row_set[outputs] = sets.repeat(2)
         col_set[unit] = sets
-        col_set[(twice < 0).nonzero().flatten()] = torch.arange(groups).repeat_interleave(sizes)
+        col_set[(twice < 0).nonzero().flatten()] = torch.arange(groups, device="cpu").repeat_interleave(sizes)
         topology = BlockTopology(row_set, col_set)
 
         def values(generator: torch.Generator) -> list[Tensor]:
@@ -193,7 +199,7 @@ class BranchPlanner:
         near = ""
         if len(allocations) == 1:
             sizes = even_sizes(rows, rows, groups) if nnz is None else exact_sizes(rows, rows, nnz)
-            sets = deal(sizes[0], sizes[0], torch.arange(rows), self._order(block, rows))
+            sets = deal(sizes[0], sizes[0], torch.arange(rows, device="cpu"), self._order(block, rows))
             only = {block.layers[0].weight: BlockTopology(sets, sets)}
             return BranchPlan(block, only, near, lambda generator: [rotation_less_identity(sets, generator)])
         if groups != allocations[1].groups or nnz != allocations[1].nnz:
@@ -243,23 +249,25 @@ class BranchPlanner:
         rows, cols, groups, nnz = half_budget(allocation, Mirror.INNER)
         if rows != closing.shape[0] or groups != closing.groups or nnz is not None:
             return None
-        sizes = torch.empty(groups, dtype=torch.long)
+        sizes = torch.empty(groups, dtype=torch.long, device="cpu")
         sizes[torch.argsort(closing.row_sizes, descending=True, stable=True)] = even_sizes(rows, cols, groups)[1]
         like = make_topology("interleaved", groups, groups, groups=groups)
         sets = like.row_set.repeat_interleave(sizes)
         order = named_generator(self._seed, "topology", "residual", projection.weight)
-        return BlockTopology(closing.row_set, sets[torch.randperm(cols, generator=order)])
+        return BlockTopology(closing.row_set, sets[torch.randperm(cols, generator=order, device="cpu")])
 
     def _order(self, block: ResidualBlock, count: int) -> Tensor:
         """All channels, in an order of the block's own, so that one block mixes what another keeps apart."""
         if self._kind == "interleaved":
             # Perfect shuffles: digit after digit of a channel's number.
             shuffle = even_shuffle(count, self._allocations[block.layers[-1].weight].groups)
-            order = torch.arange(count)
+            order = torch.arange(count, device="cpu")
             for _ in range(self._turn % count):
                 order = order[shuffle]
             return order
-        return torch.randperm(count, generator=named_generator(self._seed, "topology", "residual", block.name))
+        return torch.randperm(
+            count, generator=named_generator(self._seed, "topology", "residual", block.name), device="cpu"
+        )
 
     def _make(self, block: ResidualBlock, rows: int, cols: int, groups: int, nnz: int | None) -> BlockTopology:
         """A topology of the block's own."""
@@ -288,13 +296,15 @@ def even_shuffle(count: int, groups: int) -> Tensor:
 
 def _carried(relays: Sequence[Relay], hidden: int) -> tuple[Tensor, Tensor]:
     """Which hidden units carry what a strided shortcut does not; and for others the shortcut's input, each once."""
-    channel = torch.arange(hidden) if not relays else torch.arange(relays[0].topology.shape[1])
+    channel = (
+        torch.arange(hidden, device="cpu") if not relays else torch.arange(relays[0].topology.shape[1], device="cpu")
+    )
     place = torch.zeros_like(channel)
     for step in relays:
         moved = torch.where(step.tap == step.corner, 0, 1 + step.tap)
         channel, place = channel[step.picked], place[step.picked] * (1 + step.taps) + moved
     key = channel * (int(place.max()) + 1) + place
-    first = torch.zeros(len(key), dtype=torch.bool)
+    first = torch.zeros(len(key), dtype=torch.bool, device="cpu")
     seen: set[int] = set()
     for index, value in enumerate(key.tolist()):
         first[index] = value not in seen

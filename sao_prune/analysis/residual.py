@@ -92,7 +92,7 @@ def _block_extremes(
         return None
     shape = list(x.shape)
     shape[axis] //= 2
-    h = torch.randn(shape, generator=named_generator(0, "signals")).to(x)
+    h = torch.randn(shape, generator=named_generator(0, "signals"), device="cpu").to(x)
 
     def mirrored(signal: Tensor) -> Tensor:
         first, second = run(torch.cat([signal.relu(), (-signal).relu()], axis)).chunk(2, axis)

@@ -121,18 +121,27 @@ def made_up_input(model: nn.Module) -> Tensor:
     Raises:
         ValueError: if neither tells.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    size = _input_size(model)
+    if size is not None:
+        return torch.zeros(1, *size, dtype=dtype, device="cpu")
+    raise ValueError("residual blocks are found in a forward pass: give example_input=.., a batch that the model takes")
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Of one sample, as timm's configuration or the first layer has it."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     if size is not None:
         # timm's configuration does not know of another image size that the model was built for; its patches do.
         image = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        return torch.zeros(1, size[0], *(image or size[1:]))
+        return (size[0], *(image or size[1:]))
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            return torch.zeros(1, module.in_features)
+            return (module.in_features,)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            return torch.zeros(1, module.in_channels, *(32,) * len(module.kernel_size))
-    raise ValueError("residual blocks are found in a forward pass: give example_input=.., a batch that the model takes")
+            return (module.in_channels, *(32,) * len(module.kernel_size))
+    return None
 
 
 def _block(graph: Graph, add: Node) -> ResidualBlock | None:

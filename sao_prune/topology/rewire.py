@@ -1,9 +1,9 @@
 """Block topologies that move: inputs change places between sets, so set sizes and the number of edges stay.
 
 A swap gives each of two inputs the other's set. What it gains are edges that are absent now, judged by the gradient
-that they would have; what it loses are edges that are there, judged by their weights. Both are counted in units of their
-own mean over the layer, so that neither the learning rate nor the scale of the loss matters. Outputs move likewise: pass
-the transposed topology.
+that they would have; what it loses are edges that are there, judged by their weights. Both are counted in units of
+their own mean over the layer, so that neither the learning rate nor the scale of the loss matters. Outputs move
+likewise: pass the transposed topology.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ def set_energies(topology: BlockTopology, matrix: Tensor) -> Tensor:
         [[1.0, 2.0], [8.0, 10.0]]
     """
     units = matrix.detach().abs().flatten(2).sum(2) if matrix.dim() > 2 else matrix.detach().abs()
-    rows = (topology.row_set >= 0).nonzero().flatten().to(units.device)
-    out = units.new_zeros(topology.groups, units.shape[1])
-    return out.index_add_(0, topology.row_set.to(units.device)[rows], units[rows])
+    members = torch.arange(topology.groups, device="cpu")[:, None] == topology.row_set
+    return members.to(units) @ units
 
 
 def move_scores(topology: BlockTopology, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -94,9 +93,9 @@ def choose_swaps(topology: BlockTopology, scores: Tensor, most: int) -> Tensor:
     """
     groups, values = topology.groups, scores.detach().double().cpu()
     if most < 1 or groups < 2:
-        return torch.zeros(0, 2, dtype=torch.long)
+        return torch.zeros(0, 2, dtype=torch.long, device="cpu")
     ranked = _ranked(topology, values, min(most, int(topology.col_sizes.max())))
-    first, second = torch.triu_indices(groups, groups, offset=1)
+    first, second = torch.triu_indices(groups, groups, offset=1, device="cpu")
     there, back = ranked[first, second], ranked[second, first]
     paired = (there >= 0) & (back >= 0)
     worth = torch.where(paired, values[second[:, None], there] + values[first[:, None], back], -torch.inf)
@@ -112,7 +111,7 @@ def choose_swaps(topology: BlockTopology, scores: Tensor, most: int) -> Tensor:
             touched |= {one, other}
             if len(chosen) == most:
                 break
-    return torch.tensor(chosen, dtype=torch.long).reshape(-1, 2)
+    return torch.tensor(chosen, dtype=torch.long, device="cpu").reshape(-1, 2)
 
 
 def random_swaps(topology: BlockTopology, count: int, generator: torch.Generator) -> Tensor:
@@ -132,7 +131,7 @@ def random_swaps(topology: BlockTopology, count: int, generator: torch.Generator
         >>> bool((t.col_set[swaps[:, 0]] != t.col_set[swaps[:, 1]]).all())
         True
     """
-    noise = torch.rand(topology.groups, topology.shape[1], generator=generator, dtype=torch.float64)
+    noise = torch.rand(topology.groups, topology.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     noise[:, topology.col_set < 0] = -torch.inf
     joined = (topology.col_set >= 0).nonzero().flatten()
     noise[topology.col_set[joined], joined] = -torch.inf
@@ -184,7 +183,7 @@ def _ranked(topology: BlockTopology, values: Tensor, depth: int) -> Tensor:
     -1 where a set has fewer inputs, or a move is not to be had.
     """
     groups = topology.groups
-    out = torch.full((groups, groups, depth), -1)
+    out = torch.full((groups, groups, depth), -1, device="cpu")
     for index, members in enumerate(topology.col_order.split(topology.col_sizes.tolist())):
         inside = values[:, members]
         order = torch.sort(inside, dim=1, descending=True, stable=True).indices[:, :depth]

@@ -39,10 +39,10 @@ def carriers(topology: BlockTopology, turn: int = 0) -> Tensor:
         >>> carriers(interleaved(4, 4, 2)).tolist(), carriers(interleaved(2, 4, 2), turn=1).tolist()
         ([0, 2, 1, 3], [2, 3])
     """
-    out = torch.full((topology.shape[0],), -1)
+    out = torch.full((topology.shape[0],), -1, device="cpu")
     for bucket in topology.buckets:
         _, rows, cols = bucket.shape
-        out[bucket.rows] = bucket.cols[:, (torch.arange(rows) + turn * rows) % cols]
+        out[bucket.rows] = bucket.cols[:, (torch.arange(rows, device="cpu") + turn * rows) % cols]
     return out
 
 
@@ -54,9 +54,9 @@ def copies(topology: BlockTopology) -> Tensor:
         >>> copies(interleaved(4, 2, 2)).tolist()
         [0, 1, 0, 1]
     """
-    out = torch.zeros(topology.shape[0], dtype=torch.long)
+    out = torch.zeros(topology.shape[0], dtype=torch.long, device="cpu")
     for bucket in topology.buckets:
-        out[bucket.rows] = torch.arange(bucket.shape[1]) // bucket.shape[2]
+        out[bucket.rows] = torch.arange(bucket.shape[1], device="cpu") // bucket.shape[2]
     return out
 
 
@@ -77,10 +77,10 @@ def deal(row_sizes: Tensor, carried_sizes: Tensor, carried: Tensor, order: Tenso
         >>> deal(two, torch.tensor([1, 1]), torch.tensor([0, 1]), torch.arange(4)).tolist()
         [0, 1, 0, 1]
     """
-    is_carried = torch.zeros(len(order), dtype=torch.bool)
+    is_carried = torch.zeros(len(order), dtype=torch.bool, device="cpu")
     is_carried[carried] = True
-    sets = torch.empty(len(order), dtype=torch.long)
-    number = torch.arange(len(row_sizes))
+    sets = torch.empty(len(order), dtype=torch.long, device="cpu")
+    number = torch.arange(len(row_sizes), device="cpu")
     sets[order[is_carried[order]]] = number.repeat_interleave(carried_sizes)
     sets[order[~is_carried[order]]] = number.repeat_interleave(row_sizes - carried_sizes)
     return sets
@@ -105,7 +105,7 @@ def carry_matrix(carried: Tensor, cols: int) -> Tensor:
         >>> carry_matrix(torch.tensor([1, 0]), 2).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
-    out = torch.zeros(len(carried), cols)
+    out = torch.zeros(len(carried), cols, dtype=torch.float32, device="cpu")
     rows = (carried >= 0).nonzero().flatten()
     out[rows, carried[rows]] = 1
     return out
@@ -190,9 +190,9 @@ class Relay:
     def matrix(self) -> Tensor:
         """``diag(P, P)``, shape ``(2 m, 2 n)``, or ``(2 m, 2 n, taps)`` where it reads anywhere but one position."""
         rows, cols = self.topology.shape
-        out = torch.zeros(2 * rows, 2 * cols, self.taps)
+        out = torch.zeros(2 * rows, 2 * cols, self.taps, dtype=torch.float32, device="cpu")
         for half in range(2):
-            out[half * rows + torch.arange(rows), half * cols + self.picked, self.tap] = 1
+            out[half * rows + torch.arange(rows, device="cpu"), half * cols + self.picked, self.tap] = 1
         return out
 
 
@@ -208,7 +208,7 @@ def relay(
         turn: see `carriers`.
         corner: the kernel position that reads the input of the same place.
     """
-    at = torch.tensor(taps)[copies(topology) % len(taps)]
+    at = torch.tensor(taps, device="cpu")[copies(topology) % len(taps)]
     return Relay(topology, carriers(topology, turn), at, kernel, corner)
 
 
@@ -235,9 +235,12 @@ def projection_block(
     """
     if not torch.equal(closing.row_set, shortcut.row_set):
         raise ValueError("the branch and the shortcut must have the same sets of outputs")
-    last, beside = torch.zeros(closing.shape), torch.zeros(shortcut.shape)
+    last, beside = (
+        torch.zeros(closing.shape, dtype=torch.float32, device="cpu"),
+        torch.zeros(shortcut.shape, dtype=torch.float32, device="cpu"),
+    )
     shared = []
-    is_fresh = torch.zeros(closing.shape[1], dtype=torch.bool)
+    is_fresh = torch.zeros(closing.shape[1], dtype=torch.bool, device="cpu")
     is_fresh[fresh] = True
     for index in range(closing.groups):
         rows = (closing.row_set == index).nonzero().flatten()
@@ -245,7 +248,9 @@ def projection_block(
         hidden = (closing.col_set == index).nonzero().flatten()
         order = torch.cat([hidden[is_fresh[hidden]], hidden[~is_fresh[hidden] & (twice[hidden] >= 0)]])
         used = order[: max(len(rows) - len(inputs), 0)]
-        gaussian = torch.randn(1, len(rows), len(inputs) + len(used), generator=generator)
+        gaussian = torch.randn(
+            1, len(rows), len(inputs) + len(used), generator=generator, dtype=torch.float32, device="cpu"
+        )
         directions = haar(gaussian)[0]
         beside[rows[:, None], inputs] = directions[:, : len(inputs)]
         last[rows[:, None], used] = directions[:, len(inputs) :]
@@ -275,13 +280,15 @@ def padded_block(
         Shape ``(2 k, 2 m)``.
     """
     rows, hidden = topology.shape
-    last = torch.zeros(rows, hidden)
+    last = torch.zeros(rows, hidden, dtype=torch.float32, device="cpu")
     carrying = torch.cat([unit, fresh])
     for index in range(topology.groups):
         outputs = (topology.row_set == index).nonzero().flatten()
         used = carrying[topology.col_set[carrying] == index][: len(outputs)]
-        last[outputs[:, None], used] = haar(torch.randn(1, len(outputs), len(used), generator=generator))[0]
+        last[outputs[:, None], used] = haar(
+            torch.randn(1, len(outputs), len(used), generator=generator, dtype=torch.float32, device="cpu")
+        )[0]
     matrix = mirrored_matrix(last, -last)
     for half in range(2):
-        matrix[before + half * len(unit) + torch.arange(len(unit)), half * hidden + unit] -= 1
+        matrix[before + half * len(unit) + torch.arange(len(unit), device="cpu"), half * hidden + unit] -= 1
     return matrix

@@ -75,7 +75,7 @@ def plain_branch(
     v = topology.scatter(orthogonal_blocks([topology], [generator])[0])
     back = topology.transpose()
     # Of a block with no fewer outputs than inputs the inputs are turned, of another the outputs; -1 is the last entry.
-    tall = torch.cat([topology.row_sizes >= topology.col_sizes, torch.tensor([False])])
+    tall = torch.cat([topology.row_sizes >= topology.col_sizes, torch.tensor([False], device="cpu")])
     inputs = torch.where(tall[topology.col_set], topology.col_set, -1)
     outputs = torch.where(tall[topology.row_set], -1, topology.row_set)
     second = rotation_less_identity(inputs, generator) @ v.T + v.T @ rotation_less_identity(outputs, generator)

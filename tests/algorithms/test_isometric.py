@@ -277,6 +277,30 @@ def test_nothing_is_changed_if_anything_fails() -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("shortcut", ["projection", "pad"])
+def test_a_default_device_and_type_change_nothing(shortcut: str) -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model("sao_resnet", depth=8, img_size=8, shortcut=shortcut)
+    under, x = copy.deepcopy(plain), torch.randn(4, 3, 8, 8)
+    method = SAO(residual="isometric", norm="identity")
+    sao_prune.apply(plain, groups=4, method=method, example_input=x, seed=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            sao_prune.apply(under, groups=4, method=method, example_input=x, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, value), other in zip(plain.state_dict().items(), under.state_dict().values()):
+        assert torch.equal(value, other), name
+
+
+def test_models_of_other_types() -> None:
+    model = timm.create_model("sao_resnet", depth=8, img_size=8, norm="none").double()
+    report = sao_prune.apply(model, groups=4, method=SAO(residual="isometric"), seed=0)
+    assert report.residuals[0].status == "exact"
+    assert model.stem.weight.dtype == torch.float64
+
+
 def test_options_that_contradict_one_another_are_refused() -> None:
     for options in ({"gain": 1.1}, {"conv": "eco"}, {"nonlinearity": "relu"}, {"topology": "expander"}, {"variant": 2}):
         with pytest.raises(ValueError, match="residual='isometric' goes with"):

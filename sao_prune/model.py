@@ -97,7 +97,8 @@ def apply(
         **options: as for `plan`.
 
     Returns:
-        A `Report`; its table says for each layer what was asked, what was done, or why it was left alone.
+        A `Report`; its table says for each layer what was asked, what was done, or why it was left alone. With
+        ``SAO(residual="isometric")`` its ``residuals`` say the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.

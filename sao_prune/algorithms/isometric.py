@@ -20,8 +20,8 @@ from .calibration import identity_norms, mirrored_polar
 from .draw import Draw
 from .halves import half_topologies
 
-#: Models of up to so many parameters and signals a layer are measured unasked.
-MEASURED_PARAMETERS, MEASURED_SIGNALS = 2_000_000, 20_000
+#: Models of up to so many parameters, and blocks times signals of the largest layer, are measured unasked: seconds.
+MEASURED_PARAMETERS, MEASURED_SIGNALS = 500_000, 100_000
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class Isometric(Method):
             return False
         if self.measure is not None:
             return self.measure
-        example = max((node.shape for node in self.found.graph.nodes), key=lambda shape: prod(shape[1:]))
+        largest = max((node.shape for node in self.found.graph.nodes), key=lambda shape: prod(shape[1:]))
         parameters = sum(p.numel() for p in model.parameters())
-        return parameters <= MEASURED_PARAMETERS and prod(example[1:]) <= MEASURED_SIGNALS
+        signals = len(self.found.blocks) * prod(largest[1:])
+        return parameters <= MEASURED_PARAMETERS and signals <= MEASURED_SIGNALS
 
     def residuals(self, allocations: Sequence[Allocation]) -> tuple[ResidualRecord, ...]:
         """What each block will be, in execution order."""

@@ -18,6 +18,9 @@ from .spectra import jacobian_spectrum
 
 Extremes = tuple[float, float]
 
+#: A network whose singular values differ from 1 by less is called exact.
+EXACT = 1e-4
+
 
 def with_spectra(
     records: tuple[ResidualRecord, ...], model: nn.Module, example_input: Any, after: Mapping[str, Tensor]
@@ -43,7 +46,9 @@ def with_spectra(
         pair = [_block_extremes(found.graph, block, v, s) for v, s in zip((before, after), signals)]
         out.append(replace(record, before=pair[0], after=pair[1]))
     whole = [_network_extremes(found.graph, values) for values in (before, after)]
-    return (*out, ResidualRecord("", _worst(records), "", whole[0], whole[1]))
+    exact = whole[1] is not None and all(abs(value - 1) < EXACT for value in whole[1])
+    note = "" if exact else "from its input to its output, first and last layer and pooling included"
+    return (*out, ResidualRecord("", "exact" if exact else "near", note, whole[0], whole[1]))
 
 
 def block_extremes(graph: Graph, block: ResidualBlock, values: Values) -> Extremes | None:
@@ -125,8 +130,3 @@ def _extremes(function: Callable[[Tensor], Tensor], x: Tensor) -> Extremes | Non
         # A layer that cannot be differentiated twice, or an output that does not depend on the input.
         return None
     return spectrum.smallest, spectrum.largest
-
-
-def _worst(records: tuple[ResidualRecord, ...]) -> Any:
-    order = ("exact", "near", "left")
-    return order[max((order.index(record.status) for record in records), default=0)]

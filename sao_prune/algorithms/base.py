@@ -39,7 +39,8 @@ class ResidualRecord:
         text = f"{self.name or 'network'}: {self.status}" + (f" ({self.note})" if self.note else "")
         for when, values in (("before", self.before), ("after", self.after)):
             if values is not None:
-                text += f"; singular values {when} {values[0]:.6g} .. {values[1]:.6g}"
+                low, high = (value if value > 1e-12 else 0 for value in values)
+                text += f"; singular values {when} {low:.6g} .. {high:.6g}"
         return text
 
 

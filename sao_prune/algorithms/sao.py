@@ -156,6 +156,8 @@ class SAO(Method):
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """One topology and one set of orthogonal blocks for every part of every weight."""
+        if self.residual is not None:
+            raise ValueError("residual='isometric' concerns the whole model: use sao_prune.apply(model, method=..)")
         if not self.structured:
             return self._draw_irregular(allocations, seed)
         drawer = TopologyDrawer(self.topology, seed, unique=self.variant == 3)

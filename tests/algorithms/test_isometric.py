@@ -308,3 +308,5 @@ def test_options_that_contradict_one_another_are_refused() -> None:
             SAO(residual="isometric", **options)
     with pytest.raises(ValueError, match="norm and measure"):
         SAO(norm="identity")
+    with pytest.raises(ValueError, match="whole model"):
+        SAO(residual="isometric").draw([], [], 0)

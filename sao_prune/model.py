@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
-from .algorithms import RG, SAO, Method, resolve
+from .algorithms import RG, SAO, Method, ResidualRecord, resolve
+from .algorithms.isometric import Isometric, values_after
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
 from .plain import why_not_plain
@@ -25,7 +26,7 @@ from .prune import (
     settle_all,
     unwatch,
 )
-from .prune.attachment import check_writable
+from .prune.attachment import check_writable, written
 from .reporting import LayerRecord, Report, SparsityWarning, compact, done, left_alone, pruned, read_back
 from .seeds import Seed, base_seed
 
@@ -73,9 +74,12 @@ def plan(
     """
     chosen = resolve(method)
     _, items = _allocate(model, sparsity, options)
-    foretold = iter(chosen.foretell([item for item in items if isinstance(item, Allocation)]))
+    allocations = [item for item in items if isinstance(item, Allocation)]
+    bound = chosen.bind(model, options.get("example_input"))
+    foretold = iter(bound.foretell(allocations))
     records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else left_alone(i) for i in items]
-    return _warn(_report(model, records, f"plan: {chosen.name}"), layerwise=chosen.layerwise)
+    result = _report(model, records, f"plan: {chosen.name}", bound.residuals(allocations))
+    return _warn(result, layerwise=chosen.layerwise)
 
 
 def apply(
@@ -102,7 +106,8 @@ def apply(
         **options: as for `plan`.
 
     Returns:
-        A `Report`; its table says for each layer what was asked, what was done, or why it was left alone.
+        A `Report`; its table says for each layer what was asked, what was done, or why it was left alone. With
+        ``SAO(residual="isometric")`` its ``residuals`` say the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -127,19 +132,34 @@ def apply(
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
     with torch.no_grad():
-        draws = chosen.draw_for(model, allocations, weights, base)
-    by_name = {draw.weight.name: draw for draw in draws}
-    records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else left_alone(i) for i in items]
-    # Before anything is changed: a warning may be an error.
-    result = _warn(_report(model, records, f"applied: {chosen.name}"), layerwise=chosen.layerwise)
-    hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
-    if form == "compact":
-        # Imported here because compact is built on everything to its left, this module's parts among it.
-        from .blocks.build import install
+        bound = chosen.bind(model, options.get("example_input"))
+        draws = bound.draw_for(model, allocations, weights, base)
+        settlement = bound.settle(model, allocations, draws)
+        residuals = settlement.residuals
+        if isinstance(bound, Isometric) and bound.measures(model):
+            # Imported here because analysis is built on this module.
+            from .analysis.residual import with_spectra
 
-        install(model, draws, hook, base)
-    else:
-        attach_all(modules, draws, hook)
+            after = values_after(model, draws, settlement.values)
+            residuals = with_spectra(residuals, model, bound.example_input, after)
+    by_name = {draw.weight.name: draw for draw in draws}
+    notes = settlement.notes
+    records = [
+        done(i, by_name[i.weight.name], notes.get(i.weight.name, "")) if isinstance(i, Allocation) else left_alone(i)
+        for i in items
+    ]
+    # Before anything is changed: a warning may be an error.
+    result = _report(model, records, f"applied: {chosen.name}", residuals)
+    result = _warn(result, layerwise=chosen.layerwise)
+    hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
+    with written(model, settlement.values):
+        if form == "compact":
+            # Imported here because compact is built on everything to its left, this module's parts among it.
+            from .blocks.build import install
+
+            install(model, draws, hook, base)
+        else:
+            attach_all(modules, draws, hook)
     return result
 
 
@@ -264,13 +284,15 @@ def _is_block_layer(module: nn.Module) -> bool:
     return getattr(type(module), "is_block_layer", False)
 
 
-def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Report:
+def _report(
+    model: nn.Module, records: Sequence[LayerRecord], title: str, residuals: tuple[ResidualRecord, ...] = ()
+) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
         if _is_block_layer(module):
             held = compact("", module)
             total += held.total - held.nnz
-    return Report(tuple(records), total, title)
+    return Report(tuple(records), total, title, residuals)
 
 
 def _warn(result: Report, *, layerwise: bool) -> Report:

@@ -35,7 +35,9 @@ def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = InterpretedFunction.__call__
 
     def call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        return self.rewrite()(*args, **kwargs) if self.fn.__module__ == kernels.__name__ else plain(self, *args, **kwargs)
+        return (
+            self.rewrite()(*args, **kwargs) if self.fn.__module__ == kernels.__name__ else plain(self, *args, **kwargs)
+        )
 
     monkeypatch.setattr(InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, sanitize_overflow=False))
@@ -242,7 +244,7 @@ def check_conv(
     n, m = groups * c + spare[0], groups * r + spare[1]
     inputs, outputs = table(groups, c, n, kinds[0], 3), table(groups, r, m, kinds[1], 4)
     height, width = image
-    x = torch.randn(batch, height + crop, width + crop, n)[:, crop:, : width, :].permute(0, 3, 1, 2).to(dtype)
+    x = torch.randn(batch, height + crop, width + crop, n)[:, crop:, :width, :].permute(0, 3, 1, 2).to(dtype)
     weight = (torch.randn(groups, r, c, *size) / (c * size[0] * size[1]) ** 0.5).to(dtype)
     b = torch.randn(m).to(dtype)
     assert backend.suits_conv(x, weight, b, activation)
@@ -331,7 +333,12 @@ def test_what_does_not_suit() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "said"),
-    [([0, 1, 1, 2], "channel 1 2 times"), ([0, 1, 2, 8], "0 to 8 of 8"), ([0, 1, -2, 3], "-2 to 3"), ([0] * 3, "shape")],
+    [
+        ([0, 1, 1, 2], "channel 1 2 times"),
+        ([0, 1, 2, 8], "0 to 8 of 8"),
+        ([0, 1, -2, 3], "-2 to 3"),
+        ([0] * 3, "shape"),
+    ],
 )
 def test_bad_tables(channels: list[int], said: str) -> None:
     bad, good = torch.tensor(channels, dtype=torch.int32), torch.arange(4, dtype=torch.int32)

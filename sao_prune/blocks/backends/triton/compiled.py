@@ -76,7 +76,14 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [
+            knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name={arch}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     return int(re.findall(r"Used (\d+) registers", log)[-1]), spills

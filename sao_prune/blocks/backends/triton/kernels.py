@@ -235,16 +235,14 @@ def product(
         else:
             acc = tl.zeros((Q, BM, P * BR), tl.float32)
         for step in range(TAPS * steps):
-            tap = step // steps
+            tap = step // steps if TAPS > 1 else 0
             item = (step % steps) * BC + in_item
             real = (item < C) & (group + in_group < GROUPS)
             channel = _channel(inputs, group + in_group, item, real, GROUPS, C, IN)
             if IN == "index":
                 real = real & (channel >= 0)
             if CONV:
-                h, w, exists = _source(
-                    row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, TRANSPOSED
-                )
+                h, w, exists = _source(row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, TRANSPOSED)
                 exists = exists & there
                 place = base + h * x_row + w * x_column
                 saved_place = ((image * x_height + h).to(tl.int64) * x_width + w) * s_channels
@@ -265,15 +263,15 @@ def product(
             if Q == 1:
                 g = group + in_pack[:, None]
                 i = first + out_slot[None, :]
-                offsets = g * w_group + i * w_out + slot[:, None] * w_in + tap * w_tap
+                offsets = g * w_group + i * w_out + slot[:, None] * w_in
                 mask = (slot[:, None] < C) & (i < R) & (g < GROUPS) & (in_pack[:, None] == out_pack[None, :])
             else:
                 g = group + tl.arange(0, Q)[:, None, None] * P + in_pack[None, :, None]
                 i = first + out_slot[None, None, :]
-                offsets = g * w_group + i * w_out + slot[None, :, None] * w_in + tap * w_tap
+                offsets = g * w_group + i * w_out + slot[None, :, None] * w_in
                 mask = (slot[None, :, None] < C) & (i < R) & (g < GROUPS)
                 mask = mask & (in_pack[None, :, None] == out_pack[None, None, :])
-            b = tl.load(weight + offsets, mask=mask, other=0.0)
+            b = tl.load(weight + tap * w_tap + offsets, mask=mask, other=0.0)
             acc = _dot(a, b, acc, PRECISION)
         h = _scatter(acc, BM, BR, Q, P, OUT)
         item = first + out_item
@@ -348,7 +346,7 @@ def weight_gradient(
     c_chunks: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
     part = tl.program_id(1).to(tl.int64)
-    tap = pid % TAPS
+    tap = pid % TAPS if TAPS > 1 else 0
     c_first = (pid // TAPS) % c_chunks * BC
     r_first = (pid // TAPS // c_chunks) % r_chunks * BR
     group = (pid // TAPS // c_chunks // r_chunks) * QP

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rest import bias_gradient, fill_missing, pointwise
 from .launch import Epilogue, Source, Window, launch_product, launch_weight_gradient
+from .rest import bias_gradient, fill_missing, pointwise
 from .tables import side_of
 
 _WINDOW = Window()

@@ -33,9 +33,7 @@ def pointwise(grad: Tensor, saved: Tensor | None, activation: str, dense: Callab
     return Source(grad, dense(saved).contiguous() if saved.dim() == 2 else dense(saved), kind)
 
 
-def fill_missing(
-    y: Tensor, saved: Tensor | None, bias: Tensor | None, missing: Tensor | None, activation: str
-) -> None:
+def fill_missing(y: Tensor, saved: Tensor | None, bias: Tensor | None, missing: Tensor | None, activation: str) -> None:
     """Channels that no position is: the bias, activated."""
     if missing is None:
         return

@@ -153,7 +153,7 @@ def document(lines: list[str], spilled: int) -> str:
         [
             "# What the Triton kernels need of a GPU",
             "",
-            f"`python {' '.join(sys.argv)}`, Triton {version('triton')}, without a GPU: bfloat16, {GROUPS} blocks a layer.",
+            f"`python {' '.join(sys.argv)}`, Triton {version('triton')}, without a GPU: bfloat16, {GROUPS} blocks.",
             "",
             "Registers are a thread's, of 255; spills are bytes a thread stores to and loads from memory for want of",
             "registers; shared memory is bytes a program. The first group of columns is of the tile that the model of",

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
 from sao_prune.blocks.backends import triton as backend
-from sao_prune.blocks.backends.triton import kernels, launch, tiles, tuning
+from sao_prune.blocks.backends.triton import launch, steps, tiles, tuning
 from sao_prune.blocks.backends.triton.tiles import Tile
 
 ACTIVATIONS = {"": lambda h: h, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -35,9 +35,8 @@ def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = InterpretedFunction.__call__
 
     def call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        return (
-            self.rewrite()(*args, **kwargs) if self.fn.__module__ == kernels.__name__ else plain(self, *args, **kwargs)
-        )
+        ours = self.fn.__module__ == steps.__name__
+        return self.rewrite()(*args, **kwargs) if ours else plain(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, sanitize_overflow=False))
@@ -50,12 +49,12 @@ def any_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_TRIED", 10_000)
 
     def choose(key: Hashable, found: Sequence[Tile], run: Callable[[Tile], None], device: torch.device) -> Tile:
-        return min(chance.sample(found, min(len(found), 8)), key=lambda t: (steps(key, t), chance.random()))
+        return min(chance.sample(found, min(len(found), 8)), key=lambda t: (products(key, t), chance.random()))
 
     monkeypatch.setattr(tuning, "choose", choose)
 
 
-def steps(key: Hashable, tile: Tile) -> int:
+def products(key: Hashable, tile: Tile) -> int:
     """Products of one matrix by another that a tile makes of a shape, up to a factor."""
     rows, groups, r, c = (key[i] for i in (1, 3, 4, 5))  # type: ignore[index]
     return -(-rows // tile.BM) * -(-groups // tile.packed) * -(-r // tile.BR) * -(-c // tile.BC)

@@ -40,7 +40,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done: ``rows`` times ``groups`` products of ``r x c``, ``taps`` times; ``plain`` is nothing else."""
+    """What has to be done: ``rows`` times ``groups`` products of ``r x c``, ``taps`` times; ``plain``: no more."""
 
     rows: int
     groups: int
@@ -163,7 +163,7 @@ def _product_cost(tile: Tile, work: Work) -> float:
     steps = -(-work.c // tile.BC)
     rows = -(-work.rows // tile.BM) * tile.BM
     near = tile.SWEEP > 1
-    read = rows * work.groups * work.c * work.bytes * work.taps
+    read = float(rows * work.groups * work.c * work.bytes * work.taps)
     # In the first-level cache a permuted read costs its instructions, about a quarter of a sector.
     read *= 4.0 if near else _waste(work.inputs, tile, work.bytes, min(work.c, tile.BC)) * chunks
     written = rows * work.groups * work.r * work.bytes * _waste(work.outputs, tile, work.bytes, work.r)
@@ -177,8 +177,8 @@ def _product_cost(tile: Tile, work: Work) -> float:
 def _weight_cost(tile: Tile, work: Work) -> float:
     tiles = -(-work.groups // tile.packed)
     r_chunks, c_chunks = -(-work.r // tile.BR), -(-work.c // tile.BC)
-    x = work.rows * work.groups * work.c * work.bytes * r_chunks * work.taps
-    g = work.rows * work.groups * work.r * work.bytes * c_chunks * work.taps
+    x = 1.0 * work.rows * work.groups * work.c * work.bytes * r_chunks * work.taps
+    g = 1.0 * work.rows * work.groups * work.r * work.bytes * c_chunks * work.taps
     x *= _waste(work.inputs, tile, work.bytes, min(work.c, tile.BC))
     g *= _waste(work.outputs, tile, work.bytes, min(work.r, tile.BR))
     apart = parts(tile, work)

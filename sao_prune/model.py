@@ -15,7 +15,16 @@ from .algorithms import RG, SAO, Method, resolve
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
 from .plain import why_not_plain
-from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach_all, pruning_hooks, unwatch
+from .prune import (
+    MaskPruning,
+    RamanujanPruning,
+    SAOPruning,
+    attach_all,
+    freeze,
+    pruning_hooks,
+    settle_all,
+    unwatch,
+)
 from .prune.attachment import check_writable
 from .reporting import LayerRecord, Report, SparsityWarning, compact, done, left_alone, pruned, read_back
 from .seeds import Seed, base_seed
@@ -139,9 +148,9 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
 
     Args:
         model: a pruned model; masks of `torch.nn.utils.prune` are baked too.
-        freeze_zeros: keep the zeros through further training, by a gradient hook on each weight. Without it the next
-            optimiser step may revive them. Make a new optimiser: the momentum of one used so far would revive them
-            too. The hooks belong to this object: copies and loaded models lack them.
+        freeze_zeros: keep the zeros through further training, by a hook on each layer that masks the gradient. Without
+            it the next optimiser step may revive them. Make a new optimiser: the momentum of one used so far would
+            revive them too. Copies and conversions of the model keep the hooks; a state dict has none.
 
     Returns:
         A `Report` of the baked layers.
@@ -167,13 +176,19 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
         if original is None or f"{name}_mask" not in module._buffers:
             why = why_not_plain(module, masked=True) or "it has lost its weight or mask"
             raise ValueError(f"{path}.{name}: {why}; nothing was removed")
+        if name in module._parameters:
+            raise ValueError(
+                f"{path}.{name} was replaced by another parameter while it was pruned; nothing was removed: "
+                f"`del model.{path}.{name}` first, and replace it after remove"
+            )
         check_writable(f"{path}.{name}", original)
+    settle_all(model)
     before = report(model)
     for module, _, name in targets:
         mask = getattr(module, f"{name}_mask")
         torch_remove(module, name)
         if freeze_zeros:
-            getattr(module, name).register_hook(lambda grad, mask=mask: grad * mask)
+            freeze(module, name, mask)
     for module in model.modules():
         unwatch(module)
     return Report(before.layers, before.parameters, "baked")

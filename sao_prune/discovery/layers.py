@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .adapters import adapter_reason
 from .endpoints import first_and_last
 from .trace import first_use_order
 
@@ -135,6 +136,7 @@ def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableW
     if selection.example_input is not None:
         found = _in_execution_order(model, modules, found, selection.example_input)
         known = [weight for weight in found if weight.kind != _RAW]
+    known = [weight for weight in known if adapter_reason(modules, weight.module) is None]
     first, last = first_and_last(model, [(w.module, _image_channels(modules[w.module])) for w in known])
     return [_judge(weight, modules, selection, first, last) for weight in found]
 
@@ -343,7 +345,7 @@ def _judge(
     names = [(modules[path], path, tensor) for path, tensor in ((weight.module, weight.tensor), *weight.aliases)]
     is_first = weight.kind != _RAW and any(path in first and _reads_input(m, t) for m, path, t in names)
     is_last = weight.kind != _RAW and any(path in last and _gives_output(m, t) for m, path, t in names)
-    weight = replace(weight, last=is_last)
+    weight = replace(weight, last=is_last, reason=weight.reason or adapter_reason(modules, weight.module))
     if weight.reason not in (None, ALREADY_PRUNED):
         return weight
     if selection.include is not None and not _selected(selection.include, weight, modules):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..discovery import Selector
+from ..prune import current
 from ..seeds import Seed, base_seed, named_generator
 from ..topology import BlockTopology, NotBlockStructuredError
 from ..weights import frequencies_from_kernel
@@ -192,7 +193,7 @@ def _obstacle(call: _Call, only_exact: bool) -> str | None:
 
 def _eco_form(call: _Call, gain: float, seed: int) -> ECOConv2d:
     conv = call.module
-    weight, mask = conv.weight.detach(), conv._buffers.get("weight_mask")
+    weight, mask = current(conv, "weight"), conv._buffers.get("weight_mask")
     topology = None if mask is None else BlockTopology.from_mask(mask.flatten(2).any(2))
     stride = conv.stride[0]
     kernel = (conv.kernel_size[0], conv.kernel_size[1])

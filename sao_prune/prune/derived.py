@@ -7,6 +7,7 @@ knows whether anybody wrote to it: such a write reaches the parameter where the 
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -168,33 +169,34 @@ def product(original: Tensor, mask: Tensor) -> Tensor:
 def derive(module: nn.Module, name: str) -> Tensor:
     """Compute the weight of a pruned tensor, once what was written to the last one has reached its parameter."""
     if torch.compiler.is_compiling():
-        weight = product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
-        return weight.as_subclass(MaskedWeight) if type(weight) is Tensor else weight
+        return _mark(product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")))
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)
     original, mask = operands(module, name)
     if original.is_meta:
         original, mask = offloaded(module, f"{name}_orig", original), offloaded(module, f"{name}_mask", mask)
-    if torch.is_grad_enabled() or not original.requires_grad or type(original) not in _PLAIN:
-        weight = product(original, mask)
+    if torch.is_grad_enabled() or threading.active_count() == 1 or type(original) not in _PLAIN:
+        weight = _mark(product(original, mask))
     else:
-        weight = _product_in_graph(original, mask)
-    if type(weight) is not Tensor:
-        return weight
-    masked = weight.as_subclass(MaskedWeight)
-    masked._owner, masked._name, masked._origin = weakref.ref(module), name, version(original)
-    return masked
+        weight = _mark_in_graph(original, mask)
+    if type(weight) is MaskedWeight:
+        weight._owner, weight._name, weight._origin = weakref.ref(module), name, version(original)
+    return weight
 
 
-def _product_in_graph(original: Tensor, mask: Tensor) -> Tensor:
-    """The product with its graph, where gradients are off: another thread may be training the module."""
+def _mark(weight: Tensor) -> Tensor:
+    return weight.as_subclass(MaskedWeight) if type(weight) is Tensor else weight
+
+
+def _mark_in_graph(original: Tensor, mask: Tensor) -> Tensor:
+    """The product with its graph, where gradients are off: another thread may be training this module, and find it."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.enable_grad():
-            return product(original, mask)
+            return _mark(product(original, mask))
     torch._C._set_grad_enabled(True)
     try:
-        return product(original, mask)
+        return _mark(product(original, mask))
     finally:
         torch._C._set_grad_enabled(False)
 

@@ -13,6 +13,20 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from .derived import derive, operands, place, settle
 from .offload import Unload, is_offloaded
 
+
+class _LayerByLayer(str):
+    """torch's name of a pruning type, which says in error messages what to do instead of pruning globally."""
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}: sao_prune chooses masks layer by layer; call sao_prune.apply(model, sparsity), or "
+            "with Lightning use sao_prune.integrations.lightning.SparseTraining"
+        )
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
 class MaskPruning(BasePruningMethod):
     """Base of this library's pruning methods: a given mask, joined with any that is there already.
 
@@ -20,9 +34,11 @@ class MaskPruning(BasePruningMethod):
     mask, and a forward pre-hook puts their product in ``<name>``.
     """
 
-    PRUNING_TYPE = "global"
+    PRUNING_TYPE = _LayerByLayer("global")
 
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, **unknown: Any) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} takes no {next(iter(unknown))!r}: it is {self.PRUNING_TYPE}")
         self._mask = mask
         self.called = self.settled = False
 
@@ -209,7 +225,14 @@ def watch(module: nn.Module, hook: type[RefreshAll] | type[RefreshChildren]) -> 
 
 
 def unwatch(module: nn.Module) -> None:
-    """Remove the refreshing hooks from a module."""
+    """Remove the hooks that keep masked weights up to date from a module, but for those of pruned tensors."""
+    if not any(True for _ in pruning_hooks(module)):
+        for hooks, ours in (
+            (module._state_dict_pre_hooks, settle_state),
+            (module._load_state_dict_post_hooks, refresh_state),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, _REFRESHERS):
+        if type(hook) in _REFRESHERS:
             del module._forward_pre_hooks[key]

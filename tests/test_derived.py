@@ -123,7 +123,7 @@ def test_a_write_after_a_step_arrives_or_raises(write):
 
 
 @pytest.mark.parametrize("write", [in_place, by_data, by_setting_data])
-@pytest.mark.parametrize("reader", ["state", "copy", "pickle", "remove", "torchs remove", "stacked", "export"])
+@pytest.mark.parametrize("reader", ["state", "copy", "pickle", "hold", "remove", "torchs remove", "stacked", "export"])
 def test_a_write_is_there_for_whoever_comes_next(write, reader):
     model = layers()
     value = torch.randn(16, 16)
@@ -132,6 +132,10 @@ def test_a_write_is_there_for_whoever_comes_next(write, reader):
     x = torch.randn(2, 16)
     if reader == "state":
         found = model.state_dict()["1.weight_orig"] * model[1].weight_mask
+    elif reader == "hold":
+        write(model[1].weight, 2 * layers()[1].weight)
+        assert sao_prune.hold(model).layers[0].gain == 2
+        return
     elif reader == "remove":
         sao_prune.remove(model)
         found = model[1].weight
@@ -251,6 +255,31 @@ def test_a_loaded_state_is_there_at_once():
     assert torch.equal(model[1].weight, 3 * layers()[1].weight)
 
 
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_have_the_weight_of_now(twin):
+    model = layers()
+    model(torch.randn(2, 16)).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    other = twin(model)
+    assert torch.equal(other[1].weight, model[1].weight_orig * model[1].weight_mask)
+    other[1].weight.data.mul_(2)
+    other(torch.randn(2, 16))
+    assert torch.equal(other[1].weight, 2 * model[1].weight_orig * model[1].weight_mask)
+
+
+def test_timm_reparameterizes_the_weight_of_now():
+    timm = pytest.importorskip("timm")
+    reparameterize = pytest.importorskip("timm.utils").reparameterize_model
+    torch.manual_seed(0)
+    model = timm.create_model("repvgg_a0", num_classes=5)
+    sao_prune.apply(model, groups=2, seed=0)
+    x = torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.01).step()
+    fused = reparameterize(model.eval())
+    assert torch.allclose(fused(x), model(x), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("forward", [False, True])
 def test_this_library_reads_what_the_parameters_hold_now(forward):
     model = layers()
@@ -322,6 +351,15 @@ def test_old_norms_of_the_parameter_under_a_mask(norm):
         model(torch.randn(2, 16)).sum().backward()
         optimiser.step()
     assert masks_hold(model)
+    expected = model.eval()(torch.ones(1, 16))
+    with pytest.raises(ValueError, match="nothing was removed"):
+        sao_prune.remove(model)
+    remove = (
+        torch.nn.utils.remove_weight_norm if norm is torch.nn.utils.weight_norm else torch.nn.utils.remove_spectral_norm
+    )
+    remove(model[1], "weight_orig")
+    sao_prune.remove(model)
+    assert torch.allclose(model(torch.ones(1, 16)), expected, atol=1e-5)
 
 
 def test_global_pruning_with_a_layerwise_method_says_what_to_do():

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch._C import _disabled_torch_function_impl
 
 from .offload import offloaded
+from .operands import PLAIN, operands, product, version
 
 _DATA: Any = Tensor.data
 _STALE = -1
-_PLAIN = (nn.Parameter, Tensor)
 _INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig; nothing was written"
 
 
@@ -87,22 +87,32 @@ class MaskedWeight(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedWeight:
         if id(self) not in memo:
-            twin = self.detach().clone().as_subclass(MaskedWeight)
-            twin._assigned, twin._name = self.written, self._name
+            twin = _rebuild(*self._state())
+            twin._name = self._name
             owner = self._current_owner()
-            original = None if owner is None else getattr(owner, f"{self._name}_orig", None)
-            if owner is not None and original is not None:
-                copied, parameter = memo.get(id(owner)), memo.get(id(original))
-                twin._owner = None if copied is None else weakref.ref(copied)
-                twin._origin = _STALE if self._stale(original) else None if parameter is None else version(parameter)
+            copied = None if owner is None else memo.get(id(owner))
+            if copied is not None:
+                twin._owner = weakref.ref(copied)
+                parameter = memo.get(id(getattr(owner, f"{self._name}_orig", None)))
+                if parameter is not None and twin._origin is None:
+                    twin._origin = version(parameter)
             memo[id(self)] = twin
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        owner = self._current_owner()
-        original = None if owner is None else getattr(owner, f"{self._name}_orig", None)
-        stale = original is not None and self._stale(original)
-        return _rebuild, (self.detach().as_subclass(Tensor), self.written, stale)
+        return _rebuild, self._state()
+
+    def _state(self) -> tuple[Tensor, bool, bool]:
+        """What a copy holds, whether somebody wrote to it, and whether that was after the parameter had changed."""
+        written, owner = self.written, self._current_owner()
+        if owner is not None and f"{self._name}_orig" in owner._parameters and f"{self._name}_mask" in owner._buffers:
+            original, mask = operands(owner, self._name)
+            stale = self._stale(original) and type(original) in PLAIN and original.shape == mask.shape
+            if stale and not written:
+                with torch.no_grad():
+                    return product(original, mask), False, False
+            return self.detach().as_subclass(Tensor).clone(), written, stale
+        return self.detach().as_subclass(Tensor).clone(), written, False
 
     def _stale(self, original: Tensor) -> bool:
         return self._origin is not None and self._origin != version(original)
@@ -124,7 +134,7 @@ class MaskedWeight(Tensor):
         if owner is None or self.written:
             return self
         original, mask = operands(owner, self._name)
-        if original.device != self.device or type(original) not in _PLAIN:
+        if original.device != self.device or type(original) not in PLAIN:
             return self
         with torch.no_grad():
             now = product(original, mask)
@@ -144,47 +154,6 @@ def _rebuild(values: Tensor, written: bool, stale: bool) -> MaskedWeight:
     return weight
 
 
-def version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to in place; ``None`` where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def operands(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """Parameter and mask of a pruned tensor.
-
-    Raises:
-        RuntimeError: if the tensor was replaced, or the module is no longer the one that was pruned.
-    """
-    if name in module._parameters:
-        raise RuntimeError(
-            f"{type(module).__name__}.{name} is pruned ({name}_orig * {name}_mask), and another parameter was put in "
-            f"its place: call sao_prune.remove(model) or sao_prune.compact(model) before weights are replaced or "
-            f"quantized (`del module.{name}` undoes the replacement)"
-        )
-    original = module._parameters.get(f"{name}_orig")
-    mask = module._buffers.get(f"{name}_mask")
-    if original is None or mask is None:
-        # Sharding, replicas and parametrizations keep them as attributes.
-        original, mask = getattr(module, f"{name}_orig", None), getattr(module, f"{name}_mask", None)
-    if original is None or mask is None:
-        missing = f"{name}_mask" if mask is None else f"{name}_orig"
-        raise RuntimeError(
-            f"{type(module).__name__} has the pruning hook of {name!r} but no {missing}: it was converted while it was "
-            f"pruned; call sao_prune.remove(model) or sao_prune.compact(model) before converting or quantizing"
-        )
-    return original, mask
-
-
-def product(original: Tensor, mask: Tensor) -> Tensor:
-    """``original * mask``; where the parameter is distributed, its mask is taken to be the same on all ranks."""
-    if type(original) not in _PLAIN and hasattr(original, "device_mesh") and not hasattr(mask, "device_mesh"):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh: Any = original.device_mesh
-        mask = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return (mask if mask.dtype == original.dtype else mask.to(dtype=original.dtype)) * original
-
-
 def derive(module: nn.Module, name: str) -> Tensor:
     """Compute the weight of a pruned tensor, once what was written to the last one has reached its parameter."""
     if torch.compiler.is_compiling():
@@ -201,7 +170,7 @@ def derive(module: nn.Module, name: str) -> Tensor:
     original, mask = operands(module, name)
     if original.is_meta:
         original, mask = offloaded(module, f"{name}_orig", original), offloaded(module, f"{name}_mask", mask)
-    if torch.is_grad_enabled() or type(original) not in _PLAIN:
+    if torch.is_grad_enabled() or type(original) not in PLAIN:
         weight = _mark(product(original, mask))
     elif torch.is_inference_mode_enabled():
         weight = _mark_after_inference(original, mask)
@@ -273,7 +242,7 @@ def _write_through(module: nn.Module, name: str, weight: MaskedWeight) -> None:
     instead = _INSTEAD.format(name)
     values, stale = weight.detach().clone(), weight._stale(original)
     weight.forget_writes()
-    if f"{name}_orig" not in module._parameters or type(original) not in _PLAIN:
+    if f"{name}_orig" not in module._parameters or type(original) not in PLAIN:
         raise RuntimeError(f"{whose} is pruned and was written to, but {name}_orig is computed or sharded: {instead}")
     if weight.shape != original.shape:
         raise RuntimeError(

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
-from .derived import derive, operands, place, settle
+from .derived import derive, place, settle
 from .offload import Unload, is_offloaded
+from .operands import operands
 
 
 class _LayerByLayer(str):

@@ -20,6 +20,8 @@ from .offload import offloaded
 _DATA: Any = Tensor.data
 _STALE = -1
 _PLAIN = (nn.Parameter, Tensor)
+# Older compilers know no subclasses of tensors: there a compiled forward leaves a plain one, which cannot be copied.
+_COMPILES = torch.__version__ >= "2.8"
 _INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig"
 
 
@@ -169,7 +171,7 @@ def derive(module: nn.Module, name: str) -> Tensor:
     """Compute the weight of a pruned tensor, once what was written to the last one has reached its parameter."""
     if torch.compiler.is_compiling():
         weight = product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
-        return weight.as_subclass(MaskedWeight) if type(weight) is Tensor else weight
+        return weight.as_subclass(MaskedWeight) if type(weight) is Tensor and _COMPILES else weight
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)

@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from .derived import derive, operands, place, settle
 from .offload import Unload, is_offloaded
 
+
 class MaskPruning(BasePruningMethod):
     """Base of this library's pruning methods: a given mask, joined with any that is there already.
 

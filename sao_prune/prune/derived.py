@@ -21,6 +21,8 @@ from .operands import PLAIN, operands, product, version
 
 _DATA: Any = Tensor.data
 _STALE = -1
+# Older compilers know no subclasses of tensors: there a compiled forward leaves a plain one, which cannot be copied.
+_COMPILES = torch.__version__ >= "2.8"
 _INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig; nothing was written"
 
 
@@ -163,7 +165,7 @@ def derive(module: nn.Module, name: str) -> Tensor:
                 f"exported, so that {name}_orig has the values"
             )
         weight = product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
-        return weight.as_subclass(MaskedWeight) if type(weight) is Tensor else weight
+        return weight.as_subclass(MaskedWeight) if type(weight) is Tensor and _COMPILES else weight
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)

@@ -13,6 +13,7 @@ import torch
 
 from sao_prune.blocks.backends import triton as backend
 from sao_prune.blocks.backends.triton import launch, tiles, tuning
+from sao_prune.blocks.backends.triton.compiled import resources
 from sao_prune.blocks.backends.triton.tables import side_of
 from sao_prune.blocks.backends.triton.tiles import Tile, Work
 
@@ -35,29 +36,42 @@ def test_kernels_in_the_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="the assembler comes with Triton for Linux")
-def test_kernels_compile_without_a_gpu_and_spill_nothing() -> None:
-    code = """
-import torch
-from sao_prune.blocks.backends.triton import compiled, launch, tables, tiles
-def empty(*size, dtype=torch.bfloat16):
-    return torch.empty(size, dtype=dtype, device="meta")
-strided = torch.arange(1024, dtype=torch.int32).view(32, 32).t().flatten()
-ins = tables.side_of(strided, 32, 1024)
-outs = tables.side_of(torch.arange(1024, dtype=torch.int32), 32, 1024)
-x, weight, window = empty(512, 1024), empty(32, 32, 32), launch.Window()
-after = launch.Epilogue(empty(1024), "gelu", x)
-forward = launch.product_arguments(launch.Source(x), weight, x, ins, outs, window, after, False)
-tile = tiles.product_tiles(forward[2])[0]
-for capability in (80, 90):
-    found = compiled.resources("product", forward, tile, capability)
-    assert found.spills == 0 and 0 < found.registers <= 255 and found.instruction != "fma", found
-sums = empty(32, 32, 32, dtype=torch.float32), empty(1024, dtype=torch.float32)
-back = launch.weight_arguments(launch.Source(x), launch.Source(x, x, "kept"), *sums, ins, outs, window)
-found = compiled.resources("weight_gradient", back, tiles.weight_tiles(back[2])[0], 80)
-assert found.spills == 0 and found.instruction == "mma", found
-"""
-    done = run("-c", code, TRITON_INTERPRET="0")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
+def test_kernels_compile_without_a_gpu_and_spill_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    natural = torch.arange(1024, dtype=torch.int32)
+    strided = natural.view(32, 32).t().flatten()
+    ins, outs = side_of(strided, 32, 1024), side_of(natural, 32, 1024)
+    x, weight, window = empty(512, 1024), empty(32, 32, 32), launch.Window()
+    after = launch.Epilogue(empty(1024), "gelu", x)
+    forward = launch.product_arguments(launch.Source(x), weight, x, ins, outs, window, after, False)
+    sums = empty(32, 32, 32, dtype=torch.float32), empty(1024, dtype=torch.float32)
+    grad = launch.Source(x, x, "kept")
+    backward = launch.weight_arguments(launch.Source(x), grad, *sums, ins, outs, window)
+    for kernel, arguments, tile, capability in (
+        ("product", forward, tiles.product_tiles(forward[2])[0], 90),
+        ("weight_gradient", backward, tiles.weight_tiles(backward[2])[0], 80),
+    ):
+        found = resources(kernel, arguments, tile, capability)
+        assert found.spills == 0
+        assert 0 < found.registers <= 255
+        assert found.instruction != "fma"
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
+    done = run("benchmarks/gpu.py", "--smoke")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "test_resnet" in done.stdout
+    assert "failed" not in done.stdout
+    if not torch.cuda.is_available():
+        done = run("benchmarks/gpu.py")
+        assert done.returncode == 2
+        assert len(done.stdout.splitlines()) == 1
 
 
 def test_without_a_gpu_or_an_interpreter_nothing_suits() -> None:
@@ -71,11 +85,11 @@ def work(**changes: object) -> Work:
     return Work(**{**given, "bytes": 2, "processors": 132, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 31, 64, 1000])
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 12, 16, 128, 1000])
+@pytest.mark.parametrize("groups", [1, 3, 31, 1000])
+@pytest.mark.parametrize("size", [1, 3, 12, 16, 1000])
 def test_there_are_tiles_for_every_shape(groups: int, size: int) -> None:
-    for other in (1, 5, 64):
-        for kind in ("identity", "strided", "index"):
+    for other in (1, 64):
+        for kind in ("strided", "index"):
             for rows in (1, 17, 100_000):
                 shape = work(groups=groups, r=size, c=other, inputs=kind, rows=rows)
                 for found in (tiles.product_tiles(shape), tiles.weight_tiles(shape)):

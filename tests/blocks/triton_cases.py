@@ -162,7 +162,7 @@ def test_linear_gives_the_gradients_that_are_asked_for(needs: tuple[bool, bool, 
     check_linear(13, 3, 4, 5, activation="gelu", needs=needs, spare=(0, 2))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([0, 1, 2, 15, 64, 130]),
     groups=st.integers(1, 9),
@@ -271,7 +271,7 @@ def test_conv_of_every_geometry(geometry: str, monkeypatch: pytest.MonkeyPatch) 
     check_conv(1, 4, 16, 16, (5, 8), geometry, kinds=("strided", "identity"))
 
 
-@settings(max_examples=7, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     batch=st.sampled_from([0, 1, 3]),
     groups=st.sampled_from([1, 2, 5]),

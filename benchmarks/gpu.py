@@ -41,7 +41,7 @@ def layers(chosen: list[str], roof: Roof, device: Device) -> Iterator[str | Targ
             name = f"{layer.name}, {layer.groups} blocks, {kind}"
             distance = gpu_layers.agreement(layer, topology, device)
             if not distance < 2e-2:
-                raise SystemExit(f"{name}: our result is {distance:.2g} from the right one; nothing was measured")
+                raise SystemExit(f"{name}: results or gradients are {distance:.2g} from the right ones")
             small = layer.batch <= 256
             for what, ways in gpu_layers.ways(layer, topology, device).items():
                 if small:

@@ -74,6 +74,23 @@ def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
         assert len(done.stdout.splitlines()) == 1
 
 
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernels_on_a_gpu() -> None:
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+import gpu_layers
+from gpu_timing import Device
+for layer in (*gpu_layers.LAYERS, *gpu_layers.SMOKE):
+    for kind, topology in gpu_layers.topologies(layer).items():
+        distance = gpu_layers.agreement(layer, topology, Device("cuda", False))
+        assert distance < 2e-2, (layer, kind, distance)
+"""
+    done = run("-c", code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_without_a_gpu_or_an_interpreter_nothing_suits() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         assert not backend.suits_linear(torch.randn(2, 4), torch.randn(2, 2, 2))

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,7 +139,7 @@ def test_choices_are_kept_and_a_broken_cache_is_none(monkeypatch: pytest.MonkeyP
     first, second = Tile(16, 32, 16, 8, 1, 1, 4, 3), Tile(32, 32, 16, 8, 1, 1, 8, 3)
     tuning._CHOSEN[("device", "a")] = first
     tuning._write(path, "device")
-    assert json.loads(path.read_text()) == {"a": [16, 32, 16, 8, 1, 1, 4, 3]}
+    assert json.loads(path.read_text()) == {"a": [16, 32, 16, 8, 1, 1, 4, 3, 0]}
     assert [file.name for file in path.parent.iterdir()] == ["device.json"]
     # Another process finds one more; what it wrote is not lost.
     path.write_text(json.dumps({"b": [32, 32, 16, 8, 1, 1, 8, 3]}))
@@ -169,3 +171,22 @@ def test_the_window_of_a_convolution() -> None:
         image = torch.zeros(1, 1, 9, 11)
         want = torch.nn.functional.conv2d(image, torch.zeros(1, 1, size, size), None, stride, padding, dilation)
         assert window.result(9, 11) == tuple(want.shape[2:])
+
+
+def test_the_fastest_tile_is_taken_and_one_that_spills_gets_all_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("triton.testing")
+    found = tiles.product_tiles(work())
+    seconds = {tile: 1.0 + i for i, tile in enumerate(reversed(found))}
+    tried: list[Tile] = []
+
+    def bench(way: Callable[[], int], **options: object) -> float:
+        way()
+        return seconds[replace(tried[-1], registers=0)]
+
+    def spilling(tile: Tile) -> int:
+        tried.append(tile)
+        return 0 if tile.registers else 8
+
+    monkeypatch.setattr(testing, "do_bench", bench)
+    assert tuning._fastest(found, spilling) == found[-1].roomy
+    assert tuning._fastest(found, lambda tile: tried.append(tile) or 0) == found[-1]  # type: ignore[func-returns-value]

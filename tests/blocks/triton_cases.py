@@ -50,7 +50,7 @@ def any_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(0)
     monkeypatch.setattr(tiles, "_TRIED", 10_000)
 
-    def choose(key: Hashable, found: Sequence[Tile], run: Callable[[Tile], None], device: torch.device) -> Tile:
+    def choose(key: Hashable, found: Sequence[Tile], run: Callable[[Tile], int], device: torch.device) -> Tile:
         return min(chance.sample(found, min(len(found), 8)), key=lambda t: (products(key, t), chance.random()))
 
     monkeypatch.setattr(tuning, "choose", choose)

@@ -46,7 +46,7 @@ def resources(kernel: str, arguments: Arguments, tile: Tile, capability: int) ->
     function = getattr(kernels, kernel)
     run_time, constants, _ = arguments
     options = tile_options(tile, sweep=kernel == "product")
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     given = {**run_time, **constants, **options}
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 
 # Elements that a thread may hold: accumulators, and loads of an operand. Loads by a table pass through registers, one
@@ -21,7 +21,10 @@ _TRIED = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """``BM`` rows; ``Q`` products of ``P`` groups; ``BR`` outputs and ``BC`` inputs of each group."""
+    """``BM`` rows; ``Q`` products of ``P`` groups; ``BR`` outputs and ``BC`` inputs of each group.
+
+    ``registers`` is how many a thread may use; 0 leaves it to the assembler, which may spill for more programs at once.
+    """
 
     BM: int
     BR: int
@@ -31,11 +34,17 @@ class Tile:
     SWEEP: int
     warps: int
     stages: int
+    registers: int = 0
 
     @property
     def packed(self) -> int:
         """Groups."""
         return self.Q * self.P
+
+    @property
+    def roomy(self) -> Tile:
+        """The same with all registers there are, for one that spills."""
+        return replace(self, registers=255)
 
 
 @dataclass(frozen=True)

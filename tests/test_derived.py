@@ -365,7 +365,8 @@ def test_frozen_zeros_survive_conversions_and_copies(swap, twin):
         model(torch.randn(2, 16).bfloat16()).square().sum().backward()
         optimiser.step()
     assert sao_prune.report(model).sparsity == 0.75
-    assert "1.weight" in str(sao_prune.compact(model)) or sao_prune.report(model).sparsity == 0.75
+    sao_prune.compact(model)
+    assert type(model[1]).__name__ == "BlockLinear"
 
 
 @pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])

@@ -18,7 +18,7 @@ from .permutation import dense
 
 _LIBRARY = torch.library.Library("sao_prune", "DEF")
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 _DEVICES = ("CPU", "CUDA")
 
 

@@ -13,7 +13,16 @@ from typing_extensions import Unpack
 
 from .algorithms import RG, SAO, Method, resolve
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
-from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
+from .discovery import (
+    ALREADY_PRUNED,
+    PrunableWeight,
+    Selection,
+    Selector,
+    initialise_,
+    initialised,
+    untouched,
+    walk,
+)
 from .plain import why_not_plain
 from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach_all, pruning_hooks, unwatch
 from .prune.attachment import check_writable
@@ -46,10 +55,12 @@ def plan(
         method: a name from `methods` or an instance with options.
         **options: ``degree`` or ``groups`` in place of ``sparsity``, numbers or mappings; ``fit`` ("nearest",
             "regular", "exact"); ``distribution`` ("uniform", "erk"); ``include`` and ``exclude``, glob patterns or a
-            predicate ``(name, module) -> bool``; ``skip_first``, ``skip_last``; ``example_input`` for execution order.
+            predicate ``(name, module) -> bool``; ``skip_first``, ``skip_last``; ``example_input`` for execution order,
+            and for the shapes of lazy layers.
 
     Returns:
-        A `Report` with what each layer would get.
+        A `Report` with what each layer would get. Parameters of two or more dimensions that are in no layer to prune
+        come last, each with what it is.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -63,7 +74,7 @@ def plan(
         [None, 32, 32, None]
     """
     chosen = resolve(method)
-    _, items = _allocate(model, sparsity, options)
+    model, items = _allocate(model, sparsity, options)
     foretold = iter(chosen.foretell([item for item in items if isinstance(item, Allocation)]))
     records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else left_alone(i) for i in items]
     return _warn(_report(model, records, f"plan: {chosen.name}"), layerwise=chosen.layerwise)
@@ -93,7 +104,8 @@ def apply(
         **options: as for `plan`.
 
     Returns:
-        A `Report`; its table says for each layer what was asked, what was done, or why it was left alone.
+        A `Report`; its table says for each layer what was asked, what was done, or why it was skipped, and of every
+        other parameter of two or more dimensions what it is.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -113,7 +125,10 @@ def apply(
     chosen = resolve(method)
     if form not in ("masked", "compact"):
         raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
-    modules, items = _allocate(model, sparsity, options)
+    _, items = _allocate(model, sparsity, options)
+    # Lazy layers have shown on a copy that the example input suits them.
+    initialise_(model, options.get("example_input"))
+    modules = dict(model.named_modules())
     allocations = [item for item in items if isinstance(item, Allocation)]
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
@@ -196,17 +211,20 @@ def report(model: nn.Module) -> Report:
         [None, 4, None]
     """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    weights = walk(model, Selection(skip_first=False, skip_last=False))
     records = [
         read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else left_alone(weight)
-        for weight in walk(model, Selection(skip_first=False, skip_last=False))
+        for weight in weights
     ]
     records += [compact(path, module) for path, module in modules.items() if _is_block_layer(module)]
+    records += [left_alone(weight) for weight in untouched(model, weights)]
     return _report(model, records, "model")
 
 
 def _allocate(
     model: nn.Module, sparsity: Amount | None, options: PlanOptions
-) -> tuple[dict[str, nn.Module], list[Allocation | PrunableWeight]]:
+) -> tuple[nn.Module, list[Allocation | PrunableWeight]]:
+    """The model, or a copy whose lazy layers have their shapes, and what each of its weights is asked for."""
     known = set(PlanOptions.__annotations__)
     unknown = sorted(set(options) - known)
     if unknown:
@@ -214,6 +232,8 @@ def _allocate(
     budget_keys = ("degree", "groups", "fit", "distribution")
     budget = Budget(sparsity, **{k: v for k, v in options.items() if k in budget_keys})  # type: ignore[arg-type]
     selection = Selection(**{k: v for k, v in options.items() if k not in budget_keys})  # type: ignore[arg-type]
+    if isinstance(model, nn.Module):
+        model = initialised(model, selection.example_input)
     weights = walk(model, selection)
     pruned = [w.name for w in weights if w.reason == ALREADY_PRUNED]
     if pruned:
@@ -224,7 +244,7 @@ def _allocate(
     items = allocate(weights, budget)
     if not any(isinstance(item, Allocation) for item in items):
         raise ValueError(_nothing_to_prune(model, [i for i in items if isinstance(i, PrunableWeight)]))
-    return dict(model.named_modules()), items
+    return model, [*items, *untouched(model, weights)]
 
 
 def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> str:

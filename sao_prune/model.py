@@ -24,9 +24,17 @@ from .discovery import (
     walk,
 )
 from .plain import why_not_plain
-from .prune import MaskPruning, RamanujanPruning, SAOPruning, attach_all, pruning_hooks, unwatch
+from .prune import (
+    MaskPruning,
+    RamanujanPruning,
+    SAOPruning,
+    attach_all,
+    bake_standardising,
+    pruning_hooks,
+    unwatch,
+)
 from .prune.attachment import check_writable
-from .reporting import LayerRecord, Report, SparsityWarning, compact, done, left_alone, pruned, read_back
+from .reporting import LayerRecord, Report, SparsityWarning, compact, done, pruned, read_back, skipped
 from .seeds import Seed, base_seed
 
 
@@ -76,7 +84,8 @@ def plan(
     chosen = resolve(method)
     model, items = _allocate(model, sparsity, options)
     foretold = iter(chosen.foretell([item for item in items if isinstance(item, Allocation)]))
-    records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else left_alone(i) for i in items]
+    records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else skipped(i) for i in items]
+    records += _others(model, items)
     return _warn(_report(model, records, f"plan: {chosen.name}"), layerwise=chosen.layerwise)
 
 
@@ -135,7 +144,8 @@ def apply(
     with torch.no_grad():
         draws = chosen.draw_for(model, allocations, weights, base)
     by_name = {draw.weight.name: draw for draw in draws}
-    records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else left_alone(i) for i in items]
+    records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else skipped(i) for i in items]
+    records += _others(model, items)
     # Before anything is changed: a warning may be an error.
     result = _warn(_report(model, records, f"applied: {chosen.name}"), layerwise=chosen.layerwise)
     hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
@@ -151,6 +161,8 @@ def apply(
 
 def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
     """Make the pruning permanent, in place: plain weights again, with zeros where the masks had them.
+
+    A layer that standardises its weight keeps doing so: its kept weights lose their mean, so that zeros stay zeros.
 
     Args:
         model: a pruned model; masks of `torch.nn.utils.prune` are baked too.
@@ -187,6 +199,7 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
     for module, _, name in targets:
         mask = getattr(module, f"{name}_mask")
         torch_remove(module, name)
+        bake_standardising(module, name, mask, keep_support=freeze_zeros)
         if freeze_zeros:
             getattr(module, name).register_hook(lambda grad, mask=mask: grad * mask)
     for module in model.modules():
@@ -213,11 +226,11 @@ def report(model: nn.Module) -> Report:
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     weights = walk(model, Selection(skip_first=False, skip_last=False))
     records = [
-        read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else left_alone(weight)
+        read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else skipped(weight)
         for weight in weights
     ]
     records += [compact(path, module) for path, module in modules.items() if _is_block_layer(module)]
-    records += [left_alone(weight) for weight in untouched(model, weights)]
+    records += _others(model, weights)
     return _report(model, records, "model")
 
 
@@ -244,7 +257,13 @@ def _allocate(
     items = allocate(weights, budget)
     if not any(isinstance(item, Allocation) for item in items):
         raise ValueError(_nothing_to_prune(model, [i for i in items if isinstance(i, PrunableWeight)]))
-    return model, [*items, *untouched(model, weights)]
+    return model, items
+
+
+def _others(model: nn.Module, items: Sequence[Allocation | PrunableWeight]) -> list[LayerRecord]:
+    """Records of the parameters of two or more dimensions that are none of the items."""
+    known = [item.weight if isinstance(item, Allocation) else item for item in items]
+    return [skipped(weight, other=True) for weight in untouched(model, known)]
 
 
 def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> str:

@@ -16,7 +16,7 @@ from .weight import ALREADY_PRUNED, RAW, PrunableWeight
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
-_STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+_STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", "WeightStandardizedConv2d")
 # Experts that do not say so by `is_transposed`, but multiply inputs by weights (in, out).
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
 _COMPUTED = "its {} is computed from other parameters (parametrization, weight or spectral norm)"
@@ -87,6 +87,11 @@ def _experts(module: nn.Module) -> Iterator[Stored]:
             yield Stored(unmasked_name(module, name), parameter.shape[0], transposed, stacked=True)
 
 
+def is_standardised(module: nn.Module) -> bool:
+    """Whether a module is a convolution that standardises its weight, by its class's name in timm or transformers."""
+    return isinstance(module, nn.Conv2d) and any(c.__name__ in _STANDARDISED for c in type(module).__mro__)
+
+
 def known_weights(path: str, module: nn.Module) -> Iterator[PrunableWeight]:
     """Records of one module's weights, with the reason where one cannot be pruned."""
     kind = type(module).__name__
@@ -98,7 +103,8 @@ def known_weights(path: str, module: nn.Module) -> Iterator[PrunableWeight]:
             continue
         lazy = isinstance(weight, nn.parameter.UninitializedParameter)
         shape = () if lazy else tuple(weight.shape)
-        yield _with_reason(module, weight, PrunableWeight(path, kind=kind, shape=shape, **stored._asdict()))
+        found = PrunableWeight(path, kind=kind, shape=shape, **stored._asdict(), standardised=is_standardised(module))
+        yield _with_reason(module, weight, found)
 
 
 def raw_weight(path: str, tensor: str, module: nn.Module, parameter: nn.Parameter) -> PrunableWeight:
@@ -135,8 +141,6 @@ def _obstacle(module: nn.Module, weight: nn.Parameter, found: PrunableWeight) ->
         return f"not a floating-point weight ({weight.dtype})"
     if len(found.shape) < 2 or not found.parts or (not found.stacked and found.shape[0] % found.parts):
         return f"not a matrix: shape {found.shape}"
-    if any(c.__name__ in _STANDARDISED for c in type(module).__mro__):
-        return "its forward standardises the weight, so pruned zeros would come back"
     if isinstance(module, nn.modules.conv._ConvNd) and found.parts > 1 and min(found.matrix) == 1:
         return "depthwise"
     if min(found.matrix) < 2:

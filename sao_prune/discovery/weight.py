@@ -30,6 +30,7 @@ class PrunableWeight:
         reason: why it is skipped; ``None`` if it can be pruned.
         last: whether it is the model's last layer.
         stacked: whether the matrices have dimensions of their own.
+        standardised: whether the layer standardises it in its forward.
 
     Example:
         >>> experts = PrunableWeight("moe", "up_proj", "Experts", (4, 96, 64), parts=4, stacked=True)
@@ -49,6 +50,7 @@ class PrunableWeight:
     reason: str | None = None
     last: bool = False
     stacked: bool = False
+    standardised: bool = False
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from .hooks import (
     unwatch,
     watch,
 )
+from .standardised import bake_standardising
 
 __all__ = [
     "KernelL1Pruning",
@@ -39,6 +40,7 @@ __all__ = [
     "Snapshot",
     "attach",
     "attach_all",
+    "bake_standardising",
     "current",
     "global_kernel_l1",
     "global_unstructured",

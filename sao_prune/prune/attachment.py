@@ -17,7 +17,7 @@ from .hooks import MaskPruning, RefreshAll, RefreshChildren, is_pruned_tensor, p
 class Snapshot:
     """Parameters, buffers and hooks of modules, to put back after a failure."""
 
-    _FIELDS = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    _FIELDS = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._fields = [

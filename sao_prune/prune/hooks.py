@@ -12,6 +12,8 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from .derived import derive, operands, place, settle
 from .offload import Unload, is_offloaded
+from .standardised import follow_standardising
+
 
 class MaskPruning(BasePruningMethod):
     """Base of this library's pruning methods: a given mask, joined with any that is there already.
@@ -58,6 +60,7 @@ class MaskPruning(BasePruningMethod):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
             follow_state(module)
+            follow_standardising(module, name)
             return
         method = cls()
         method._tensor_name = name
@@ -67,6 +70,7 @@ class MaskPruning(BasePruningMethod):
         setattr(module, name, original.detach())
         module.register_forward_pre_hook(method)
         follow_state(module)
+        follow_standardising(module, name)
 
 
 class MaskContainer(PruningContainer):

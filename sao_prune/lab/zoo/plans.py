@@ -143,7 +143,7 @@ def findings(architecture: Architecture, model: nn.Module, pruned: Sequence[Prun
     """What must not be in a plan, told from the model alone and not from the walk that made the plan.
 
     A parameter pruned twice; a classifier that is pruned, known by its number of outputs; a convolution that reads
-    the image; a weight whose module standardises it.
+    the image.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
@@ -157,8 +157,6 @@ def findings(architecture: Architecture, model: nn.Module, pruned: Sequence[Prun
         module = modules[weight.module]
         if isinstance(module, nn.modules.conv._ConvNd) and module.in_channels == 3:
             yield f"{weight.name} reads the image"
-        if "Std" in type(module).__name__:
-            yield f"{weight.name} belongs to a {type(module).__name__}"
 
 
 def _pruned_classifiers(architecture: Architecture) -> list[str]:

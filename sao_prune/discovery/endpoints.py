@@ -74,7 +74,8 @@ def token_embeddings(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 def is_positional(name: str) -> bool:
     """Whether the last part of a name speaks of positions: ``pos_embed``, ``embed_positions``, ``wpe``, ``rel_h``."""
-    return re.search(r"(^|_)(pos|rel_|relative)|^wpe$", name.rpartition(".")[2].lower()) is not None
+    pattern = r"(^|_)pos|^wpe$|(^|_)rel(ative)?_(pos|attention_bias|bias|emb|[hw]$)"
+    return re.search(pattern, name.rpartition(".")[2].lower()) is not None
 
 
 def image_channels(module: nn.Module) -> int | None:

@@ -73,7 +73,7 @@ def _reason(module: nn.Module, path: str, tensor: str, parameter: nn.Parameter, 
         return "norm"
     if not parameter.is_floating_point():
         return f"not a floating-point weight ({parameter.dtype})"
-    if is_positional(tensor) or is_positional(path):
+    if is_positional(tensor) or (is_positional(path) and not any(True for _ in module.children())):
         return "positional embedding"
     if re.search(r"Router|Gat(e|ing)$", type(module).__name__):
         return "router: it chooses experts"

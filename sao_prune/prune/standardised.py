@@ -77,7 +77,8 @@ class Centring:
             place(module, self.tensor, _with_graph(*operands(module, self.tensor)))
         if later:
             # A pruning hook of ours that has just moved behind this one, and has run.
-            module._forward_pre_hooks.move_to_end(next(k for k, h in module._forward_pre_hooks.items() if h is self))
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
+                module._forward_pre_hooks[key] = module._forward_pre_hooks.pop(key)
 
     def restore(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook: outside of forward the weight is the parameter, or the product of weight and mask."""

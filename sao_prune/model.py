@@ -20,9 +20,11 @@ from .discovery import (
     Selector,
     initialise_,
     initialised,
+    is_block_layer,
     untouched,
     walk,
 )
+from .held import held_tensors
 from .plain import why_not_plain
 from .prune import (
     MaskPruning,
@@ -229,7 +231,7 @@ def report(model: nn.Module) -> Report:
         read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else skipped(weight)
         for weight in weights
     ]
-    records += [compact(path, module) for path, module in modules.items() if _is_block_layer(module)]
+    records += [compact(path, module) for path, module in modules.items() if is_block_layer(module)]
     records += _others(model, weights)
     return _report(model, records, "model")
 
@@ -283,17 +285,17 @@ def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool
     return tensor.detach()
 
 
-def _is_block_layer(module: nn.Module) -> bool:
-    """Whether ``compact`` made the module: its classes are to the right of this room, so they are told by a mark."""
-    return getattr(type(module), "is_block_layer", False)
-
-
 def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
-        if _is_block_layer(module):
+        if is_block_layer(module):
             held = compact("", module)
             total += held.total - held.nnz
+        for tensor in held_tensors(module):
+            if tensor.endswith("_orig"):
+                chains: Any = module.parametrizations
+                free = sum(p.numel() for p in chains[tensor].parameters())
+                total += getattr(module, f"{tensor.removesuffix('_orig')}_mask").numel() - free
     return Report(tuple(records), total, title)
 
 

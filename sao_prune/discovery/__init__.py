@@ -1,6 +1,6 @@
 """Where to prune: the weights of any model, and why others are skipped."""
 
-from .kinds import is_standardised
+from .kinds import is_block_layer, is_standardised
 from .layers import walk, weight_of
 from .lazy import initialise_, initialised
 from .selection import Predicate, Selection, Selector, check_patterns, matches
@@ -18,6 +18,7 @@ __all__ = [
     "check_patterns",
     "initialise_",
     "initialised",
+    "is_block_layer",
     "is_standardised",
     "matches",
     "untouched",

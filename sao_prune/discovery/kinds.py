@@ -82,9 +82,17 @@ def _experts(module: nn.Module) -> Iterator[Stored]:
         yield from (Stored(t, module.moe_num_experts, t == "w2") for t in ("w1", "v1", "w2"))  # type: ignore[arg-type]
         return
     transposed = getattr(module, "is_transposed", False) is True or any(n in _TRANSPOSED_EXPERTS for n in names)
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() == 3:
-            yield Stored(unmasked_name(module, name), parameter.shape[0], transposed, stacked=True)
+    tensors = {unmasked_name(module, name): parameter for name, parameter in module._parameters.items()}
+    # Where the parameter is computed from others, its mask is still there.
+    masks = {name.removesuffix("_mask"): mask for name, mask in module._buffers.items() if name.endswith("_mask")}
+    for tensor, values in {**masks, **tensors}.items():
+        if values is not None and values.dim() == 3:
+            yield Stored(tensor, values.shape[0], transposed, stacked=True)
+
+
+def is_block_layer(module: nn.Module) -> bool:
+    """Whether ``compact`` made the module: its classes are to the right of this room, so they are told by a mark."""
+    return getattr(type(module), "is_block_layer", False) is True
 
 
 def is_standardised(module: nn.Module) -> bool:
@@ -98,7 +106,13 @@ def known_weights(path: str, module: nn.Module) -> Iterator[PrunableWeight]:
     for stored in stored_weights(module):
         weight = parameter_of(module, stored.tensor)
         if weight is None:
-            if parametrize.is_parametrized(module, stored.tensor) or hasattr(module, f"{stored.tensor}_g"):
+            mask = module._buffers.get(f"{stored.tensor}_mask")
+            if mask is not None and parametrize.is_parametrized(module, f"{stored.tensor}_orig"):
+                plain = kind.removeprefix("Parametrized")
+                yield PrunableWeight(
+                    path, kind=plain, shape=tuple(mask.shape), reason=ALREADY_PRUNED, **stored._asdict()
+                )
+            elif parametrize.is_parametrized(module, stored.tensor) or hasattr(module, f"{stored.tensor}_g"):
                 yield PrunableWeight(path, stored.tensor, kind, (), reason=_COMPUTED.format(stored.tensor))
             continue
         lazy = isinstance(weight, nn.parameter.UninitializedParameter)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .endpoints import first_and_last, gives_output, image_channels, reads_input, token_embeddings
-from .kinds import known_weights, parameter_of, raw_weight, stored_weights, unmasked_name
+from .kinds import is_block_layer, known_weights, parameter_of, raw_weight, stored_weights, unmasked_name
 from .lazy import initialised
 from .selection import Selection, Selector, check_patterns, names_parameter, selected
 from .ties import merge_tied
@@ -87,7 +87,8 @@ def _raw_parameters(
     for name, parameter in model.named_parameters():
         path, _, tensor = name.rpartition(".")
         owner = modules[path]
-        if id(parameter) in known or isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.dim() < 2:
+        lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+        if id(parameter) in known or lazy or parameter.dim() < 2 or is_block_layer(owner):
             continue
         plain = unmasked_name(owner, tensor)
         names = {name, f"{path}.{plain}" if path else plain}

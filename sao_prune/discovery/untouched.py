@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from .endpoints import is_positional
-from .kinds import parameter_of
+from .kinds import is_block_layer, parameter_of
 from .weight import RAW, PrunableWeight
 
 _NORMS = re.compile(r"Norm|GRN|Affine")
@@ -56,7 +56,8 @@ def _others(
         owner, _, parametrized = path.partition("parametrizations.")
         owner = owner.removesuffix(".") if parametrized else path
         source = parametrized.partition(".")[0] or re.sub("_[gv]$", "", tensor)
-        if getattr(type(modules[owner]), "is_block_layer", False) or (source != tensor and (owner, source) in computed):
+        sources = {(owner, source), (owner, source.removesuffix("_orig"))}
+        if is_block_layer(modules[owner]) or (source != tensor and sources & computed):
             continue
         module = modules[owner]
         kind = RAW if type(module).__module__.startswith("torch.nn.modules.container") else type(module).__name__

@@ -108,3 +108,25 @@ def test_timm_models(name):
     assert not mentioned(model, plan)
     assert sum(layer.reason == "first layer" for layer in plan.layers) == 1
     assert not any("no layer of a known kind" in (layer.reason or "") for layer in plan.layers)
+
+
+def test_held_weights_are_read_back_as_pruned():
+    class SomeExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 16, 16))
+
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)), SomeExperts(), nn.Linear(16, 16))
+    sao_prune.apply(net, 0.75, seed=0)
+    before = sao_prune.report(net)
+    assert len(before.pruned) == 3
+    sao_prune.hold(net)
+    held = sao_prune.report(net)
+    assert [(layer.name, layer.nnz, layer.groups) for layer in held.layers] == [
+        (layer.name, layer.nnz, layer.groups) for layer in before.layers
+    ]
+    assert (held.parameters, held.remaining) == (before.parameters, before.remaining)
+    with pytest.raises(ValueError, match="pruned already"):
+        sao_prune.apply(net, 0.5)
+    sao_prune.release(net)
+    assert sao_prune.report(net) == before

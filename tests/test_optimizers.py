@@ -66,3 +66,22 @@ def test_muon_orthogonalises_block_by_block(shape):
     values = torch.linalg.svdvals(update) / max(1, (shape[0] / shape[1]) ** 0.5)
     assert values.max() < 1.3
     assert values.median() > 0.5
+
+
+def test_timms_muon_keeps_zeros_of_convolutions_and_takes_the_groups(page):
+    optim = pytest.importorskip("timm.optim")
+    if not hasattr(optim, "Muon"):
+        pytest.skip("this timm has no Muon")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3))
+    sao_prune.apply(net, 0.75, seed=0)
+    optimizer = optim.Muon(net.parameters(), lr=0.1)
+    before = net[1].weight_orig.detach().clone()
+    net(torch.randn(2, 8, 9, 9)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, net[1].weight_orig)
+    assert not net[1].weight_orig[net[1].weight_mask == 0].any()
+    sao_prune.compact(net)
+    matrices, others = page["split"](net)
+    assert not matrices
+    optim.Muon([{"params": others, "use_fallback": True}], lr=0.1)

@@ -129,9 +129,9 @@ def test_a_model_whose_every_layer_is_skipped_is_no_failure(monkeypatch):
 
 def test_a_run_names_the_stage_that_fails(monkeypatch):
     monkeypatch.setattr(
-        prune.MaskPruning,
-        "apply_mask",
-        lambda hook, module: (getattr(module, f"{hook._tensor_name}_orig") + 1).as_subclass(prune.MaskedWeight),
+        sys.modules["sao_prune.prune.hooks"],
+        "derive",
+        lambda module, name: (getattr(module, f"{name}_orig") + 1).as_subclass(prune.MaskedWeight),
     )
     run = run_one(RunTask(one("test_vit"), 0.5))
     assert run.error.startswith("train: BrokenLawError")

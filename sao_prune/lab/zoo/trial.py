@@ -14,27 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ...blocks import compact
 from ...checkpoint import load, save
 from ...discovery import call
 from ...model import apply, remove
-from ...prune import MaskedWeight
 from ...reporting import Report
 from ..isolate import one_line
 from .architecture import Architecture
 from .families import small_inputs
 from .images import BATCH, smallest_input
-
-_READERS = frozenset(
-    ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "multi_head_attention_forward", "lstm", "gru")
-)
-
-
-# Experts are read one by one, or all of them by grouped products; transformers' Conv1D adds its bias.
-_EXPERT_READERS = frozenset(("addmm", "__getitem__", "transpose", "bmm", "matmul", "grouped_mm", "_grouped_mm"))
+from .readers import Readers
 
 
 class BrokenLawError(AssertionError):
@@ -140,7 +131,7 @@ class Trial:
     def train(self) -> None:
         """Two steps with weight decay; zeros stay, the same weights are trained, and nothing transforms a weight."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, weight_decay=0.1)
-        readers = _Readers()
+        readers = Readers()
         for step in range(2):
             optimizer.zero_grad(set_to_none=True)
             with readers:
@@ -159,9 +150,7 @@ class Trial:
             raise BrokenLawError(f"gradients of the dense and the pruned model differ: {_some(now ^ self.trained)}")
         unused = sum(layer.name not in now for layer in self.report.pruned)
         self.result = replace(self.result, unused=unused, readers=tuple(sorted(readers.names)))
-        others = readers.names - _READERS
-        if self.task.architecture.library == "transformers":
-            others -= _EXPERT_READERS
+        others = readers.others(experts=self.task.architecture.library == "transformers")
         if others:
             raise BrokenLawError(f"masked weights are read by {_some(others)}")
         optimizer.zero_grad(set_to_none=True)
@@ -262,22 +251,6 @@ class Trial:
                 raise BrokenLawError(f"{name}: the mask keeps {int(mask.sum())} weights, the report says {layer.nnz}")
             if _reaches_beyond(weight, mask):
                 raise BrokenLawError(f"{name}: masked entries are not zero in the weight that is used")
-
-
-class _Readers(TorchFunctionMode):
-    """Notes which torch functions read masked weights."""
-
-    _SILENT = frozenset(("__get__", "__set__", "as_subclass", "detach", "requires_grad", "dim"))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        if name not in self._SILENT and any(isinstance(a, MaskedWeight) for a in tree_leaves((args, kwargs))):
-            self.names.add(name)
-        return func(*args, **(kwargs or {}))
 
 
 def _reaches_beyond(weight: Tensor, mask: Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.0")
 
 from sao_prune.cli import app
 from sao_prune.lab.zoo import PlanTask, RunTask, VisitOptions, ZooError, architectures, plan_one, run_one

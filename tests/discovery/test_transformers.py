@@ -7,7 +7,7 @@ import sao_prune
 
 from .test_untouched import mentioned
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
 _SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _WIDE = {**_SIZES, "intermediate_size": 96}

@@ -14,8 +14,11 @@ _READERS = frozenset(
 )
 
 
-# Experts are read one by one, or all of them by grouped products; transformers' Conv1D adds its bias.
-_EXPERT_READERS = frozenset(("addmm", "__getitem__", "transpose", "bmm", "matmul", "grouped_mm", "_grouped_mm"))
+# Experts are read one by one, or all of them by grouped products; transformers' Conv1D adds its bias. Views change
+# nothing.
+_EXPERT_READERS = frozenset(
+    ("addmm", "bmm", "matmul", "grouped_mm", "_grouped_mm", "__getitem__", "transpose", "t", "view", "reshape")
+)
 
 
 class Readers(TorchFunctionMode):

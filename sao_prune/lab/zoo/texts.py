@@ -34,5 +34,6 @@ images or sounds. The stages:
 7. `sao_prune.save` before and after `remove`; `sao_prune.load` of the one after into a fresh dense model, then of the
    one before into that: equal outputs each time.
 
-Outputs are equal if they differ by no more than 1e-5 of the largest. Memory is the peak of the whole process, of
+Outputs are equal if they differ by no more than 1e-5 of the largest; those of a compact model may do so in double
+precision where the network magnifies what single precision rounds off. Memory is the peak of the whole process, of
 which Python and the libraries take about 0.4 GiB."""

@@ -7,18 +7,22 @@ Example:
     0.96875
 """
 
-from . import prune
-from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
-from .allocation import Budget
-from .blocks import compact, expand
-from .checkpoint import load, save
-from .discovery import PrunableWeight, Selection, walk
-from .model import apply, plan, remove, report
-from .orthogonality import hold, release
-from .replaced import StaleOptimizerWarning
-from .reporting import LayerRecord, Report, SparsityWarning
-from .state_file import CheckpointError
-from .topology import BlockTopology, NotBlockStructuredError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import prune
+    from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
+    from .allocation import Budget
+    from .blocks import compact, expand
+    from .checkpoint import load, save
+    from .discovery import PrunableWeight, Selection, walk
+    from .model import apply, plan, remove, report
+    from .orthogonality import hold, release
+    from .replaced import StaleOptimizerWarning
+    from .reporting import LayerRecord, Report, SparsityWarning
+    from .state_file import CheckpointError
+    from .topology import BlockTopology, NotBlockStructuredError
 
 __version__ = "0.1.0"
 
@@ -57,3 +61,37 @@ __all__ = [
     "save",
     "walk",
 ]
+
+# Rooms that can be reached as attributes, and where each public name is at home. All are imported when they are first
+# asked for: `import sao_prune` itself takes no time, and the command says what it does before torch is there.
+_ROOMS = ("algorithms", "allocation", "analysis", "blocks", "discovery", "models", "nn", "prune", "topology", "weights")
+_HOMES = {
+    name: home
+    for home, names in {
+        "algorithms": "EOI GMP LMP LRP RG SAO SNIP GraSP Method SynFlow methods",
+        "allocation": "Budget",
+        "blocks": "compact expand",
+        "checkpoint": "load save",
+        "discovery": "PrunableWeight Selection walk",
+        "model": "apply plan remove report",
+        "orthogonality": "hold release",
+        "replaced": "StaleOptimizerWarning",
+        "reporting": "LayerRecord Report SparsityWarning",
+        "state_file": "CheckpointError",
+        "topology": "BlockTopology NotBlockStructuredError",
+    }.items()
+    for name in names.split()
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

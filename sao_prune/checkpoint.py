@@ -8,6 +8,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .blocks import BlockModule
 from .blocks.adopt import adopt
 from .blocks.build import settle
+from .blocks.plan import Plan, carry_out, machine, plan_of
 from .blocks.swap import Changes, restore
 from .held import held_tensors
 from .model import report
@@ -25,7 +27,7 @@ from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_h
 from .prune.attachment import check_writable
 from .replaced import warn_replaced
 from .reporting import Report
-from .state_file import CheckpointError, check_plain, first_line, read_states
+from .state_file import CheckpointError, check_plain, first_line, read_metadata, read_states
 from .state_fit import check_block_layers, check_fit, check_held, check_masks, check_support, mask_of, masked_names
 from .state_names import choose, complete_tied
 
@@ -38,6 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Args:
         model: dense, pruned, baked or compact.
         path: ``*.safetensors``, or ``*.pt``, ``*.pth``, ``*.bin`` for torch's format. Masks take one byte an entry.
+            The first holds the plan of a compact model too, by which `load` runs it again on such a machine.
 
     Returns:
         The path.
@@ -74,6 +77,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         if target.suffix == ".safetensors":
             aliases = _drop_aliases(state, tensors)
             metadata = {"format": "sao_prune", "version": "1", "aliases": json.dumps(aliases)}
+            if any(isinstance(module, BlockModule) for module in model.modules()):
+                metadata["plan"] = plan_of(model, machine()).to_json()
             save_file(tensors, scratch, metadata=metadata)
         else:
             torch.save(tensors, scratch)
@@ -132,7 +137,23 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
         raise
     if any(isinstance(module, BlockModule) for module in model.modules()):
         settle(model)
+        return replace(report(model), title=_carry_out(model, Path(path)))
     return report(model)
+
+
+def _carry_out(model: nn.Module, path: Path) -> str:
+    """Run the block layers as the checkpoint says, where that was found on such a machine; tells in a title."""
+    text = read_metadata(path).get("plan")
+    if text is None:
+        return "model"
+    try:
+        plan = Plan.from_json(text)
+    except ValueError:
+        return "model; layers run by default: the plan in the checkpoint cannot be read"
+    if plan.machine != machine():
+        return f"model; layers run by default: the plan in the checkpoint is for {plan.machine or 'no machine'}"
+    carry_out(model, plan)
+    return "model; layers run as the checkpoint's plan says"
 
 
 def _replaced(changes: Changes) -> list[nn.Parameter | None]:

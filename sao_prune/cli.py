@@ -64,18 +64,24 @@ def run(
 ) -> None:
     """Train every method of a recipe under identical conditions; goes on where an earlier run stopped."""
     _need_laboratory()
-    from .lab.data import DataSource
     from .lab.display import make_display
-    from .lab.launch import is_first
-    from .lab.recipe import find_recipe
-    from .lab.sweep import RunOptions, run_recipe
+    from .lab.launch import is_first, processes
+    from .lab.server import start_server
 
     first = is_first()
     console = Console(quiet=not first)
-    path = find_recipe(recipe)
-    options = RunOptions(out, DataSource(data_dir, download), device, jobs, ray, cpus, gpus, tensorboard)
     try:
         with make_display(console) as display:
+            display.stage("importing torch and timm")
+            if jobs > 1 and ray is None and processes() == 1:
+                # It imports the same in the meantime.
+                start_server()
+            from .lab.data import DataSource
+            from .lab.recipe import find_recipe
+            from .lab.sweep import RunOptions, run_recipe
+
+            path = find_recipe(recipe)
+            options = RunOptions(out, DataSource(data_dir, download), device, jobs, ray, cpus, gpus, tensorboard)
             folder = run_recipe(path, options, display, profile)
     except KeyboardInterrupt:
         if first:

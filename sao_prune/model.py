@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
-from .algorithms import RG, SAO, Method, resolve
+from .algorithms import RG, SAO, Method, ResidualRecord, resolve
+from .algorithms.isometric import Isometric, values_after
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
 from .discovery import (
     ALREADY_PRUNED,
@@ -32,10 +33,12 @@ from .prune import (
     SAOPruning,
     attach_all,
     bake_standardising,
+    freeze,
     pruning_hooks,
+    settle_all,
     unwatch,
 )
-from .prune.attachment import check_writable
+from .prune.attachment import check_writable, written
 from .reporting import LayerRecord, Report, SparsityWarning, compact, done, pruned, read_back, skipped
 from .seeds import Seed, base_seed
 
@@ -85,10 +88,13 @@ def plan(
     """
     chosen = resolve(method)
     model, items = _allocate(model, sparsity, options)
-    foretold = iter(chosen.foretell([item for item in items if isinstance(item, Allocation)]))
+    allocations = [item for item in items if isinstance(item, Allocation)]
+    bound = chosen.bind(model, options.get("example_input"))
+    foretold = iter(bound.foretell(allocations))
     records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else skipped(i) for i in items]
     records += _others(model, items)
-    return _warn(_report(model, records, f"plan: {chosen.name}"), layerwise=chosen.layerwise)
+    result = _report(model, records, f"plan: {chosen.name}", bound.residuals(allocations))
+    return _warn(result, layerwise=chosen.layerwise)
 
 
 def apply(
@@ -117,6 +123,7 @@ def apply(
     Returns:
         A `Report`; its table says for each layer what was asked, what was done, or why it was skipped, and of every
         other parameter of two or more dimensions what it is.
+        With ``SAO(residual="isometric")`` its ``residuals`` say the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -144,20 +151,35 @@ def apply(
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
     with torch.no_grad():
-        draws = chosen.draw_for(model, allocations, weights, base)
+        bound = chosen.bind(model, options.get("example_input"))
+        draws = bound.draw_for(model, allocations, weights, base)
+        settlement = bound.settle(model, allocations, draws)
+        residuals = settlement.residuals
+        if isinstance(bound, Isometric) and bound.measures(model):
+            # Imported here because analysis is built on this module.
+            from .analysis.residual import with_spectra
+
+            after = values_after(model, draws, settlement.values)
+            residuals = with_spectra(residuals, model, bound.example_input, after)
     by_name = {draw.weight.name: draw for draw in draws}
-    records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else skipped(i) for i in items]
+    notes = settlement.notes
+    records = [
+        done(i, by_name[i.weight.name], notes.get(i.weight.name, "")) if isinstance(i, Allocation) else skipped(i)
+        for i in items
+    ]
     records += _others(model, items)
     # Before anything is changed: a warning may be an error.
-    result = _warn(_report(model, records, f"applied: {chosen.name}"), layerwise=chosen.layerwise)
+    result = _report(model, records, f"applied: {chosen.name}", residuals)
+    result = _warn(result, layerwise=chosen.layerwise)
     hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
-    if form == "compact":
-        # Imported here because compact is built on everything to its left, this module's parts among it.
-        from .blocks.build import install
+    with written(model, settlement.values):
+        if form == "compact":
+            # Imported here because compact is built on everything to its left, this module's parts among it.
+            from .blocks.build import install
 
-        install(model, draws, hook, base)
-    else:
-        attach_all(modules, draws, hook)
+            install(model, draws, hook, base)
+        else:
+            attach_all(modules, draws, hook)
     return result
 
 
@@ -168,9 +190,9 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
 
     Args:
         model: a pruned model; masks of `torch.nn.utils.prune` are baked too.
-        freeze_zeros: keep the zeros through further training, by a gradient hook on each weight. Without it the next
-            optimiser step may revive them. Make a new optimiser: the momentum of one used so far would revive them
-            too. The hooks belong to this object: copies and loaded models lack them.
+        freeze_zeros: keep the zeros through further training, by a hook on each layer that masks the gradient. Without
+            it the next optimiser step may revive them. Make a new optimiser: the momentum of one used so far would
+            revive them too. Copies and conversions of the model keep the hooks; a state dict has none.
 
     Returns:
         A `Report` of the baked layers.
@@ -196,14 +218,20 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
         if original is None or f"{name}_mask" not in module._buffers:
             why = why_not_plain(module, masked=True) or "it has lost its weight or mask"
             raise ValueError(f"{path}.{name}: {why}; nothing was removed")
+        if name in module._parameters:
+            raise ValueError(
+                f"{path}.{name} was replaced by another parameter while it was pruned; nothing was removed: "
+                f"`del model.{path}.{name}` first, and replace it after remove"
+            )
         check_writable(f"{path}.{name}", original)
+    settle_all(model)
     before = report(model)
     for module, _, name in targets:
         mask = getattr(module, f"{name}_mask")
         torch_remove(module, name)
         bake_standardising(module, name, mask, keep_support=freeze_zeros)
         if freeze_zeros:
-            getattr(module, name).register_hook(lambda grad, mask=mask: grad * mask)
+            freeze(module, name, mask)
     for module in model.modules():
         unwatch(module)
     return Report(before.layers, before.parameters, "baked")
@@ -285,7 +313,9 @@ def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool
     return tensor.detach()
 
 
-def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Report:
+def _report(
+    model: nn.Module, records: Sequence[LayerRecord], title: str, residuals: tuple[ResidualRecord, ...] = ()
+) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
         if is_block_layer(module):
@@ -296,7 +326,7 @@ def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Rep
                 chains: Any = module.parametrizations
                 free = sum(p.numel() for p in chains[tensor].parameters())
                 total += getattr(module, f"{tensor.removesuffix('_orig')}_mask").numel() - free
-    return Report(tuple(records), total, title)
+    return Report(tuple(records), total, title, residuals)
 
 
 def _warn(result: Report, *, layerwise: bool) -> Report:

@@ -29,16 +29,20 @@ def why_not_plain(module: nn.Module, *, masked: bool = False) -> str | None:
     """
     held = held_tensors(module)
     if held:
-        return f"its {held[0].removesuffix('_orig')} is held orthogonal: call sao_prune.release(model) first"
+        return f"{_its(held[0].removesuffix('_orig'))} held orthogonal: call sao_prune.release(model) first"
     if parametrize.is_parametrized(module):
         name = next(iter(module.parametrizations))  # type: ignore[arg-type]
         way = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
-        return f"its {name} is parametrized: call {way} first"
+        return f"{_its(name)} parametrized: call {way} first"
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm):
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-            return f"its {hook.name} is computed by {kind}: call torch.nn.utils.remove_{kind}(layer) first"
+            return f"{_its(hook.name)} computed by {kind}: call torch.nn.utils.remove_{kind}(layer) first"
     for pruning in () if masked else pruning_hooks(module):
         name = pruning._tensor_name
-        return f"its {name} is pruned: call torch.nn.utils.prune.remove(layer, {name!r}) first"
+        return f"{_its(name)} pruned: call torch.nn.utils.prune.remove(layer, {name!r}) first"
     return None
+
+
+def _its(name: str) -> str:
+    return f"its {name} {'are' if name == 'blocks' else 'is'}"

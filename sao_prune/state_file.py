@@ -8,7 +8,7 @@ import pathlib
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _IN_FOLDERS = tuple(
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "module")
 _NESTING = 4
 # Classes without any behaviour of their own, which training scripts keep their options in.
-_HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+_HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 
 
 class CheckpointError(ValueError):
@@ -55,6 +55,17 @@ def read_states(path: Path) -> list[dict[str, Tensor]]:
             f"{path} holds no state dict: expected names and tensors, at the top or under one of {', '.join(_WRAPPERS)}"
         )
     return states
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a safetensors file; none for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:
+        return {}
 
 
 def check_plain(state: Mapping[str, Tensor], path: Path) -> None:
@@ -132,9 +143,16 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
 
 
-def _harmless() -> AbstractContextManager[Any]:
-    allow = getattr(torch.serialization, "safe_globals", None)
-    return nullcontext() if allow is None else allow(_HARMLESS)
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """As `torch.serialization.safe_globals`, which torch 2.4 has only the parts of."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(_HARMLESS)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _states(loaded: Any, depth: int) -> Iterator[dict[str, Tensor]]:

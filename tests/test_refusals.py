@@ -134,10 +134,10 @@ def test_a_verb_works_or_refuses_before_it_changes_anything(state: str, verb: st
         ("masked, bias pruned", "its (weight|bias) is pruned"),
         ("dense, weight_norm", "its weight is parametrized"),
         ("dense, old weight_norm", "its weight is computed by weight_norm: call torch.nn.utils.remove_weight_norm"),
-        ("compact, held", "its blocks is held orthogonal"),
-        ("compact, blocks parametrized", "its blocks is parametrized"),
-        ("compact, blocks pruned", "its blocks is pruned: call .*prune.remove"),
-        ("compact, blocks of old weight_norm", "its blocks is computed by weight_norm"),
+        ("compact, held", "its blocks are held orthogonal"),
+        ("compact, blocks parametrized", "its blocks are parametrized"),
+        ("compact, blocks pruned", "its blocks are pruned: call .*prune.remove"),
+        ("compact, blocks of old weight_norm", "its blocks are computed by weight_norm"),
     ],
 )
 def test_why_a_layer_is_not_plain(state: str, said: str) -> None:

@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
-from ..discovery import PrunableWeight
 from ..seeds import named_generator
 from ..topology import BlockTopology, make_support, make_topology
 from .draw import Draw
+
+
+@dataclass(frozen=True)
+class ResidualRecord:
+    """What was made of one residual block, or of the whole network.
+
+    Attributes:
+        name: path that the block's layers share; ``""`` for the whole network.
+        status: ``"exact"``, orthogonal up to rounding; ``"near"``, as near as its shapes and norms allow; ``"left"``,
+            its layers are drawn like any others.
+        note: why it is not exact, and anything else worth knowing.
+        before: smallest and largest singular value of its Jacobian before, where they were measured.
+        after: the same after.
+    """
+
+    name: str
+    status: Literal["exact", "near", "left"]
+    note: str = ""
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.name or 'network'}: {self.status}" + (f" ({self.note})" if self.note else "")
+        for when, values in (("before", self.before), ("after", self.after)):
+            if values is not None:
+                low, high = (value if value > 1e-12 else 0 for value in values)
+                text += f"; singular values {when} {low:.6g} .. {high:.6g}"
+        return text
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What a method does to a model beside its draws.
+
+    Attributes:
+        values: new values of other parameters and buffers, by full name.
+        notes: remarks for the report on weights, by full name.
+        residuals: what was made of the residual blocks.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    residuals: tuple[ResidualRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +75,23 @@ class Method:
     def structured(self) -> bool:
         """Whether supports are block topologies, so that group counts apply."""
         return False
+
+    def bind(self, model: nn.Module, example_input: Any) -> Method:
+        """The method for one model, which stays as it is; by default the method itself.
+
+        Args:
+            model: the model, weights perhaps on the meta device.
+            example_input: what the user gave, or ``None``.
+        """
+        return self
+
+    def settle(self, model: nn.Module, allocations: Sequence[Allocation], draws: Sequence[Draw]) -> Settlement:
+        """What else is to be done beside the draws; touches nothing."""
+        return Settlement()
+
+    def residuals(self, allocations: Sequence[Allocation]) -> tuple[ResidualRecord, ...]:
+        """What will be made of the model's residual blocks; none by default."""
+        return ()
 
     def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """For each weight the group count, if there is one, and the edges over all parts that `draw` would give it."""
@@ -118,7 +177,7 @@ def nearest(name: object, known: Sequence[object]) -> str:
 class TopologyDrawer:
     """Makes block topologies for many weights; equal shapes share one unless ``unique``.
 
-    The matrices of a stack, experts that all read the same inputs, have each its own in any case.
+    Matrices that ask for their ``own`` get it: those of a stack, experts that all read the same inputs.
     """
 
     def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
@@ -126,11 +185,11 @@ class TopologyDrawer:
         self._shared: dict[tuple[object, ...], BlockTopology] = {}
 
     def __call__(
-        self, rows: int, cols: int, *, groups: int, nnz: int | None, weight: PrunableWeight, part: int
+        self, rows: int, cols: int, *, groups: int, nnz: int | None, name: tuple[object, ...], own: bool = False
     ) -> BlockTopology:
         key: tuple[object, ...] = (self._kind, rows, cols, groups, nnz)
-        if self._unique or weight.stacked:
-            key = (*key, weight.name, part)
+        if self._unique or own:
+            key = (*key, *name)
         if key not in self._shared:
             self._shared[key] = make_topology(
                 self._kind,

@@ -69,8 +69,8 @@ class RG(Method):
             weight = allocation.weight
             names = [(weight.name, part) for part in range(weight.parts)]
             parts = tuple(
-                drawer(*weight.matrix, groups=allocation.groups, nnz=allocation.nnz, weight=weight, part=part)
-                for part in range(weight.parts)
+                drawer(*weight.matrix, groups=allocation.groups, nnz=allocation.nnz, name=name, own=weight.stacked)
+                for name in names
             )
             draws.append(Draw(weight, parts, self._blocks(weight.kernel, parts, names, seed)))
         return draws

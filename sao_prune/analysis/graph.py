@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
 from .masks import MaskLike, as_dense, as_sparse, as_topology, refuse_if_too_large
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 Definition = Literal["distinct", "standard"]
 
@@ -97,6 +97,9 @@ def components(mask: MaskLike) -> tuple[Tensor, Tensor]:
         >>> [c.tolist() for c in components(torch.eye(2))]
         [[0, 1], [0, 1]]
     """
+    import scipy.sparse
+    import scipy.sparse.csgraph
+
     biadjacency = as_sparse(mask)
     rows = biadjacency.shape[0]
     adjacency = scipy.sparse.bmat([[None, biadjacency], [biadjacency.T, None]], format="csr")
@@ -206,6 +209,8 @@ def _two_largest(matrix: scipy.sparse.csr_matrix) -> list[float]:
 
 def _lanczos(matrix: scipy.sparse.csr_matrix, k: int) -> np.ndarray:
     """The ``k`` largest singular values, descending, by ARPACK from a fixed start."""
+    import scipy.sparse.linalg
+
     start = np.random.default_rng(0).standard_normal(min(matrix.shape))
     values = scipy.sparse.linalg.svds(matrix, k=k, v0=start, return_singular_vectors=False)
     return np.sort(values)[::-1].copy()

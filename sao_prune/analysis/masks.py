@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
 from ..topology import BlockTopology, NotBlockStructuredError
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 MaskLike = Tensor | BlockTopology
 
@@ -62,6 +66,8 @@ def as_dense(mask: MaskLike) -> Tensor:
 
 def as_sparse(mask: MaskLike) -> scipy.sparse.csr_matrix:
     """A mask as a float64 scipy CSR matrix ``(outputs, inputs)``."""
+    import scipy.sparse
+
     edges = as_dense(mask)
     rows, cols = (index.numpy() for index in edges.nonzero(as_tuple=True))
     return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, cols)), shape=tuple(edges.shape))

@@ -6,7 +6,6 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 
@@ -37,6 +36,9 @@ def ks_test(a: Tensor, b: Tensor, resolution: float = 1e-4) -> KSResult:
         >>> ks_test(torch.ones(64), torch.ones(64) + 1e-7).pvalue
         1.0
     """
+    # Imported here because scipy's statistics alone take longer to import than all of this library.
+    from scipy.stats import ks_2samp
+
     if resolution <= 0:
         raise ValueError(f"resolution must be positive, got {resolution}")
     samples = []

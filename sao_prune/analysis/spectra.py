@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..prune import current
 from ..seeds import Seed, base_seed, named_generator
 from .lanczos import Quadrature, bidiagonalise
 from .masks import refuse_if_too_large
@@ -73,7 +74,7 @@ def singular_values(
     with frozen(module):
         if isinstance(module, nn.Linear) and k is None:
             refuse_if_too_large(tuple(module.weight.shape), "pass k= for the largest singular values only")
-            return torch.linalg.svdvals(module.weight.detach().double())
+            return torch.linalg.svdvals(current(module, "weight").double())
         if isinstance(module, nn.Linear):
             input_shape = (module.in_features,)
         if input_shape is None:
@@ -201,7 +202,7 @@ def _fourier_values(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input_shape: tupl
             f"input_shape of this layer is ({module.in_channels}, {'size, ' * len(module.kernel_size)})"
             f" without the batch dimension, got {tuple(input_shape)}"
         )
-    kernel = module.weight.detach().double()
+    kernel = current(module, "weight").double()
     taps = torch.zeros(*kernel.shape[:2], *size, dtype=torch.float64, device=kernel.device)
     offsets = [
         torch.arange(k, device=kernel.device) * d % n for k, d, n in zip(module.kernel_size, module.dilation, size)

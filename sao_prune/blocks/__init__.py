@@ -1,10 +1,9 @@
 """Run it fast: layers that hold and compute only their blocks, and the verbs that make them."""
 
-from .base import BlockModule, Execution
-from .conv import BlockConv1d, BlockConv2d, BlockConv3d
+from .backends.cpu import release_memory
 from .convert import compact, expand
-from .linear import BlockLinear
-from .native import release_memory
+from .modules import BlockConv1d, BlockConv2d, BlockConv3d, BlockLinear, BlockModule, Execution
+from .plan import Plan
 from .report import CompactRecord, CompactReport
 
 __all__ = [
@@ -16,6 +15,7 @@ __all__ = [
     "CompactRecord",
     "CompactReport",
     "Execution",
+    "Plan",
     "compact",
     "expand",
     "release_memory",

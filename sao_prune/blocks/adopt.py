@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..topology import BlockTopology
-from .base import BlockModule, block_slots, blocks_shape
+from .autotune import default_execution
 from .eligible import Ineligible, check_state, dense_class, dense_weight
+from .layout import decode_sets
+from .modules import BlockModule, block_slots, blocks_shape
 from .swap import Changes, become, block_form, restore
-from .tune import default_execution
 
 
 def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
@@ -64,7 +65,6 @@ def _form(path: str, module: nn.Module, topology: BlockTopology, blocks: Tensor)
     if isinstance(module, BlockModule):
         form = module.__class__.__new__(module.__class__)
         form.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
-        form.fold()
         values = torch.empty(blocks.shape, dtype=module.blocks.dtype, device=module.blocks.device)
         form.set_topology(topology, nn.Parameter(values, module.blocks.requires_grad))
         form.run_as(default_execution(form))
@@ -131,7 +131,7 @@ def _topology(state: Mapping[str, Tensor], path: str) -> BlockTopology:
         stored = state[_key(path, name)]
         if stored.dtype not in (torch.uint8, torch.int32) or stored.dim() != 1:
             raise ValueError(f"{_key(path, name)}: {stored.dtype} of shape {tuple(stored.shape)} is no list of sets")
-        sets.append(torch.where(stored == torch.iinfo(stored.dtype).max, -1, stored.long()))
+        sets.append(decode_sets(stored))
     return BlockTopology(*sets)
 
 

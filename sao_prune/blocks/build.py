@@ -13,12 +13,11 @@ from ..algorithms import Draw
 from ..prune import MaskPruning, attach_all
 from ..seeds import named_generator
 from ..topology import BlockTopology
-from .absorb import absorb
-from .base import BlockModule, joined_topology, stack_blocks
+from .autotune import default_execution
 from .calls import to_channels_last
 from .eligible import Ineligible, check_state, dense_class, read_from_outside
+from .modules import BlockModule, joined_topology, stack_blocks
 from .swap import Changes, become, block_form, restore
-from .tune import default_execution
 
 
 def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], seed: int) -> None:
@@ -64,10 +63,9 @@ def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], se
 
 
 def settle(model: nn.Module) -> None:
-    """Give the dense convolutions the memory format of the block ones, and fold orders."""
+    """Give the dense convolutions the memory format of the block ones."""
     if any(isinstance(m, BlockModule) and m.execution.channels_last for m in model.modules()):
         to_channels_last(model)
-    absorb(model)
 
 
 def _form(module: nn.Module, draw: Draw, seed: int) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..discovery import call
-from .base import BlockModule
+from .modules import BlockModule
 
 # Marks a dense layer whose weight lay otherwise before.
 _CHANGED = "_was_contiguous"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,34 +11,51 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..plain import why_not_plain
 from ..prune import RefreshAll, RefreshChildren, pruning_hooks, unwatch, watch
-from .absorb import absorb
-from .base import BlockModule
-from .calls import Calls, record_calls, to_channels_last, to_contiguous
+from ..replaced import warn_replaced
+from .autotune import Candidate, Tune, default_plan, with_steps
+from .backends import cpu
+from .calls import Calls, record_calls, to_contiguous
 from .eligible import Ineligible, check_state, dense_class, dense_weight, layers, read_from_outside, read_topology
-from .native import release_memory
+from .epilogue import detach
+from .fusion import Chain, chains
+from .modules import BlockModule
+from .plan import Choice, Plan, carry_out, plan_of
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, block_form, dense_form, restore
-from .tune import Candidate, Plan, Timings, Tune, default_plan, fused, mode_of, native_plan, plans, time_model
+from .tuning import tuned
+
+_SMALL = 1e-30
 
 
-def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -> CompactReport:
+def compact(
+    model: nn.Module,
+    *,
+    example_input: Any = None,
+    tune: Tune = None,
+    plan: Plan | None = None,
+    fuse: bool = True,
+) -> CompactReport:
     """Make every block-sparse layer of a model hold and compute only its blocks, in place.
 
     The topology is read from the mask, or from the zeros of a baked or loaded weight. Outputs and gradients stay what
     they were, within rounding. Make the optimizer afterwards: the parameters are new ones. Converted are stock
-    linear and convolutional layers; the report says why others were left.
+    linear and convolutional layers; the report says why others were skipped.
 
     Args:
         model: any module.
         example_input: a tensor, tuple or dict to run once before and once after; if the outputs differ, or a layer's
-            weight turns out to be read without calling it, that is undone. Needed for ``tune``.
+            weight turns out to be read without calling it, that is undone. Needed for ``tune``, and for layers to
+            compute what follows them.
         tune: choose each layer's execution by timing it on the example input, for ``"train"`` (forward and backward)
             or ``"infer"``, and the memory format of convolutions by timing the whole model so, in eval mode; a layer
-            that no block form makes faster is left. ``None`` uses fixed rules.
+            that no block form makes faster is skipped. ``None`` uses fixed rules. Timings are kept between runs.
+        plan: how the layers are to run, from the report of an earlier call; in place of ``tune``.
+        fuse: whether layers may compute the batch norm, activation or linear layer behind them in one kernel.
 
     Returns:
-        A `CompactReport`; with ``tune``, measured ratios to the dense layer in it.
+        A `CompactReport`; with ``tune``, measured ratios to the dense layer in it. Its ``plan`` is data.
 
     Raises:
         TypeError: if the model is no module.
@@ -54,29 +72,106 @@ def compact(model: nn.Module, *, example_input: Any = None, tune: Tune = None) -
         >>> len(report.compact), bool(torch.allclose(net(x), y, atol=1e-5)), net[1].blocks.shape
         (2, True, torch.Size([8, 8, 8]))
     """
-    _check(model, example_input, tune)
+    _check(model, example_input, tune, plan)
+    before = plan_of(model)
     found = list(layers(model))
     calls = None if example_input is None else record_calls(model, [m for _, m in found], example_input)
     candidates, records = _candidates(model, found, calls)
     if not candidates:
         raise ValueError(_nothing(model, records))
-    plan = default_plan(candidates)
-    if calls is not None and tune is not None:
-        plan = _tuned(model, candidates, calls, example_input, tune)
-    undo = _convert(model, candidates, plan)
+    replaced: list[Any] = [dense_weight(c.module) for c in candidates]
+    warn_replaced(replaced, "compact")
+    detach(model)
+    try:
+        follow: dict[int, Chain] = {}
+        if fuse and calls is not None and plan is None and cpu.library() is not None:
+            follow = chains(model, [m for _, m in found if not _is_dense(m)], example_input)
+        chosen = _chosen(model, candidates, calls, example_input, tune, plan, follow, before)
+        undo = _convert(model, candidates, chosen)
+    except BaseException:
+        carry_out(model, before)
+        raise
     try:
         if calls is not None:
             _verify(model, example_input, calls.output)
     except BaseException:
         undo()
+        carry_out(model, before)
         raise
     if not any(True for module in model.modules() for _ in pruning_hooks(module)):
         for module in model.modules():
             unwatch(module)
-    for name, choice in plan.choices.items():
-        execution = "" if choice.execution is None else str(choice.execution)
-        records[name] = replace(records[name], execution=execution, ratio=choice.ratio, reason=choice.reason)
-    return CompactReport(tuple(records.values()), "compact")
+    done = plan_of(model, chosen.machine)
+    for name, choice in chosen.choices.items():
+        record = records.get(name)
+        if record is not None and record.reason is None:
+            text = _text(name, done)
+            records[name] = replace(record, execution=text, ratio=choice.ratio, reason=choice.reason)
+    return CompactReport(tuple(records.values()), "compact", done, _note(model))
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return isinstance(module, BlockModule) and module.execution.dense
+
+
+def _text(name: str, plan: Plan) -> str:
+    choice = plan.choices.get(name)
+    if choice is None or choice.execution is None:
+        return ""
+    steps = choice.steps
+    activation = None if steps.activation is None else "activation"
+    fused = [s for s in ("norm" if steps.norm else None, activation, "linear" if steps.then else None) if s]
+    return "".join([str(choice.execution), *(f" + {step}" for step in fused)])
+
+
+def _note(model: nn.Module) -> str:
+    """Why there are no native kernels, where they would have served; warns once in a process."""
+    global _warned
+    blocks = [m.blocks for m in model.modules() if isinstance(m, BlockModule)]
+    serves = any(b.is_cpu and b.dtype is torch.float32 for b in blocks)
+    reason = cpu.why_unavailable() if serves else None
+    if reason is None:
+        return ""
+    note = f"no native kernels ({reason}), so layers run by torch's products"
+    if not _warned and not cpu.is_switched_off():
+        _warned = True
+        warnings.warn(f"sao_prune: {note}", RuntimeWarning, stacklevel=3)
+    return note
+
+
+_warned = False
+
+
+def _chosen(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    calls: Calls | None,
+    example_input: Any,
+    tune: Tune,
+    plan: Plan | None,
+    follow: dict[int, Chain],
+    before: Plan,
+) -> Plan:
+    """The plan to carry out, of new block layers and of those that were there."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    kept = {name: Choice(choice.execution) for name, choice in before.choices.items()}
+    if plan is not None:
+        known = default_plan(candidates)
+        return replace(plan, choices={**kept, **known.choices, **plan.choices})
+    here = [Candidate(path, m, m) for path, m in model.named_modules() if isinstance(m, BlockModule)]
+
+    def complete(own: Plan) -> Plan:
+        last = own.channels_last or before.channels_last
+        whole = replace(own, choices={**kept, **own.choices}, channels_last=last)
+        return with_steps(whole, [*here, *candidates], follow, paths)
+
+    if calls is None or tune is None:
+        return complete(default_plan(candidates))
+
+    def convert(own: Plan) -> Callable[[], None]:
+        return _convert(model, candidates, complete(own))
+
+    return complete(tuned(model, candidates, calls, example_input, tune, convert))
 
 
 def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> Callable[[], None]:
@@ -85,73 +180,36 @@ def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> C
     formats: list[nn.Module] = []
 
     def undo() -> None:
+        detach(model)
         restore(changes)
         to_contiguous(formats)
-        # Layers that were compact before must not go on relying on the orders of those that no longer are.
-        absorb(model)
 
     try:
         for candidate in candidates:
-            choice = plan.choices[candidate.name]
-            if choice.execution is not None:
-                choice.put(candidate.block)
+            if plan.choices[candidate.name].execution is not None:
                 changes.append(become(candidate.module, candidate.block))
-        if plan.channels_last:
-            formats += to_channels_last(model)
-        absorb(model)
+        formats += carry_out(model, plan)
     except BaseException:
         undo()
         raise
     return undo
 
 
-def _tuned(
-    model: nn.Module, candidates: Sequence[Candidate], calls: Calls, example_input: Any, tune: Literal["train", "infer"]
-) -> Plan:
-    """The fastest execution of each layer; with or without the native kernels, these with or without what follows
-    each layer, and in the memory format, as the whole model runs fastest."""
-    ways: list[Plan] = []
-    timings: Timings = {}
-    mode = mode_of(model, example_input, tune)
-    for native, first in ((False, default_plan(candidates)), (True, native_plan(candidates))):
-        if first is None:
-            continue
-        undo = _convert(model, candidates, first)
-        try:
-            compact_calls = record_calls(model, [c.module for c in candidates], example_input)
-        finally:
-            undo()
-        for way in plans(model, candidates, calls, compact_calls, tune, native, timings):
-            undo = _convert(model, candidates, way)
-            try:
-                both = way, fused(way, candidates, model, example_input)
-            except ValueError:
-                if way.channels_last:
-                    continue  # the model makes views that this memory format does not allow
-                raise
-            finally:
-                undo()
-            for each in both:
-                if each not in ways:
-                    ways.append(each)
-    seconds = []
-    for plan in ways if len(ways) > 1 else []:
-        undo = _convert(model, candidates, plan)
-        try:
-            seconds.append(time_model(model, example_input, mode))
-        finally:
-            undo()
-    release_memory()
-    return ways[seconds.index(min(seconds))] if seconds else ways[0]
-
-
-def _check(model: nn.Module, example_input: Any, tune: Tune) -> None:
+def _check(model: nn.Module, example_input: Any, tune: Tune, plan: Plan | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if tune not in (None, "train", "infer"):
         raise ValueError(f"tune must be 'train', 'infer' or None, got {tune!r}")
     if tune is not None and example_input is None:
         raise ValueError(f"tune={tune!r} times the layers on an input: give example_input")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be the plan of a CompactReport, got {type(plan).__name__}")
+    if plan is not None and tune is not None:
+        raise ValueError("give either tune, which makes a plan, or a plan")
+    names = {name for name, _ in model.named_modules()}
+    if plan is not None and plan.choices and not names & set(plan.choices):
+        missing = ", ".join(list(plan.choices)[:4])
+        raise ValueError(f"the plan is of another model: {type(model).__name__} has none of its layers ({missing}, ..)")
 
 
 def _candidates(
@@ -197,18 +255,31 @@ def _nothing(model: nn.Module, records: dict[str, CompactRecord]) -> str:
 
 
 def _verify(model: nn.Module, example_input: Any, expected: Any) -> None:
-    """Refuse a conversion after which the model's outputs differ by more than rounding."""
+    """Refuse a conversion after which the model's outputs differ by more than rounding, relative to their size."""
     after = record_calls(model, [], example_input).output
     for number, (new, old) in enumerate(zip(tree_leaves(after), tree_leaves(expected))):
         if not isinstance(old, Tensor) or not old.is_floating_point():
             continue
-        scale = float(old.abs().max()) if old.numel() else 0.0
-        tolerance = max(scale, 1.0) * 1e-3 * (1 if old.dtype in (torch.float32, torch.float64) else 30)
-        if new.shape != old.shape or not torch.allclose(new, old, rtol=0, atol=tolerance, equal_nan=True):
+        tolerance = 1e-3 * (1 if old.dtype in (torch.float32, torch.float64) else 30)
+        error = _relative_error(new, old)
+        if not error <= tolerance:
             raise ValueError(
                 f"output {number} of the compact model differs from the original's on the example input "
-                f"(by up to {float((new - old).abs().max()):.3g}); the model was left as it was"
+                f"(by {error:.3g} of its norm, {tolerance:.0e} is allowed); the model was left as it was"
             )
+
+
+def _relative_error(new: Any, old: Tensor) -> float:
+    """Norm of the difference over that of ``old``; NaN must stand where it stood, and infinities too."""
+    if not isinstance(new, Tensor) or new.shape != old.shape:
+        return float("inf")
+    finite = torch.isfinite(old)
+    if not torch.equal(finite, torch.isfinite(new)):
+        return float("inf")
+    reference = torch.where(finite, old, 0).double()
+    difference = torch.where(finite, new, 0).double() - reference
+    scale = float(reference.norm())
+    return float(difference.norm()) / max(scale, _SMALL)
 
 
 def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> CompactReport:
@@ -239,6 +310,10 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
     targets = [(name, m) for name, m in layers(model) if isinstance(m, BlockModule)]
     if not targets:
         raise ValueError("nothing to expand: no layer of the model is compact")
+    for name, module in targets:
+        _check_plain(name, module)
+    warn_replaced([p for _, module in targets for p in module._parameters.values()], "expand")
+    detach(model)
     records = []
     for name, module in targets:
         dense = dense_form(module, None if form is None else form == "masked")
@@ -252,3 +327,16 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
                 watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
     to_contiguous(model.modules())
     return CompactReport(tuple(records), "expanded")
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Refuse a block layer whose parameters something else computes.
+
+    Raises:
+        ValueError: telling what to do first.
+    """
+    reason = why_not_plain(module)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}; nothing was expanded")
+    if "blocks" not in module._parameters:
+        raise ValueError(f"{name}: its blocks are no parameter of its own: undo what replaced them first")

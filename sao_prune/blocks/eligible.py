@@ -11,9 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from ..prune import RefreshAll, RefreshChildren
 from ..topology import BlockTopology, NotBlockStructuredError
-from .base import BlockModule, joined_topology
-from .conv import BlockConv1d, BlockConv2d, BlockConv3d
-from .linear import BlockLinear
+from .modules import BlockConv1d, BlockConv2d, BlockConv3d, BlockLinear, BlockModule, joined_topology
 
 BLOCK_CLASSES: dict[type[nn.Module], type[BlockModule]] = {
     nn.Linear: BlockLinear,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import StringIO
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ class CompactReport:
     Attributes:
         layers: the records, in the order of registration.
         title: heading of the table.
+        plan: how the compact layers run, to be given to `compact` again; ``None`` after `expand`.
+        note: anything else worth knowing, such as why there are no native kernels.
     """
 
     layers: tuple[CompactRecord, ...]
     title: str = ""
+    plan: Plan | None = None
+    note: str = ""
 
     @property
     def compact(self) -> tuple[CompactRecord, ...]:
@@ -61,10 +68,13 @@ class CompactReport:
 
     def summary(self) -> str:
         """One line of totals."""
-        return f"{len(self.compact)} layers compact, {len(self.left)} left as they were"
+        note = f"; {self.note}" if self.note else ""
+        return f"{len(self.compact)} layers compact, {len(self.left)} left as they were{note}"
 
     def table(self) -> Table:
         """The report as a rich table."""
+        from rich.table import Table
+
         table = Table(title=self.title or None, caption=self.summary(), title_justify="left", caption_justify="left")
         table.add_column("layer", overflow="fold")
         table.add_column("kind")
@@ -85,6 +95,8 @@ class CompactReport:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=StringIO(), width=140, color_system=None)
         with console.capture() as capture:
             console.print(self.table())

@@ -10,19 +10,17 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from ..prune import MaskPruning, refresh
 from ..topology import BlockTopology
-from .base import BlockModule, Execution, block_slots, blocks_shape
 from .eligible import BLOCK_CLASSES, dense_class, dense_weight
+from .modules import BlockModule, Execution, block_slots, blocks_shape
 
 # Attributes of block layers that dense ones do not have.
 _OWN_FIELDS = (
     "_dense_class",
     "_masked",
-    "_topology",
-    "_packing",
+    "_layout",
     "execution",
-    "features_first",
-    "folded",
-    "followers",
+    "epilogue",
+    "absorbed",
 )
 Changes = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import adapter_reason
 from .endpoints import first_and_last, gives_output, image_channels, reads_input, token_embeddings
 from .kinds import is_block_layer, known_weights, parameter_of, raw_weight, stored_weights, unmasked_name
 from .lazy import initialised
@@ -55,6 +56,7 @@ def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableW
     else:
         found, embedded = _in_execution_order(model, modules, found, selection.example_input)
         known = [weight for weight in found if weight.kind != RAW]
+    known = [weight for weight in known if adapter_reason(modules, weight.module) is None]
     ends = first_and_last(model, [(w.module, image_channels(modules[w.module])) for w in known], embedded=embedded)
     return [_judge(weight, modules, selection, *ends) for weight in found]
 
@@ -127,7 +129,7 @@ def _judge(
     names = [(modules[path], path, tensor) for path, tensor in ((weight.module, weight.tensor), *weight.aliases)]
     is_first = weight.kind != RAW and any(path in first and reads_input(m, t) for m, path, t in names)
     is_last = weight.kind != RAW and any(path in last and gives_output(m, t) for m, path, t in names)
-    weight = replace(weight, last=is_last)
+    weight = replace(weight, last=is_last, reason=weight.reason or adapter_reason(modules, weight.module))
     if weight.reason not in (None, ALREADY_PRUNED):
         return weight
     if selection.include is not None and not selected(selection.include, weight, modules):

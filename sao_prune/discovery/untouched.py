@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from .adapters import adapter_reason
 from .endpoints import is_positional
 from .kinds import is_block_layer, parameter_of
 from .weight import RAW, PrunableWeight
@@ -61,7 +62,9 @@ def _others(
             continue
         module = modules[owner]
         kind = RAW if type(module).__module__.startswith("torch.nn.modules.container") else type(module).__name__
-        yield path, tensor, kind, parameter, _reason(module, owner, tensor, parameter, source if parametrized else "")
+        reason = adapter_reason(modules, owner)
+        reason = reason or _reason(module, owner, tensor, parameter, source if parametrized else "")
+        yield path, tensor, kind, parameter, reason
 
 
 def _reason(module: nn.Module, path: str, tensor: str, parameter: nn.Parameter, parametrized: str) -> str:

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 class Display(Protocol):
     """Progress in steps: one an epoch, one a measurement."""
 
+    def stage(self, text: str) -> None:
+        """What is done before the steps begin."""
+
     def start(self, steps: int, done: int) -> None:
         """Work begins; ``done`` of the ``steps`` are on the disk already."""
 
@@ -31,6 +34,10 @@ class PlainDisplay:
         self._console, self._every = console, every
         self._steps = self._done = 0
         self._last = time.monotonic()
+
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+        self.note(f"{text} ..")
 
     def start(self, steps: int, done: int) -> None:
         """See `Display`."""
@@ -71,6 +78,10 @@ class LiveDisplay:
             console=console,
         )
         self._task = self._progress.add_task("starting", total=None, detail="")
+
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+        self._progress.update(self._task, description=escape(text))
 
     def start(self, steps: int, done: int) -> None:
         """See `Display`."""

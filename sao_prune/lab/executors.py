@@ -5,17 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from threading import Thread, current_thread, main_thread
+from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol
 
 from .cells import Cell
 from .errors import FollowerError, LabError
 from .isolate import one_line
+from .server import start_server
 from .train import from_first, rank
 from .work import OnEpoch, Worker, Workplace
 
@@ -92,14 +91,7 @@ class Processes:
     def __init__(self, place: Workplace, jobs: int) -> None:
         self.slots = jobs
         self._place = place
-        method = "spawn" if sys.platform == "win32" else "forkserver"
-        self._context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
-            self._context.set_forkserver_preload([__name__])
-            from multiprocessing import forkserver
-
-            with _uninterrupted():
-                forkserver.ensure_running()
+        self._context = start_server()
         self._pools: dict[ProcessPoolExecutor, Future[Result] | None] = {}
 
     def submit(self, cell: Cell) -> Future[Result]:
@@ -127,19 +119,6 @@ class Processes:
                 process.kill()
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes started in here are deaf to Ctrl-C, which a terminal sends to all: their driver ends them."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 _worker: Worker | None = None

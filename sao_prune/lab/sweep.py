@@ -78,6 +78,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
             raise LabError("--jobs and --ray are for trainings beside each other: start them without torchrun")
         file = read_recipe(path, profile)
         recipe = file.recipe
+        display.stage(f"checking the data, networks and methods of {recipe.name}")
         in_turn(lambda: check_arms(recipe, options.source))
         folder = options.out / recipe.name
         place = _workplace(options, folder, own_device)
@@ -90,6 +91,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
                 write_atomically(copy, file.text)
             sweep = Sweep(recipe, log, display, place)
             with _executor(options, place, sweep) as executor:
+                display.stage("training")
                 sweep.run(executor)
     return folder
 

@@ -4,6 +4,7 @@ from torch.nn.utils.prune import global_unstructured, is_pruned, remove
 
 from .attachment import Snapshot, attach, attach_all
 from .derived import MaskedWeight, current
+from .frozen import freeze
 from .functional import (
     KernelL1Pruning,
     KernelRandomPruning,
@@ -42,6 +43,7 @@ __all__ = [
     "attach_all",
     "bake_standardising",
     "current",
+    "freeze",
     "global_kernel_l1",
     "global_unstructured",
     "is_pruned",

@@ -21,6 +21,7 @@ from ..allocation import Allocation, Budget, allocate
 from ..discovery import PrunableWeight, weight_of
 from ..seeds import Seed, base_seed, named_generator
 from .attachment import attach, stored
+from .derived import current
 from .hooks import MaskPruning, is_pruned_tensor
 
 P = TypeVar("P", bound=MaskPruning)
@@ -197,7 +198,7 @@ def global_kernel_l1(parameters: Iterable[tuple[nn.Module, str]], amount: float)
         replace(_allocation(weight, Budget(sparsity=amount)), density=(1 - amount) * float(mask.float().mean()))
         for weight, mask in zip(weights, masks)
     ]
-    draws = GMP().draw(allocations, [getattr(module, name).detach() for module, name in pairs], 0)
+    draws = GMP().draw(allocations, [current(module, name) for module, name in pairs], 0)
     for (module, _), draw in zip(pairs, draws):
         attach(module, draw, KernelL1Pruning)
 

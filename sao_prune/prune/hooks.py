@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
-from .derived import derive, operands, place, settle
+from .derived import derive, place, settle
 from .offload import Unload, is_offloaded
+from .operands import operands
 from .standardised import follow_standardising
+
+
+class _LayerByLayer(str):
+    """torch's name of a pruning type, which says in error messages what to do instead of pruning globally."""
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}: sao_prune chooses masks layer by layer; call sao_prune.apply(model, sparsity), or "
+            "with Lightning use sao_prune.integrations.lightning.SparseTraining"
+        )
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
 
 
 class MaskPruning(BasePruningMethod):
@@ -22,9 +35,11 @@ class MaskPruning(BasePruningMethod):
     mask, and a forward pre-hook puts their product in ``<name>``.
     """
 
-    PRUNING_TYPE = "global"
+    PRUNING_TYPE = _LayerByLayer("global")
 
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, **unknown: Any) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} takes no {next(iter(unknown))!r}: it is {self.PRUNING_TYPE}")
         self._mask = mask
         self.called = self.settled = False
 
@@ -96,9 +111,13 @@ def is_pruned_tensor(module: nn.Module, name: str) -> bool:
 def refresh(module: nn.Module) -> None:
     """Recompute the masked weights of one module from its parameters and masks."""
     for hook in pruning_hooks(module):
-        if type(hook) is PruningContainer:
-            hook.__class__ = MaskContainer
-        place(module, hook._tensor_name, hook.apply_mask(module))
+        _recompute(module, hook)
+
+
+def _recompute(module: nn.Module, hook: BasePruningMethod) -> None:
+    if type(hook) is PruningContainer:
+        hook.__class__ = MaskContainer
+    place(module, hook._tensor_name, hook.apply_mask(module))
 
 
 def settle_all(model: nn.Module) -> None:
@@ -121,10 +140,9 @@ def refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
         if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
             original, mask = operands(module, name)
             if _is_local(module, original, mask):
-                with torch.no_grad():
-                    # A plain tensor: what was written before the state was loaded is none of it.
-                    place(module, name, original.detach())
-                place(module, name, hook.apply_mask(module))
+                # A plain tensor: what was written before the state was loaded is none of it.
+                place(module, name, original.detach())
+                _recompute(module, hook)
 
 
 def follow_state(module: nn.Module) -> None:
@@ -200,7 +218,7 @@ def _refresh_or_leave(module: nn.Module, hook: BasePruningMethod) -> None:
         if hook.settled is not settled:
             hook.settled = settled
     if ready or parametrize.is_parametrized(module, f"{name}_orig"):
-        place(module, name, hook.apply_mask(module))
+        _recompute(module, hook)
 
 
 _REFRESHERS = (RefreshAll, RefreshChildren)
@@ -213,7 +231,14 @@ def watch(module: nn.Module, hook: type[RefreshAll] | type[RefreshChildren]) -> 
 
 
 def unwatch(module: nn.Module) -> None:
-    """Remove the refreshing hooks from a module."""
+    """Remove the hooks that keep masked weights up to date from a module, but for those of pruned tensors."""
+    if not any(True for _ in pruning_hooks(module)):
+        for hooks, ours in (
+            (module._state_dict_pre_hooks, settle_state),
+            (module._load_state_dict_post_hooks, refresh_state),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, _REFRESHERS):
+        if type(hook) in _REFRESHERS:
             del module._forward_pre_hooks[key]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
 import torch
 from torch import Tensor
 
@@ -90,6 +88,10 @@ def _connect(mask: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _labels(mask: np.ndarray) -> np.ndarray:
+    # Imported here because `import sao_prune` would take half as long again with it.
+    import scipy.sparse
+    import scipy.sparse.csgraph
+
     biadjacency = scipy.sparse.csr_matrix(mask)
     adjacency = scipy.sparse.bmat([[None, biadjacency], [biadjacency.T, None]], format="csr")
     labels: np.ndarray = scipy.sparse.csgraph.connected_components(adjacency, directed=False)[1]

@@ -1,17 +1,50 @@
-"""What the tests of compact execution share: topologies of every kind, and the dense layer as the reference."""
+"""What the tests of block layers share: topologies of every kind, and the dense layer as the reference."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sao_prune.blocks import BlockModule
-from sao_prune.blocks.base import block_slots
-from sao_prune.blocks.follow import followers
-from sao_prune.topology import BlockTopology, make_topology
+from sao_prune.blocks import BlockModule, Execution
+from sao_prune.blocks.autotune import Candidate, default_plan, with_steps
+from sao_prune.blocks.backends import cpu
+from sao_prune.blocks.fusion import chains
+from sao_prune.blocks.modules import block_slots
+from sao_prune.blocks.plan import carry_out
+from sao_prune.topology import BlockTopology, interleaved, make_topology, ramanujan
+
+NATIVE = Execution(native=True)
+needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler that the kernels can be built with")
+
+
+def irregular(rows: int, cols: int, groups: int) -> BlockTopology:
+    """Blocks of one shape whose channels lie anywhere."""
+    return ramanujan(rows, cols, groups, generator=torch.Generator().manual_seed(rows + 31 * cols))
+
+
+def identity(rows: int, cols: int, groups: int) -> BlockTopology:
+    """Blocks along the diagonal."""
+    sets = torch.arange(groups)
+    return BlockTopology(sets.repeat_interleave(rows // groups), sets.repeat_interleave(cols // groups))
+
+
+def uneven(rows: int, cols: int, groups: int) -> BlockTopology:
+    """Blocks of several shapes, and a row and a column in none."""
+    row_set, col_set = torch.arange(rows) % groups, torch.arange(cols) % (groups + 1) % groups
+    row_set[1], col_set[-1] = -1, -1
+    return BlockTopology(row_set, col_set)
+
+
+LAYOUTS: dict[str, Callable[[int, int, int], BlockTopology]] = {
+    "identity": identity,
+    "strided": interleaved,
+    "irregular": irregular,
+    "uneven": uneven,
+}
 
 
 @st.composite
@@ -35,10 +68,24 @@ def topologies(draw: st.DrawFn, largest: int = 24, cols: int | None = None) -> B
     return topology
 
 
-def randomise(layer: nn.Module) -> None:
+def randomise(module: nn.Module) -> None:
     """Values without any structure."""
-    for parameter in layer.parameters():
+    for parameter in module.parameters():
         nn.init.normal_(parameter)
+
+
+def block_layers(model: nn.Module) -> list[BlockModule]:
+    """All block layers of a model."""
+    return [m for m in model.modules() if isinstance(m, BlockModule)]
+
+
+def set_dense(layer: BlockModule, dense: nn.Module) -> nn.Module:
+    """Give a dense layer a block layer's weight and bias."""
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight)
+        if dense.bias is not None:
+            dense.bias.copy_(layer.bias)
+    return dense
 
 
 def assert_same(layer: BlockModule, dense: nn.Module, x: Tensor, tolerance: float = 1e-9) -> None:
@@ -70,11 +117,20 @@ def assert_same(layer: BlockModule, dense: nn.Module, x: Tensor, tolerance: floa
     layer(again * 1).relu_().sum().backward()
 
 
-def fuse(model: nn.Module, x: Tensor) -> None:
-    """Let every native layer compute what follows it, as tuning does where that is faster."""
-    layers = [m for m in model.modules() if isinstance(m, BlockModule) and m.execution.native]
-    found = followers(model, layers, x)
+def fuse(model: nn.Module, x: Tensor, execution: Execution = NATIVE) -> nn.Module:
+    """Let the block layers of a model compute what follows them, whatever made them."""
+    layers = block_layers(model)
     for layer in layers:
-        if id(layer) in found:
-            layer.__dict__["execution"] = replace(layer.execution, fused=found[id(layer)].names)
-            layer.__dict__["followers"] = found[id(layer)].modules
+        layer.run_as(execution)
+    paths = {id(m): name for name, m in model.named_modules()}
+    candidates = [Candidate(paths[id(layer)], layer, layer) for layer in layers]
+    carry_out(model, with_steps(default_plan(candidates), candidates, chains(model, layers, x), paths))
+    return model
+
+
+def assert_all_close(found: list[Tensor | None], wanted: list[Tensor | None], tolerance: float = 1e-3) -> None:
+    """Tensors agree relative to the largest value of each."""
+    for one, other in zip(found, wanted, strict=True):
+        if other is not None:
+            scale = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * scale, check_dtype=False)

@@ -1,16 +1,10 @@
-"""Results are not put off in a process that has compiled anything: no test is to see what another has compiled."""
+"""Timings of one test, or of the user's own runs, decide nothing in another."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    yield
-    if "torch._dynamo.eval_frame" in sys.modules:
-        torch.compiler.reset()
+def no_timings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "0")

@@ -9,11 +9,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sao_prune
-from sao_prune.blocks import BlockConv1d, BlockConv2d, BlockConv3d, Execution
+from sao_prune.blocks import BlockConv1d, BlockConv2d, BlockConv3d, BlockModule, Execution
+from sao_prune.topology import interleaved
 
-from .cases import assert_same, randomise, topologies
+from .cases import NATIVE, assert_same, needs_compiler, randomise, set_dense, topologies
 
-_CLASSES = {1: (BlockConv1d, nn.Conv1d), 2: (BlockConv2d, nn.Conv2d), 3: (BlockConv3d, nn.Conv3d)}
+_CLASSES = {1: BlockConv1d, 2: BlockConv2d, 3: BlockConv3d}
+
+
+def _pair(dims: int, topology, kernel, **options) -> tuple[BlockModule, nn.Module]:
+    layer = _CLASSES[dims](topology, kernel, **options)
+    randomise(layer)
+    return layer, set_dense(layer, layer.dense_class(layer.in_channels, layer.out_channels, kernel, **options))
 
 
 @given(
@@ -28,24 +35,75 @@ _CLASSES = {1: (BlockConv1d, nn.Conv1d), 2: (BlockConv2d, nn.Conv2d), 3: (BlockC
     st.sampled_from([1, 2, 4]),
     st.booleans(),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_equals_the_dense_layer(dims, topology, kernel, stride, padding, dilation, mode, channels_last, merge, batched):
-    if padding == "same" or mode in ("reflect", "replicate"):
-        stride = 1 if padding == "same" else stride
-    block_class, dense_class = _CLASSES[dims]
+    stride = 1 if padding == "same" else stride
     options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": mode}
-    layer = block_class(topology, kernel, **options).double()
-    randomise(layer)
-    layer.run_as(Execution(merge=merge, channels_last=channels_last and dims == 2))
-    dense = dense_class(layer.in_channels, layer.out_channels, kernel, **options).double()
-    with torch.no_grad():
-        dense.weight.copy_(layer.weight)
-        dense.bias.copy_(layer.bias)
+    layer, dense = _pair(dims, topology, kernel, **options)
+    layer.double().run_as(Execution(merge=merge, channels_last=channels_last and dims == 2))
     shape = (2, layer.in_channels) if batched else (layer.in_channels,)
     x = torch.randn(*shape, *(6,) * dims, dtype=torch.float64)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    assert_same(layer, dense, x)
+    assert_same(layer, dense.double(), x)
+
+
+@given(st.integers(1, 3), topologies(12), st.sampled_from([2, 3]), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_kernel_as_large_as_the_image(dims, topology, kernel, channels_last, bias, batched):
+    layer, dense = _pair(dims, topology, kernel, bias=bias, stride=2)
+    layer.double().run_as(Execution(channels_last=channels_last and dims == 2))
+    shape = (3, layer.in_channels) if batched else (layer.in_channels,)
+    assert_same(layer, dense.double(), torch.randn(*shape, *(kernel,) * dims, dtype=torch.float64))
+
+
+@needs_compiler
+@given(
+    topologies(40),
+    st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 7)]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([(1, 1, 1), (2, 5, 9), (3, 14, 14), (1, 33, 6), (1, 4, 230)]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_images_by_the_kernels(topology, kernel, dilation, space, channels_last, bias):
+    layer, dense = _pair(2, topology, kernel, bias=bias, padding="same", dilation=dilation)
+    layer.run_as(NATIVE)
+    assert layer.suits_native
+    x = torch.randn(space[0], layer.in_channels, *space[1:])
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_same(layer, dense, x, tolerance=1e-2)
+    stride = layer(x).stride()
+    layer.run_as(Execution())
+    if min(x.shape[1:]) > 1 and layer.out_channels > 1:
+        assert layer(x).stride() == stride
+
+
+@needs_compiler
+@given(topologies(24), st.sampled_from([1, 3, 5]), st.sampled_from([1, 20, 64]))
+@settings(max_examples=20, deadline=None)
+def test_signals_by_the_kernels(topology, kernel, length):
+    layer, dense = _pair(1, topology, kernel, padding=kernel // 2)
+    layer.run_as(NATIVE)
+    assert_same(layer, dense, torch.randn(3, layer.in_channels, length), tolerance=5e-3)
+    x = torch.ones(layer.in_channels, length)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 2}, {"padding": 1, "padding_mode": "circular"}],
+    ids=str,
+)
+def test_other_geometries_run_by_torch(options):
+    layer, dense = _pair(2, interleaved(8, 12, 4), 3, **options)
+    layer.run_as(NATIVE)
+    circular = options.get("padding_mode") == "circular"
+    assert not layer.suits_native or circular
+    assert_same(layer, dense, torch.randn(2, 12, 9, 9), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -66,28 +124,19 @@ def test_grouped_convolutions(parts, topology):
 
 
 def test_reads_like_the_dense_layer():
-    layer = BlockConv2d(sao_prune.topology.interleaved(8, 12, 4), 3, padding=1)
+    layer = BlockConv2d(interleaved(8, 12, 4), 3, padding=1)
     assert (layer.in_channels, layer.out_channels, layer.kernel_size) == (12, 8, (3, 3))
     assert (layer.stride, layer.padding, layer.dilation, layer.groups) == ((1, 1), (1, 1), (1, 1), 1)
     assert layer.weight.shape == (8, 12, 3, 3)
     assert layer.blocks.shape == (4, 2, 3, 3, 3)
     with pytest.raises(ValueError, match="leave groups at 1"):
-        BlockConv2d(sao_prune.topology.interleaved(8, 12, 4), 3, groups=2)
+        BlockConv2d(interleaved(8, 12, 4), 3, groups=2)
 
 
-@given(st.integers(1, 3), topologies(12), st.sampled_from([2, 3]), st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_a_kernel_as_large_as_the_image_is_a_product(dims, topology, kernel, channels_last, bias, batched):
-    block_class, dense_class = _CLASSES[dims]
-    layer = block_class(topology, kernel, bias=bias, stride=2).double()
-    randomise(layer)
-    layer.run_as(Execution(channels_last=channels_last and dims == 2))
-    dense = dense_class(layer.in_channels, layer.out_channels, kernel, bias=bias, stride=2).double()
-    with torch.no_grad():
-        dense.weight.copy_(layer.weight)
-        if bias:
-            dense.bias.copy_(layer.bias)
-    shape = (3, layer.in_channels) if batched else (layer.in_channels,)
-    x = torch.randn(*shape, *(kernel,) * dims, dtype=torch.float64)
-    assert layer._is_covered(x.view(-1, *x.shape[-dims - 1 :]))
-    assert_same(layer, dense, x)
+@pytest.mark.parametrize("execution", [Execution(), Execution(dense=True), NATIVE], ids=str)
+def test_inputs_of_a_wrong_shape_are_refused(execution):
+    conv = BlockConv2d(interleaved(16, 16, 4), 3, padding=1)
+    conv.run_as(execution)
+    for shape in ((2, 8, 5, 5), (2, 16, 5, 5, 5), (16, 16), (16,)):
+        with pytest.raises(RuntimeError, match=r"[Ee]xpected"):
+            conv(torch.ones(shape))

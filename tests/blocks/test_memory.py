@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sao_prune.blocks import BlockLinear, Execution
-from sao_prune.blocks.native import build, memory, release_memory
+from sao_prune.blocks import BlockLinear, Execution, release_memory
+from sao_prune.blocks.backends.cpu import memory
 from sao_prune.topology import interleaved
 
+from .cases import needs_compiler
+
 MIB = 1 << 18  # numbers of a MiB
-needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C compiler that the kernels can be built with")
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,9 @@ class Silent:
         self.done = 0
         self.notes: list[str] = []
 
+    def stage(self, text: str) -> None:
+        pass
+
     def start(self, steps: int, done: int) -> None:
         self.total, self.done = steps, done
 

@@ -1,5 +1,7 @@
 """The command: what it prints, and how it fails."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,3 +92,25 @@ def test_a_bug_is_not_hidden(micro: Micro, monkeypatch: pytest.MonkeyPatch) -> N
 def test_help(call: Call) -> None:
     assert call("--help")[0] == 0
     assert "identical conditions" in call("run", "--help")[1]
+
+
+def test_a_run_says_what_it_does_before_it_imports_anything(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from sao_prune import cli\n"
+        "from sao_prune.lab import display, server\n"
+        "class Stop(Exception): pass\n"
+        "told = []\n"
+        "def stage(self, text):\n"
+        "    told.append(text)\n"
+        "def start():\n"
+        "    print(told, [m for m in ('torch', 'timm', 'numpy') if m in sys.modules])\n"
+        "    raise Stop\n"
+        "display.PlainDisplay.stage, server.start_server = stage, start\n"
+        "try:\n"
+        "    cli.app(['run', 'digits', '--jobs', '2'], standalone_mode=False)\n"
+        "except Stop:\n"
+        "    pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "['importing torch and timm'] []\n"

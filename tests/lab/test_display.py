@@ -24,3 +24,11 @@ def test_both_show_progress_and_notes_and_take_brackets_as_text() -> None:
         assert "SAO [bold]" in out.getvalue()
         assert "SAO [x]: 90 %" in out.getvalue()
         assert ("50%" if terminal else "2/4 steps") in out.getvalue()
+
+
+def test_what_comes_before_the_steps_is_shown() -> None:
+    for terminal in (True, False):
+        out = io.StringIO()
+        with make_display(Console(file=out, force_terminal=terminal, width=160)) as display:
+            display.stage("importing [torch]")
+        assert "importing [torch]" in out.getvalue()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sao_prune.lab.data import DataSource, DataSpec, load_dataset
+from sao_prune.lab.data import DataSource, DataSpec, digits, load_dataset
 from sao_prune.lab.errors import DataError
 
 
@@ -139,3 +139,14 @@ def test_a_set_known_under_two_names_is_read_by_the_reader_that_verifies_it(
 ) -> None:
     with pytest.raises(DataError, match=own):
         load_dataset(name, DataSource(tmp_path))
+
+
+def test_digits_are_those_of_the_library() -> None:
+    """They are read from its file without importing it."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels, labels = digits._read_table()
+    theirs = datasets.load_digits()
+    assert (pixels == theirs.images).all()
+    assert (labels == theirs.target).all()
+    assert pixels.dtype == theirs.images.dtype
+    assert labels.dtype == theirs.target.dtype

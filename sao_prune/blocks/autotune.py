@@ -1,0 +1,252 @@
+"""How each block layer of a model runs: by fixed rules, or by timing the ways it can run in that model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter, thread_time
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .backends import cpu
+from .calls import Calls, run_model
+from .fusion import Chain
+from .modules import BlockConv, BlockConv2d, BlockModule, Execution
+from .plan import Choice, Plan, Steps
+from .swap import dense_form
+
+Tune = Literal["train", "infer"] | None
+_Mode = Literal["train", "infer"]
+
+_NARROWEST = 8
+# Runs of a layer and of a whole model; a run that is this much slower than the best is not repeated.
+_REPEATS = 3
+_HOPELESS = 1.5
+# Seconds after which a layer, and a whole model, has been timed long enough.
+_ENOUGH = 0.15, 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that could be compact, and its block form, not yet put in place."""
+
+    name: str
+    module: nn.Module
+    block: BlockModule
+
+
+def default_execution(block: BlockModule) -> Execution:
+    """The rule without timing: the native kernels where there are any for it; else blocks as they are, convolutions
+    with up to 8 channels a group merged, channels last."""
+    if suits_native(block):
+        return Execution(native=True, channels_last=isinstance(block, BlockConv2d))
+    if not isinstance(block, BlockConv):
+        return Execution()
+    return Execution(merge=_merge_to(block, _NARROWEST), channels_last=isinstance(block, BlockConv2d))
+
+
+def suits_native(block: BlockModule) -> bool:
+    """Whether the native kernels can run a layer."""
+    blocks = block.blocks
+    if blocks.dtype is not torch.float32 or not blocks.is_cpu or blocks.numel() == 0:
+        return False
+    return (not isinstance(block, BlockConv) or block.suits_native) and cpu.library() is not None
+
+
+def default_plan(candidates: Sequence[Candidate]) -> Plan:
+    """The plan without timing."""
+    choices = {c.name: Choice(default_execution(c.block)) for c in candidates}
+    return Plan(choices, any(c.execution is not None and c.execution.channels_last for c in choices.values()))
+
+
+def with_steps(plan: Plan, candidates: Sequence[Candidate], chains: dict[int, Chain], paths: dict[int, str]) -> Plan:
+    """The plan, its native layers computing what follows them too."""
+    native = {c.name for c in candidates if (e := plan.choices[c.name].execution) is not None and e.native}
+    new = dict(plan.choices)
+    for candidate in candidates:
+        chain = chains.get(id(candidate.module))
+        if candidate.name not in native or chain is None:
+            continue
+        then = paths[id(chain.then)] if chain.then is not None and paths[id(chain.then)] in native else None
+        norm, activation = (None if m is None else paths[id(m)] for m in (chain.norm, chain.activation))
+        between = tuple(paths[id(m)] for m in chain.between) if then is not None else ()
+        new[candidate.name] = replace(new[candidate.name], steps=Steps(norm, activation, between, then))
+    return replace(plan, choices=new)
+
+
+def mode_of(model: nn.Module, example_input: Any, tune: _Mode) -> _Mode:
+    """What can be timed of a model: some layers have no backward in eval mode (cuDNN's recurrent ones)."""
+    try:
+        run_model(model, example_input, tune)
+    except RuntimeError:
+        return "infer"
+    return tune
+
+
+def time_model(model: nn.Module, example_input: Any, mode: _Mode, best: float) -> float:
+    """Fewest seconds of a run of the whole model; infinite if it does not run so, as with views that a memory format
+    does not allow. One that is clearly slower than ``best`` runs once."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def run() -> None:
+        run_model(model, example_input, mode)
+
+    try:
+        run()
+    except RuntimeError:
+        return float("inf")
+    seconds = [clock(run, device)]
+    while (
+        seconds[0] < _HOPELESS * best and (len(seconds) < _REPEATS or sum(seconds) < _ENOUGH[1]) and len(seconds) < 20
+    ):
+        seconds.append(clock(run, device))
+    return min(seconds)
+
+
+def executions(block: BlockModule) -> list[Execution]:
+    """The ways a layer can run, likely good ones first."""
+    layouts = [True, False] if isinstance(block, BlockConv2d) else [False]
+    native = [Execution(native=True, channels_last=layout) for layout in layouts] if suits_native(block) else []
+    if not isinstance(block, BlockConv):
+        return [*native, Execution(), Execution(dense=True)]
+    first = _merge_to(block, _NARROWEST)
+    merges = [m for m in (first, first * 2, first * 4) if m <= block.topology.groups]
+    found = [Execution(merge=m, channels_last=layout) for layout in layouts for m in dict.fromkeys(merges)]
+    return native + found + [Execution(dense=True, channels_last=layout) for layout in layouts]
+
+
+def _merge_to(block: BlockModule, width: int) -> int:
+    """How many blocks to merge for ``width`` rows and columns: a power of two."""
+    rows, cols = (int(sizes.max()) for sizes in (block.topology.row_sizes, block.topology.col_sizes))
+    merge = 1
+    while merge * min(rows, cols) < width and merge * 2 <= block.topology.groups:
+        merge *= 2
+    return merge
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each execution of one layer, and of the layer as it was and dense."""
+
+    dense: float
+    current: float
+    blocks: dict[Execution, float]
+
+    def choice(self, channels_last: bool) -> Choice:
+        """The fastest in a memory format, unless the layer as it was is faster still."""
+        formats = {e.channels_last for e in self.blocks}
+        wanted = channels_last if len(formats) > 1 else next(iter(formats))
+        execution, seconds = min(
+            ((e, s) for e, s in self.blocks.items() if e.channels_last == wanted), key=lambda item: item[1]
+        )
+        if seconds > self.current:
+            ratio, slower = self.dense / self.current, seconds / self.current
+            return Choice(None, ratio, f"faster as it is ({execution} takes {slower:.2f}x the time)")
+        return Choice(execution, self.dense / seconds)
+
+
+def layer_key(candidate: Candidate, x: Tensor) -> str:
+    """What decides a layer's timings: its shape, topology, geometry and input."""
+    block, layout = candidate.block, candidate.block.layout
+    kinds = layout.inputs.kind.value, layout.inputs.dims, layout.outputs.kind.value, layout.outputs.dims
+    names = ("stride", "padding", "dilation", "padding_mode", "groups")
+    geometry = tuple(str(getattr(block, name, None)) for name in names)
+    shape = layout.groups, layout.rows, layout.cols, layout.slots is None, block.weight_shape
+    masked = "weight_mask" in candidate.module._buffers
+    types = x.dtype, block.blocks.dtype, block.blocks.device.type, masked, block.bias is not None
+    strides = () if isinstance(block, BlockConv) else x.stride()
+    return repr((type(block).__name__, shape, kinds, geometry, tuple(x.shape), strides, *map(str, types)))
+
+
+def time_layer(candidate: Candidate, like: Tensor, tune: _Mode) -> Timings:
+    """Time the layer and its block form in each execution, in turn, so that disturbances hit all alike."""
+    module, block = candidate.module, candidate.block
+    stock = dense_form(block, masked=False)
+    runs: dict[Hashable, Callable[[], object]] = {}
+    forms: list[Execution] = []
+    for execution in executions(block):
+        form = block.__class__.__new__(block.__class__)
+        form.__dict__.update(block.__dict__)
+        form.run_as(execution)
+        forms.append(execution)
+        runs[execution] = _run(form, _input(like, block, execution.channels_last), tune)
+    runs["dense"] = _run(stock, _input(like, block, False), tune)
+    if "weight_mask" in module._buffers:
+        runs["current"] = _run(module, _input(like, block, False), tune)
+    seconds = _race(runs, block.blocks.device)
+    return Timings(seconds["dense"], seconds.get("current", seconds["dense"]), {e: seconds[e] for e in forms})
+
+
+def _input(like: Tensor, block: BlockModule, channels_last: bool) -> Tensor:
+    # As it lies in memory: tokens come to a mixing layer transposed.
+    x = torch.empty_like(like, device=block.blocks.device).normal_()
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _run(module: nn.Module, x: Tensor, tune: _Mode) -> Callable[[], object]:
+    if tune == "infer":
+
+        def infer() -> object:
+            with torch.no_grad():
+                return module(x)
+
+        return infer
+    leaves = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+    with torch.no_grad():
+        gradient = torch.randn_like(module(x))
+
+    def train() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(module(x), leaves, gradient)
+
+    return train
+
+
+def _race(runs: dict[Hashable, Callable[[], object]], device: torch.device) -> dict[Hashable, float]:
+    """Fewest seconds of each, which other work on the machine disturbs least; the slow ones run only once or twice."""
+    seconds: dict[Hashable, float] = {}
+    spent: dict[Hashable, float] = {}
+    for key, run in runs.items():
+        first = clock(run, device)
+        best = min(seconds.values(), default=first)
+        seconds[key] = first if first > 4 * best else clock(run, device)
+        spent[key] = first
+    for _ in range(4 * _REPEATS):
+        best = min(seconds.values())
+        close = [k for k in runs if seconds[k] < _HOPELESS * best and spent[k] < _ENOUGH[0]]
+        if not close:
+            break
+        for key in close:
+            taken = clock(runs[key], device)
+            seconds[key], spent[key] = min(seconds[key], taken), spent[key] + taken
+    return seconds
+
+
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        # All the work is this thread's, so its own time is free of whatever else the machine does.
+        start = thread_time()
+        run()
+        return thread_time() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
+
+
+def inputs_of(candidates: Sequence[Candidate], before: Calls, compact: Calls) -> dict[str, Tensor]:
+    """What each layer is given: convolutions in the model as it was, others in the compact one, where tokens may come
+    transposed."""
+    found = {}
+    for c in candidates:
+        own = before.inputs[id(c.module)]
+        found[c.name] = own if isinstance(c.block, BlockConv) else compact.inputs.get(id(c.module), own)
+    return found

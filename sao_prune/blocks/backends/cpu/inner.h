@@ -1,0 +1,355 @@
+/* Products of blocks with channels that lie as planes: y[i] = bias[i] + sum over j of w[i][j] x[j], where x[j] and y[i]
+ * are runs of floats (pixels, tokens, rows of a batch). Vectors run along the plane, so that blocks of any size fill
+ * them, and the order of channels is nothing but a table of pointers. */
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "act.h"
+
+/* ---- The two inner loops ------------------------------------------------------------------------------------- */
+
+/* `T` outputs at `W` vectors of positions from `p` on. Weights lie source after source, `T` at a time. */
+#define DEFINE_PRODUCT(T, W)                                                                                          \
+    static void product_##T##_##W(const float *const *x, long count, const float *w, const float *bias,                \
+                                  float *const *y, long p) {                                                          \
+        vec sum[T][W];                                                                                                \
+        UNROLL for (int i = 0; i < T; i++) UNROLL for (int k = 0; k < W; k++) sum[i][k] = bias[i] - (vec){0};          \
+        for (long j = 0; j < count; j++, w += T) {                                                                    \
+            const float *from = x[j] + p;                                                                             \
+            vec value[W];                                                                                             \
+            UNROLL for (int k = 0; k < W; k++) value[k] = LOAD(from + k * V);                                         \
+            UNROLL for (int i = 0; i < T; i++) UNROLL for (int k = 0; k < W; k++) sum[i][k] += w[i] * value[k];        \
+        }                                                                                                             \
+        UNROLL for (int i = 0; i < T; i++) UNROLL for (int k = 0; k < W; k++) STORE(y[i] + p + k * V, sum[i][k]);      \
+    }
+
+typedef void product_fn(const float *const *, long, const float *, const float *, float *const *, long);
+
+#if defined(__AVX512F__) || defined(__aarch64__) /* 32 registers */
+#define TILE 12
+#define FOR_TILES(D) D(1, 6) D(2, 6) D(3, 6) D(4, 6) D(5, 4) D(6, 4) D(7, 3) D(8, 3) D(9, 2) D(10, 2) D(11, 2) D(12, 2)
+#define FOR_ONES(D) D(1, 1) D(2, 1) D(3, 1) D(4, 1) D(5, 1) D(6, 1) D(7, 1) D(8, 1) D(9, 1) D(10, 1) D(11, 1) D(12, 1)
+#else
+#define TILE 6
+#define FOR_TILES(D) D(1, 6) D(2, 4) D(3, 3) D(4, 2) D(5, 2) D(6, 2)
+#define FOR_ONES(D) D(1, 1) D(2, 1) D(3, 1) D(4, 1) D(5, 1) D(6, 1)
+#endif
+
+FOR_TILES(DEFINE_PRODUCT)
+FOR_ONES(DEFINE_PRODUCT)
+
+#define NAME(T, W) product_##T##_##W,
+#define WIDTH(T, W) W,
+static product_fn *const wide[] = {NULL, FOR_TILES(NAME)};
+static product_fn *const one[] = {NULL, FOR_ONES(NAME)};
+static const int widths[] = {0, FOR_TILES(WIDTH)};
+
+/* The positions from `p` to `end`, at least V of them: where they are no multiple of V, the last vector overlaps. */
+static void product(int tile, const float *const *x, long count, const float *w, const float *bias, float *const *y,
+                    long p, long end) {
+    long step = (long)widths[tile] * V;
+    for (; p + step <= end; p += step) wide[tile](x, count, w, bias, y, p);
+    for (; p + V <= end; p += V) one[tile](x, count, w, bias, y, p);
+    if (p < end) one[tile](x, count, w, bias, y, end - V);
+}
+
+/* ---- Transposition ------------------------------------------------------------------------------------------- */
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
+
+#if V == 16
+#define SWAP(a, b, h)                                                                                                 \
+    {                                                                                                                 \
+        vec first = a, second = b;                                                                                    \
+        if (h == 8) {                                                                                                 \
+            a = SHUFFLE(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);        \
+            b = SHUFFLE(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);  \
+        } else if (h == 4) {                                                                                          \
+            a = SHUFFLE(first, second, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);      \
+            b = SHUFFLE(first, second, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);    \
+        } else if (h == 2) {                                                                                          \
+            a = SHUFFLE(first, second, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);      \
+            b = SHUFFLE(first, second, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);    \
+        } else {                                                                                                      \
+            a = SHUFFLE(first, second, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);     \
+            b = SHUFFLE(first, second, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);     \
+        }                                                                                                             \
+    }
+#elif V == 8
+#define SWAP(a, b, h)                                                                                                 \
+    {                                                                                                                 \
+        vec first = a, second = b;                                                                                    \
+        if (h == 4) {                                                                                                 \
+            a = SHUFFLE(first, second, 0, 1, 2, 3, 8, 9, 10, 11);                                      \
+            b = SHUFFLE(first, second, 4, 5, 6, 7, 12, 13, 14, 15);                                    \
+        } else if (h == 2) {                                                                                          \
+            a = SHUFFLE(first, second, 0, 1, 8, 9, 4, 5, 12, 13);                                      \
+            b = SHUFFLE(first, second, 2, 3, 10, 11, 6, 7, 14, 15);                                    \
+        } else {                                                                                                      \
+            a = SHUFFLE(first, second, 0, 8, 2, 10, 4, 12, 6, 14);                                     \
+            b = SHUFFLE(first, second, 1, 9, 3, 11, 5, 13, 7, 15);                                     \
+        }                                                                                                             \
+    }
+#else
+#define SWAP(a, b, h)                                                                                                 \
+    {                                                                                                                 \
+        vec first = a, second = b;                                                                                    \
+        if (h == 2) {                                                                                                 \
+            a = SHUFFLE(first, second, 0, 1, 4, 5);                                                    \
+            b = SHUFFLE(first, second, 2, 3, 6, 7);                                                    \
+        } else {                                                                                                      \
+            a = SHUFFLE(first, second, 0, 4, 2, 6);                                                    \
+            b = SHUFFLE(first, second, 1, 5, 3, 7);                                                    \
+        }                                                                                                             \
+    }
+#endif
+
+#define STAGE(h) UNROLL for (int i = 0; i < V; i++) if (!(i & h)) SWAP(r[i], r[i + h], h)
+
+/* Of a square of V vectors `r`. */
+#if V == 16
+#define STAGES STAGE(8) STAGE(4) STAGE(2) STAGE(1)
+#elif V == 8
+#define STAGES STAGE(4) STAGE(2) STAGE(1)
+#else
+#define STAGES STAGE(2) STAGE(1)
+#endif
+
+#define HALVE(h)                                                                                                      \
+    UNROLL for (int i = 0; i < h; i++) {                                                                              \
+        SWAP(r[i], r[i + h], h)                                                                                       \
+        r[i] += r[i + h];                                                                                             \
+    }
+
+/* Lane by lane the totals of V vectors. */
+static inline vec totals(const vec *partial) {
+    vec r[V];
+    UNROLL for (int i = 0; i < V; i++) r[i] = partial[i];
+#if V >= 16
+    HALVE(8)
+#endif
+#if V >= 8
+    HALVE(4)
+#endif
+    HALVE(2)
+    HALVE(1)
+    return r[0];
+}
+
+#define DOT_STEP(T, S, KEEP)                                                                                          \
+    {                                                                                                                 \
+        vec left[T];                                                                                                  \
+        UNROLL for (int i = 0; i < T; i++) left[i] = KEEP(LOAD(outer[i] + p));                                        \
+        UNROLL for (int j = 0; j < S; j++) {                                                                          \
+            vec right = KEEP(LOAD(inner[j] + p));                                                                     \
+            UNROLL for (int i = 0; i < T; i++) sum[i * S + j] += left[i] * right;                                     \
+        }                                                                                                             \
+    }
+#define WHOLE(v) v
+#define MASKED(v) (vec)((bits)v & mask)
+
+/* Sums over runs of positions of `T` gradients times `S` sources, added to a part of dw. Of a last vector that is not
+ * full only what `mask` keeps counts, on both sides: behind a run lies anything, NaN too. */
+#define DEFINE_DOT(T, S)                                                                                              \
+    static void dot_##T(const float *const *g, const float *const *x, long runs, long g_run, long x_run, long length, \
+                        bits mask, float *dw, long pitch, long columns) {                                             \
+        vec sum[T * S];                                                                                               \
+        UNROLL for (int k = 0; k < T * S; k++) sum[k] = (vec){0};                                                     \
+        for (long run = 0; run < runs; run++) {                                                                       \
+            const float *outer[T], *inner[S];                                                                         \
+            UNROLL for (int i = 0; i < T; i++) outer[i] = g[i] + run * g_run;                                         \
+            UNROLL for (int j = 0; j < S; j++) inner[j] = x[j] + run * x_run;                                         \
+            long p = 0;                                                                                               \
+            for (; p + V <= length; p += V) DOT_STEP(T, S, WHOLE)                                                     \
+            if (p < length) DOT_STEP(T, S, MASKED)                                                                    \
+        }                                                                                                             \
+        float sums[T * S];                                                                                            \
+        UNROLL for (int k = 0; k < T * S; k += V) STORE(sums + k, totals(sum + k));                                   \
+        UNROLL for (int i = 0; i < T; i++)                                                                            \
+            if (columns >= S) UNROLL for (int j = 0; j < S; j++) dw[i * pitch + j] += sums[i * S + j];                 \
+            else for (long j = 0; j < columns; j++) dw[i * pitch + j] += sums[i * S + j];                              \
+    }
+
+DEFINE_DOT(1, 16)
+DEFINE_DOT(2, 8)
+DEFINE_DOT(4, 4)
+
+/* ---- Blocks --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    long groups, rows, cols, taps;
+} shape;
+
+static int tiles(long rows) { return (int)((rows + TILE - 1) / TILE); }
+static int tile_size(long rows, int t) {
+    int n = tiles(rows);
+    return (int)(rows / n) + (t < rows % n);
+}
+
+/* `size` rows of a matrix turned around: packed[j * size + i] = w[i * columns + j]. */
+static void turn(const float *w, int size, long columns, float *packed) {
+    long j = 0;
+    /* Every store but the last of a square is overwritten in part by the next: none may reach beyond the matrix. */
+    for (; size <= V && (columns - j) * size >= (long)V * size + V - size && j + V <= columns; j += V) {
+        vec r[V];
+        UNROLL for (int i = 0; i < V; i++) r[i] = LOAD(w + MIN(i, size - 1) * columns + j);
+        STAGES
+        UNROLL for (int i = 0; i < V; i++) STORE(packed + (j + i) * size, r[i]);
+    }
+    for (; j < columns; j++)
+        for (int i = 0; i < size; i++) packed[j * size + i] = w[i * columns + j];
+}
+
+/* The weight of one group, (rows, cols, taps), as tiles of sources; `back` swaps its two sides and turns the taps. */
+static void lay_out(const float *w, shape s, int back, float *packed) {
+    long rows = back ? s.cols : s.rows, cols = back ? s.rows : s.cols, first = 0;
+    for (int t = 0; t < tiles(rows); t++) {
+        int size = tile_size(rows, t);
+        if (!back)
+            turn(w + first * cols * s.taps, size, cols * s.taps, packed);
+        else
+            for (long j = 0; j < cols; j++)
+                for (long k = 0; k < s.taps; k++)
+                    for (int i = 0; i < size; i++)
+                        packed[(j * s.taps + k) * size + i] = w[(j * s.cols + first + i) * s.taps + s.taps - 1 - k];
+        packed += size * cols * s.taps, first += size;
+    }
+}
+
+/* One group's product from `count` sources to `rows` outputs. */
+static void group_product(long rows, const float *const *x, long count, const float *packed, const float *bias,
+                          float *const *y, long length) {
+    static const float zeros[TILE];
+    for (int t = 0; t < tiles(rows); t++) {
+        int size = tile_size(rows, t);
+        product(size, x, count, packed, bias ? bias : zeros, y, 0, length);
+        packed += size * count, y += size;
+        if (bias) bias += size;
+    }
+}
+
+/* Numbers of channels as those of positions. */
+static void by_position(const float *of_channel, const int *order, long count, float *of_position) {
+    for (long i = 0; i < count; i++) of_position[i] = order[i] < 0 ? 0 : of_channel[order[i]];
+}
+
+static bits first_lanes(long count) {
+    bits mask = {0};
+    for (int k = 0; k < count; k++) mask[k] = -1;
+    return mask;
+}
+
+/* One group's weight gradient: dw[i][j] += sum of g[i] x[j]. */
+static void group_dot(long rows, const float *const *g, long count, const float *const *x, long runs, long g_run,
+                      long x_run, long length, float *dw) {
+    bits mask = first_lanes(length % V);
+    for (long i = 0; i < rows;) {
+        int high = rows - i >= 4 ? 4 : rows - i >= 2 ? 2 : 1, wide = 16 / high;
+        for (long j = 0; j < count; j += wide) {
+            const float *last[16], *const *inner = x + j;
+            if (j + wide > count) {
+                for (int k = 0; k < wide; k++) last[k] = x[MIN(j + k, count - 1)];
+                inner = last;
+            }
+            (high == 4 ? dot_4 : high == 2 ? dot_2 : dot_1)(g + i, inner, runs, g_run, x_run, length, mask,
+                                                            dw + i * count + j, count, count - j);
+        }
+        i += high;
+    }
+}
+
+static float plane_sum(const float *g, long length) {
+    vec sum = {0};
+    long p = 0;
+    for (; p + V <= length; p += V) sum += LOAD(g + p);
+    float result = 0;
+    for (int k = 0; k < V; k++) result += sum[k];
+    for (; p < length; p++) result += g[p];
+    return result;
+}
+
+/* ---- Memory --------------------------------------------------------------------------------------------------- */
+
+enum { PACKED, FIRST, SECOND, THIRD, FOURTH, FIFTH, PARTS, MORE_PARTS, SLOTS };
+
+/* Each thread keeps its buffers: pages that are new at each call cost as much as the work. They hold numbers, if old. */
+static float *scratch(int slot, size_t count) {
+    static _Thread_local struct {
+        float *data;
+        size_t count;
+    } kept[SLOTS];
+    if (kept[slot].count < count || !kept[slot].data) {
+        void *data = NULL;
+        size_t bytes = (count + 8 * V) * sizeof(float);
+        free(kept[slot].data);
+        kept[slot].data = NULL;
+        if (posix_memalign(&data, 64, bytes)) return NULL;
+        kept[slot].data = memset(data, 0, bytes), kept[slot].count = count;
+    }
+    return kept[slot].data;
+}
+
+/* Gradients of weights and biases, to which every thread adds what it finds: the first where they belong, the others in
+ * buffers that are added up at the end. `dw` and `db` may be NULL. */
+typedef struct {
+    float *dw, *db, *parts;
+    long weights, biases;
+} shares;
+
+static shares make_shares(int slot, float *dw, float *db, long weights, long biases, int threads) {
+    shares s = {dw, db, NULL, dw ? weights : 0, db ? biases : 0};
+    s.parts = scratch(slot, (threads - 1) * (s.weights + s.biases));
+    return s;
+}
+
+static float *own_share(shares s, int of_bias) {
+    int thread = omp_get_thread_num();
+    float *share = of_bias ? s.db : s.dw;
+    if (share && thread) share = s.parts + (thread - 1) * (s.weights + s.biases) + (of_bias ? s.weights : 0);
+    if (share) memset(share, 0, (of_bias ? s.biases : s.weights) * sizeof(float));
+    return share;
+}
+
+/* By all threads of a region, when all are done. */
+static void add_shares(shares s) {
+    int threads = omp_get_num_threads();
+#pragma omp for schedule(static)
+    for (long i = 0; i < s.weights + s.biases; i++) {
+        float sum = 0;
+        for (int t = 1; t < threads; t++) sum += s.parts[(t - 1) * (s.weights + s.biases) + i];
+        *(i < s.weights ? s.dw + i : s.db + i - s.weights) += sum;
+    }
+}
+
+/* ---- Convolutions --------------------------------------------------------------------------------------------- */
+
+/* A convolution of stride 1 whose outputs are as large as its inputs. */
+typedef struct {
+    long batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width;
+} geometry;
+
+/* Planes with a border of zeros; a row of outputs is then a row of `pitch`, with as many positions to drop. */
+typedef struct {
+    long top, left, pitch, size;
+} border;
+
+static border make_border(geometry f) {
+    border b = {(f.kernel_height - 1) * f.dilation_height / 2, (f.kernel_width - 1) * f.dilation_width / 2, 0, 0};
+    b.pitch = f.width + 2 * b.left;
+    b.size = ROUND((f.height + 2 * b.top) * b.pitch + 2 * V);
+    return b;
+}
+
+/* The sources of every tap of planes with borders. */
+static void tap_table(float *const *planes, long count, geometry f, border b, const float **table) {
+    for (long j = 0; j < count; j++)
+        for (long ky = 0; ky < f.kernel_height; ky++)
+            for (long kx = 0; kx < f.kernel_width; kx++)
+                *table++ = planes[j] + ky * f.dilation_height * b.pitch + kx * f.dilation_width;
+}

@@ -1,0 +1,248 @@
+"""Calls of the compiled kernels on tensors: layouts, sizes of panels, memory for results."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ...permutation import dense, is_column_major
+from .build import library
+from .memory import empty, empty_like
+
+# Floats of a panel of rows and its results that a core keeps at hand, and the least and most rows of one: measured.
+_FORWARD = 1 << 17, 32, 96
+_BACKWARD = 5 << 15, 80, 256
+_IMAGE = 1 << 18
+_LANES = 16
+# A matrix is an image of one pixel a line: its width, kernel and dilation.
+_POINT = (1, 1, 1, 1, 1)
+# Dimensions from the outermost to the innermost.
+_COLUMNS = (1, 0)
+_PIXELS = (0, 2, 3, 1)
+
+# As the kernels number them.
+ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known derivative": 6}
+
+_Argument = Tensor | int | None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass is to do besides the product.
+
+    Attributes:
+        act: what to make of the product.
+        keep: whether to give the activation's derivatives back as well.
+        moments: whether to measure mean and variance of the product's channels; then ``act`` is none.
+    """
+
+    act: str = ""
+    keep: bool = False
+    moments: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Derivative:
+    """How a gradient of the result becomes one of the product.
+
+    Attributes:
+        act: what was made of the product.
+        values: what its slope is a function of; laid out as the result.
+        numbers: shape ``(6, m)``: scale and shift of what was activated, factors of the gradient through it and of
+            the product less its mean, a constant, and the mean; ``None`` where there was nothing but the activation.
+    """
+
+    act: str
+    values: Tensor
+    numbers: Tensor | None = None
+
+
+Results = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def ready(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these: single precision on the CPU, in memory that is there.
+
+    A storage may have been freed and be filled again later, as sharded parameters are.
+    """
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or not _is_backed(t):
+            return False
+    return library() is not None
+
+
+def _is_backed(t: Tensor) -> bool:
+    span = t.numel()
+    if not t.is_contiguous():
+        span = 1 + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
+    return t.untyped_storage().nbytes() >= 4 * (t.storage_offset() + span)
+
+
+class Call(ABC):
+    """The arguments of one call of the kernels that are not tensors to differentiate by."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @abstractmethod
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        """The result, derivatives and moments if the plan asks for them."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
+    ) -> Gradients:
+        """Gradients of input, weight and bias, as far as they are needed."""
+
+    def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
+        """The last arguments of a forward pass, and its results."""
+        derivatives = empty_like(y) if plan.keep else None
+        moments = (_numbers(y, self.layout), _numbers(y, self.layout)) if plan.moments else None
+        return (ACTS[plan.act], derivatives, *(moments or (None, None))), (y, derivatives, moments)
+
+    def _weights(self, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Room for the gradients of weight and bias."""
+        dw = torch.empty_like(weight) if needs[1] else None
+        return dw, _numbers(weight, self.layout) if needs[2] else None
+
+
+def call(name: str, *arguments: _Argument) -> None:
+    """Call a kernel.
+
+    Raises:
+        MemoryError: if there is none for its buffers.
+    """
+    kernels = library()
+    assert kernels is not None
+    if getattr(kernels, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]):
+        raise MemoryError(f"{name}: no memory for its buffers")
+
+
+@lru_cache(maxsize=1024)
+def panel_lines(lines: int, images: int, widths: int, limits: tuple[int, int, int], threads: int) -> int:
+    """Lines of a panel: as many as a core's cache holds, and as many panels for every thread.
+
+    Args:
+        lines: of an image, one pixel each; rows of a batch.
+        images: how many.
+        widths: floats of a line.
+        limits: floats of a panel, and its least and most lines.
+        threads: that share the work.
+    """
+    floats, least, most = limits
+    wanted = min(max(floats // widths, least), most)
+    share = threads // math.gcd(threads, images)
+    panels = -(-lines // (wanted * share)) * share
+    return -(-lines // (panels * _LANES)) * _LANES
+
+
+def _numbers(like: Tensor, layout: Layout) -> Tensor:
+    """Room for one number a channel."""
+    return like.new_empty(layout.channels)
+
+
+class Rows(Call):
+    def __init__(self, layout: Layout, column_major: bool) -> None:
+        super().__init__(layout)
+        self.column_major = column_major
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        batch, n = x.shape
+        m, threads = self.layout.channels, torch.get_num_threads()
+        y = empty((batch, m), _COLUMNS if self.column_major else None)
+        length = panel_lines(batch, 1, n + m, _FORWARD, threads)
+        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.tables
+        layouts = is_column_major(x), self.column_major
+        extras, results = self._extras(y, plan)
+        call("rows_forward", x, weight, bias, y, *geometry, *layouts, length, threads, *extras)
+        return results
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
+    ) -> Gradients:
+        (batch, n), m, threads = x.shape, grad.shape[1], torch.get_num_threads()
+        columns = is_column_major(x)
+        if not is_column_major(grad):
+            grad = dense(grad)
+        dx = empty((batch, n), _COLUMNS if columns else None) if needs[0] else None
+        dw, db = self._weights(weight, needs)
+        length = panel_lines(batch, 1, n + m, _BACKWARD, threads)
+        layouts = is_column_major(grad), columns, columns
+        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.tables
+        tensors = grad, x, weight, dx, dw, db
+        call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(derivative, self.column_major))
+        return dx, dw, db
+
+
+def _through(derivative: Derivative | None, *layout: bool) -> tuple[_Argument, ...]:
+    """The last arguments of a backward pass."""
+    if derivative is None:
+        return None, *(False for _ in layout), 0, None
+    return derivative.values, *layout, ACTS[derivative.act], derivative.numbers
+
+
+class Planes(Call):
+    """Channels as planes ``(batch, n, *space)``: convolutions, tokens to mix."""
+
+    def __init__(self, layout: Layout, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+        super().__init__(layout)
+        self.kernel, self.dilation = (1, *kernel)[-2:], (1, *dilation)[-2:]
+
+    def _geometry(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        space = (1, *x.shape[2:])[-2:]
+        channels = x.shape[1], self.layout.channels
+        return len(x), *channels, *space, *self.kernel, *self.dilation, *weight.shape[:3]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        y = empty((len(x), self.layout.channels, *x.shape[2:]))
+        tables, threads = self.layout.tables, torch.get_num_threads()
+        extras, results = self._extras(y, plan)
+        call("planes_forward", x, weight, bias, y, *self._geometry(x, weight), *tables, threads, *extras)
+        return results
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
+    ) -> Gradients:
+        tables, threads = self.layout.tables, torch.get_num_threads()
+        dx = empty_like(x) if needs[0] else None
+        dw, db = self._weights(weight, needs)
+        tensors = dense(grad), x, weight, dx, dw, db
+        call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(derivative))
+        return dx, dw, db
+
+
+class Pixels(Planes):
+    """Images in channels-last format."""
+
+    def _lines(self, x: Tensor) -> int:
+        """Lines of a panel: as many as a core's cache holds, at least as many as the kernel is high."""
+        pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
+        return max(_IMAGE // ((x.shape[1] + self.layout.channels) * pitch), self.kernel[0])
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+        y = empty((len(x), self.layout.channels, *x.shape[2:]), _PIXELS)
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.tables
+        extras, results = self._extras(y, plan)
+        call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads(), *extras)
+        return results
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
+    ) -> Gradients:
+        threads = torch.get_num_threads()
+        dx = empty_like(x) if needs[0] else None
+        dw, db = self._weights(weight, needs)
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.tables
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        tensors = grad, x, weight, dx, dw, db
+        call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(derivative, False))
+        return dx, dw, db

@@ -1,0 +1,278 @@
+"""How a block operator is registered with torch: schema, fake tensors, autograd in terms of operators.
+
+The derivatives of an operator are a second operator, ``<name>_backward``; that one's own derivatives are those of the
+reference, to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .permutation import dense
+
+_LIBRARY = torch.library.Library("sao_prune", "DEF")
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_DEVICES = ("CPU", "CUDA")
+
+
+@dataclass(frozen=True)
+class Definition:
+    """An operator of the form ``(*inputs, *constants, *attributes, keep) -> (y, *kept)``.
+
+    Attributes:
+        name: in the namespace ``sao_prune``.
+        inputs: schema of the tensors to differentiate by.
+        constants: schema of the other tensors.
+        attributes: schema of the rest.
+        kept: how many results there are besides ``y``, for the backward pass.
+        forward: computes it, on real tensors; ``None`` results are returned without elements.
+        backward: ``(grad, inputs, constants, kept, attributes, mask)`` to one gradient an input, ``None`` where not
+            asked for.
+        fake: the results' metadata.
+        reference: ``(inputs, constants, attributes)`` to ``y``, differentiable to any order.
+        keeps: whether the backward pass needs what ``keep`` gives, by the attributes.
+        result: whether it needs ``y``, by the attributes.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    attributes: tuple[str, ...]
+    kept: int
+    forward: Callable[..., Sequence[Tensor | None]]
+    backward: Callable[..., Sequence[Tensor | None]]
+    fake: Callable[..., Sequence[Tensor | None]]
+    reference: Callable[..., Tensor]
+    keeps: Callable[..., bool] = lambda *attributes: True
+    result: Callable[..., bool] = lambda *attributes: False
+
+    def split(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """Inputs, constants and attributes of a call's arguments."""
+        first, second = len(self.inputs), len(self.inputs) + len(self.constants)
+        return tuple(arguments[:first]), tuple(arguments[first:second]), tuple(arguments[second:])
+
+    def parts(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Gradient, inputs, constants, what was kept, attributes and mask of a call of the backward."""
+        first, second = 1 + len(self.inputs), 1 + len(self.inputs) + len(self.constants)
+        third = second + 1 + self.kept
+        tensors = arguments[1:first], arguments[first:second], arguments[second:third]
+        return arguments[0], *tensors, tuple(arguments[third:-1]), tuple(arguments[-1])
+
+
+class Operator:
+    """A registered operator: through torch's dispatcher wherever something but plain tensors and modes is about, as
+    compilers, fake tensors and counters are, else straight to its kernel, which is what the dispatcher would do.
+
+    Args:
+        name: in the namespace ``sao_prune``.
+        schema: arguments and results.
+        tensors: how many of the first arguments are tensors.
+        kernel: computes a sequence of results, on real tensors; ``None`` for what is not there.
+        fake: the results' metadata, likewise.
+    """
+
+    function: type[torch.autograd.Function]
+
+    def __init__(
+        self, name: str, schema: str, tensors: int, kernel: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
+        self.name, self.tensors, self.kernel = name, tensors, kernel
+        _LIBRARY.define(f"{name}{schema}", tags=_TAGS)
+        for device in _DEVICES:
+            _LIBRARY.impl(name, lambda *arguments: _given(kernel(*arguments), arguments[0]), device)
+        torch.library.register_fake(
+            f"sao_prune::{name}", lambda *arguments: _given(fake(*arguments), arguments[0]), lib=_LIBRARY
+        )
+        self.overload = getattr(torch.ops.sao_prune, name).default
+
+    def differentiable(self, function: type[torch.autograd.Function]) -> Operator:
+        """Register the autograd of the operator: a function of a key set and its arguments."""
+        self.function = function
+        _LIBRARY.impl(self.name, self._with_autograd, "Autograd", with_keyset=True)
+        return self
+
+    def _with_autograd(self, keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments[: self.tensors]):
+            return self.function.apply(keyset, *arguments)
+        return self.below(keyset, arguments)
+
+    def below(self, keyset: Any, arguments: Sequence[Any]) -> Any:
+        """What comes after autograd: the rest of the dispatcher, or without a key set the kernel."""
+        if keyset is None:
+            return self.kernel(*arguments)
+        return self.overload.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
+
+    def _dispatched(self, arguments: Sequence[Any]) -> Any:
+        found = self.overload(*arguments)
+        return (found,) if isinstance(found, Tensor) else found
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The results; all arguments are positional."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return self._dispatched(arguments)
+        needs = False
+        for a in arguments[: self.tensors]:
+            if a is not None:
+                if type(a) not in _PLAIN or not (a.is_cpu or a.is_cuda) or a.is_neg():
+                    return self._dispatched(arguments)
+                needs = needs or a.requires_grad
+        if needs and torch.is_grad_enabled():
+            return self.function.apply(None, *arguments)
+        return self.kernel(*arguments)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def define(d: Definition) -> Operator:
+    """Register an operator and its backward; returns the first. Results are a sequence, ``None`` where not asked for;
+    through the dispatcher a tensor, or several, without elements there."""
+    results = ", ".join(["Tensor"] * (1 + d.kept))
+    gradients = ", ".join(["Tensor"] * len(d.inputs))
+    own = ", ".join((*d.inputs, *d.constants))
+    attributes = "".join(f", {a}" for a in d.attributes)
+    stored = "".join(f", Tensor? kept{i}" for i in range(d.kept + 1))
+    tensors = len(d.inputs) + len(d.constants)
+    schema = f"(Tensor grad, {own}{stored}{attributes}, bool[] mask) -> ({gradients})"
+    backward = Operator(f"{d.name}_backward", schema, tensors + d.kept + 2, *_backward_kernel(d))
+    backward.differentiable(_backward_function(d, backward))
+    schema = f"({own}{attributes}, bool keep=False) -> ({results})"
+    forward = Operator(d.name, schema, tensors, *_forward_kernel(d))
+    return forward.differentiable(_forward_function(d, forward, backward))
+
+
+def _owned(t: Tensor) -> Tensor:
+    """The tensor as no view of another: views made in an operator could not be changed in place afterwards."""
+    if not t._is_view() or isinstance(t, FakeTensor):
+        return t
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+
+def _given(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
+    """Operators return tensors, a single one alone: one without elements for what is not there."""
+    found = tuple(like.new_empty(0) if t is None else t for t in tensors)
+    return found if len(found) > 1 else found[0]
+
+
+def _forward_kernel(d: Definition) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def kernel(*arguments: Any) -> Any:
+        *rest, keep = arguments if len(arguments) > _count(d) else (*arguments, False)
+        return tuple([None if t is None else _owned(t) for t in d.forward(*d.split(rest), keep)])
+
+    def fake(*arguments: Any) -> Any:
+        *rest, keep = arguments if len(arguments) > _count(d) else (*arguments, False)
+        return d.fake(*d.split(rest), keep)
+
+    return kernel, fake
+
+
+def _forward_function(d: Definition, forward: Operator, backward: Operator) -> type[torch.autograd.Function]:
+    own = len(d.inputs)
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:  # type: ignore[override]
+            arguments = arguments[: _count(d)]
+            inputs, constants, attributes = d.split(arguments)
+            keep = d.keeps(*attributes)
+            found = forward.below(keyset, (*arguments, keep))
+            y, *kept = (found,) if isinstance(found, Tensor) else found
+            stored = (y if d.result(*attributes) else None, *(kept if keep else [None] * d.kept))
+            ctx.save_for_backward(*inputs, *constants, *stored)
+            ctx.attributes = attributes
+            others = [t for t in kept if t is not None]
+            if others:
+                ctx.mark_non_differentiable(*others)
+            ctx.set_materialize_grads(False)
+            return found
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+            needed = ctx.needs_input_grad
+            if grads[0] is None:
+                return (None,) * len(needed)
+            mask = list(needed[1 : 1 + own])
+            found = backward(grads[0], *ctx.saved_tensors, *ctx.attributes, mask)
+            gradients = [g if need else None for g, need in zip(found, mask)]
+            return None, *gradients, *(None,) * (len(needed) - 1 - own)
+
+    return Forward
+
+
+def _count(d: Definition) -> int:
+    return len(d.inputs) + len(d.constants) + len(d.attributes)
+
+
+def _backward_kernel(d: Definition) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    parts = d.parts
+
+    def kernel(*arguments: Any) -> Any:
+        dx, *others = d.backward(*parts(arguments))
+        x = arguments[1]
+        if dx is not None:
+            dx = _owned(dx) if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+        return dx, *[None if g is None else _owned(dense(g)) for g in others]
+
+    def fake(*arguments: Any) -> Any:
+        _, inputs, _, _, _, mask = parts(arguments)
+        dx = torch.empty_like(inputs[0])
+        shaped = [dx, *(None if t is None else t.new_empty(t.shape) for t in inputs[1:])]
+        return [t if need else None for t, need in zip(shaped, mask)]
+
+    return kernel, fake
+
+
+def _backward_function(d: Definition, backward: Operator) -> type[torch.autograd.Function]:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:  # type: ignore[override]
+            grad, inputs, constants, _, ctx.attributes, ctx.mask = d.parts(arguments)
+            ctx.save_for_backward(grad, *inputs, *constants)
+            ctx.others = len(arguments) - 1 - len(d.inputs)
+            return backward.below(keyset, arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
+            grad, *own = ctx.saved_tensors
+            inputs, constants, _ = d.split(own)
+            found = _second(
+                lambda *tensors: d.reference(tensors, constants, ctx.attributes), grad, inputs, ctx.mask, outer
+            )
+            return None, *found, *[None] * ctx.others
+
+    return Backward
+
+
+def _second(
+    reference: Callable[..., Tensor],
+    grad: Tensor,
+    inputs: Sequence[Tensor | None],
+    mask: Sequence[bool],
+    outer: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Derivatives of ``vjp(reference)(inputs)(grad)`` by ``grad`` and the inputs, given those of its results."""
+    with torch.enable_grad():
+        sources = [t if t is None or t.requires_grad else t.detach() for t in (grad, *inputs)]
+        wanted = [t for t, need in zip(sources[1:], mask) if need and t is not None]
+        first = torch.autograd.grad(reference(*sources[1:]), wanted, sources[0], create_graph=True, allow_unused=True)
+    asked = [o for o, need in zip(outer, mask) if need]
+    pairs = [(f, o) for f, o in zip(first, asked) if f is not None and f.requires_grad]
+    leaves = [t for t in sources if t is not None and t.requires_grad]
+    found: Iterator[Tensor | None] = iter([None] * len(leaves))
+    if pairs and leaves:
+        results, weights = zip(*pairs)
+        create = torch.is_grad_enabled()
+        found = iter(torch.autograd.grad(results, leaves, weights, create_graph=create, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in sources]

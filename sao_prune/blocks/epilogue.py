@@ -1,0 +1,313 @@
+"""What joins a block layer's kernel: a batch norm and an activation, or an activation and the next linear layer.
+
+The layer that owns an epilogue computes it in its own forward. The modules that it absorbed stay where they are in the
+model, with their parameters, buffers, names and hooks; while their owner computes them they give back what they are
+given, if that is the owner's result, and raise an error if it is not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import operators
+from .backends import cpu
+
+if TYPE_CHECKING:
+    from .modules import BlockLinear, BlockModule
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
+NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+# Storage, offset and version of a result; and how many are remembered, for passes that run again.
+_Result = tuple[StorageWeakRef, int, int]
+Homes = Mapping[int, Sequence[tuple[nn.Module, str]]]
+_MOST = 16
+
+
+class Epilogue:
+    """The modules that a block layer computes along with itself.
+
+    They are known by weak references: a module that has been replaced in the model is gone, and the layer then runs
+    alone. Copies and pickles of a model refer to their own modules.
+
+    Args:
+        owner: the layer.
+        norm: its batch norm, first.
+        activation: then an activation.
+        between: modules that give back what they are given while they are inactive (dropouts).
+        then: last a linear layer.
+    """
+
+    def __init__(
+        self,
+        owner: BlockModule,
+        norm: nn.Module | None,
+        activation: nn.Module | None,
+        between: tuple[nn.Module, ...] = (),
+        then: BlockLinear | None = None,
+    ) -> None:
+        self._present = norm is not None, activation is not None, then is not None
+        self._refer([owner, norm, activation, then, *between], [])
+        self.fused = False
+        self._results: list[_Result] = []
+
+    def _refer(self, modules: list[nn.Module | None], homes: list[tuple[nn.Module, str, nn.Module]]) -> None:
+        self._modules = [None if m is None else weakref.ref(m) for m in modules]
+        self._homes = [(weakref.ref(parent), name, weakref.ref(member)) for parent, name, member in homes]
+
+    def settle(self, homes: Homes) -> None:
+        """Note where in a model the members are: once one is somewhere else, or in a wrapper, the owner runs alone."""
+        members = self.members()
+        self._refer(members, [(*home, m) for m in members if m is not None for home in homes.get(id(m), ())])
+
+    def members(self) -> list[nn.Module | None]:
+        """Owner, norm, activation, next layer, and what is between; ``None`` for what is not there (any more)."""
+        return [None if ref is None else ref() for ref in self._modules]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is computed, in order, for reports."""
+        _, norm, activation, then, *_ = self.members()
+        found = ["batch_norm"] if norm is not None else []
+        found += [self._activation(activation)] if activation is not None else []
+        return (*found, *(["linear"] if then is not None else []))
+
+    @staticmethod
+    def can_absorb(norm: nn.Module | None, activation: nn.Module | None) -> bool:
+        """Whether these modules can be computed by a layer."""
+        given = [m for m in (norm, activation) if m is not None]
+        kinds = norm is None or type(norm) in NORMS, activation is None or type(activation) in ACTIVATIONS
+        exact = not isinstance(activation, nn.GELU) or activation.approximate == "none"
+        return bool(given) and all(kinds) and exact
+
+    @staticmethod
+    def _activation(module: nn.Module | None) -> str:
+        return next((name for kind, name in ACTIVATIONS.items() if isinstance(module, kind)), "")
+
+    def parts(self) -> tuple[nn.modules.batchnorm._BatchNorm | None, str, BlockLinear | None]:
+        """The norm, the activation's name and the next layer."""
+        _, norm, activation, then, *_ = self.members()
+        return norm, self._activation(activation), then  # type: ignore[return-value]
+
+    def begin(self, x: Tensor, plain: bool) -> bool:
+        """Decide whether the owner computes all in this call, and let the others know."""
+        self.fused = not plain and self._suits(x)
+        return self.fused
+
+    def _suits(self, x: Tensor) -> bool:
+        owner, norm, activation, then, *between = members = self.members()
+        if (norm is not None, activation is not None, then is not None) != self._present or owner is None:
+            return False
+        if torch.is_autocast_enabled(x.device.type) or _has_global_hooks():
+            return False
+        if not torch.compiler.is_compiling() and not self._is_at_home():
+            return False
+        if any(_is_watched(m) for m in members if m is not None):
+            return False
+        if any(m is None or (m.training and getattr(m, "p", 1) > 0) for m in between):
+            return False
+        tensors: list[Any] = [x]
+        if norm is not None:
+            if x.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else x.dim()) or norm.momentum is None:
+                return False
+            if norm.training and x.numel() // x.shape[1] < 2:
+                return False
+            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        if then is not None:
+            tensors += [then.blocks, then.bias]
+        if any(t is not None and (t.device != x.device or t.dtype != x.dtype) for t in tensors):
+            return False
+        return torch.compiler.is_compiling() or not x.is_cpu or cpu.ready(*tensors)
+
+    def _is_at_home(self) -> bool:
+        for home, name, ref in self._homes:
+            parent = home()
+            if parent is None or parent._modules.get(name) is not ref():
+                return False
+        return True
+
+    def done(self, y: Tensor) -> Tensor:
+        """Note the result that the absorbed modules are to be given."""
+        if not torch.compiler.is_compiling():
+            if len(self._results) >= _MOST:
+                self._results = [r for r in self._results if not r[0].expired()][-_MOST + 1 :]
+            self._results.append((StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), _version(y)))
+        return y
+
+    def given(self, x: Tensor) -> bool:
+        """Whether an absorbed module is given a result in which it has been computed.
+
+        Raises:
+            RuntimeError: if it is given anything else while its owner computes it.
+        """
+        if torch.compiler.is_compiling():
+            return self.fused
+        if not self._results:
+            return False
+        storage = StorageWeakRef(x.untyped_storage()).cdata
+        place = int(x.storage_offset()), _version(x)
+        if any(r[0].cdata == storage and (r[1:] == place or place[1] == -1) for r in self._results):
+            return True
+        if self.fused:
+            raise RuntimeError(
+                "this module is computed by the block layer before it, and was given something else than that layer's "
+                "result: the model runs otherwise than when it was made compact. Make it compact anew (expand, then "
+                "compact) for the way it runs now, or with fuse=False"
+            )
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Epilogue:
+        from copy import deepcopy
+
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        copies = [None if m is None else deepcopy(m, memo) for m in self.members()]
+        new.__setstate__({"present": self._present, "modules": copies})
+        homes = [(memo.get(id(parent())), name, memo.get(id(member()))) for parent, name, member in self._homes]
+        # Of a layer that is copied alone nobody holds the copies of the others, so that it runs alone.
+        new._refer(copies, [(p, name, m) for p, name, m in homes if p is not None and m is not None])
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"present": self._present, "modules": self.members()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._present = state["present"]
+        self._refer(state["modules"], [])
+        self.fused, self._results = False, []
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
+    return any(getattr(module, name) for name in _HOOKS) or module._compiled_call_impl is not None
+
+
+def _has_global_hooks() -> bool:
+    everywhere = torch.nn.modules.module
+    return bool(
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+class _Absorbed:
+    """A module that a block layer may compute along with itself; ``absorbed`` tells which."""
+
+    absorbed: Epilogue
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The owner's result as it is, while the owner computes this module; else what the module computes."""
+        if self.absorbed.given(x):
+            return x
+        return super().forward(x)  # type: ignore[misc,no-any-return]
+
+
+class AbsorbedReLU(_Absorbed, nn.ReLU):
+    """A ReLU that a block layer computes."""
+
+
+class AbsorbedGELU(_Absorbed, nn.GELU):
+    """A GELU that a block layer computes."""
+
+
+class AbsorbedSiLU(_Absorbed, nn.SiLU):
+    """A SiLU that a block layer computes."""
+
+
+class AbsorbedTanh(_Absorbed, nn.Tanh):
+    """A tanh that a block layer computes."""
+
+
+class AbsorbedBatchNorm1d(_Absorbed, nn.BatchNorm1d):
+    """A batch norm that a block layer computes."""
+
+
+class AbsorbedBatchNorm2d(_Absorbed, nn.BatchNorm2d):
+    """A batch norm that a block layer computes."""
+
+
+_ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: AbsorbedReLU,
+    nn.GELU: AbsorbedGELU,
+    nn.SiLU: AbsorbedSiLU,
+    nn.Tanh: AbsorbedTanh,
+    nn.BatchNorm1d: AbsorbedBatchNorm1d,
+    nn.BatchNorm2d: AbsorbedBatchNorm2d,
+}
+
+
+def homes_of(model: nn.Module) -> Homes:
+    """Parent and name of every module of a model, by the id of the module."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            homes.setdefault(id(child), []).append((parent, name))
+    return homes
+
+
+def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
+    """Make a layer compute its epilogue from now on, as long as its members stay where they are in the model."""
+    epilogue.settle(homes or {})
+    owner, norm, activation, then, *_ = epilogue.members()
+    assert owner is not None
+    owner.__dict__["epilogue"] = epilogue
+    for module in (norm, activation):
+        if module is not None:
+            module.__class__ = _ABSORBED[type(module)]
+            module.__dict__["absorbed"] = epilogue
+    if then is not None:
+        then.__dict__["absorbed"] = epilogue
+
+
+def detach(model: nn.Module) -> None:
+    """Let every module of a model compute itself."""
+    for module in model.modules():
+        module.__dict__.pop("epilogue", None)
+        if module.__dict__.pop("absorbed", None) is not None and isinstance(module, _Absorbed):
+            module.__class__ = type(module).__bases__[1]
+
+
+def normed(
+    norm: nn.modules.batchnorm._BatchNorm,
+    own: tuple[Any, ...],
+    sets: tuple[Tensor, Tensor],
+    activation: str,
+    backend: str,
+    options: tuple[Any, ...],
+) -> Tensor:
+    """A layer, its batch norm and activation; the norm's running averages are updated as torch does."""
+    training = norm.training
+    averages = (None, None) if training else (norm.running_mean, norm.running_var)
+    inputs = *own, norm.weight, norm.bias
+    y, _, mean, variance = operators.block_conv_norm(
+        *inputs, *sets, *averages, activation, backend, norm.eps, *map(_listed, options)
+    )
+    if training:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        values = y.numel() // y.shape[1]
+        momentum: Any = norm.momentum
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * (values / (values - 1)), momentum)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+    return y  # type: ignore[no-any-return]
+
+
+def _listed(option: Any) -> Any:
+    return list(option) if isinstance(option, tuple) else option

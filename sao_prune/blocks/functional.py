@@ -1,0 +1,195 @@
+"""Block layers in ordinary torch operations: the reference, the form that is exported, and the formula of the
+derivatives of the operators' derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layout import Layout
+from .permutation import Kind
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution.
+
+    Attributes:
+        stride: one number a dimension of space, like the others.
+        padding: zeros added on both sides.
+        dilation: of the kernel.
+    """
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Geometry:
+        """From lists, as operators are given them."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation))
+
+    def output(self, space: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Size of the result of an image of size ``space``."""
+        sizes = zip(space, kernel, self.stride, self.padding, self.dilation)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+
+
+def block_linear(x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Layout, activation: str = "") -> Tensor:
+    """``activation(x W^T + b)`` for the block matrix ``W``.
+
+    Args:
+        x: shape ``(..., n)``.
+        blocks: shape ``(g, m/g, n/g)``, or ``(edges, 1)`` where the blocks are of several shapes.
+        bias: shape ``(m,)`` or ``None``.
+        layout: of the blocks.
+        activation: ``""``, ``"relu"``, ``"gelu"``, ``"silu"`` or ``"tanh"``.
+
+    Returns:
+        Shape ``(..., m)``.
+
+    Example:
+        >>> from sao_prune.blocks.layout import layout_of_topology
+        >>> from sao_prune.topology import interleaved
+        >>> blocks = torch.ones(2, 2, 2)
+        >>> block_linear(torch.tensor([1.0, 2.0, 3.0, 4.0]), blocks, None, layout_of_topology(interleaved(4, 4, 2)))
+        tensor([4., 4., 6., 6.])
+    """
+    groups, rows, cols = layout.groups, layout.rows, layout.cols
+    weight = layout.pack(blocks)
+    if layout.inputs.kind is Kind.STRIDED and layout.inputs.dims == (cols, groups, 1):
+        operand = x.reshape(-1, cols, groups).permute(2, 0, 1)
+    else:
+        operand = layout.inputs.plain(x, -1).reshape(-1, groups, cols).transpose(0, 1)
+    product = torch.matmul(operand, weight.mT)
+    if layout.outputs.kind is Kind.STRIDED and layout.outputs.dims == (groups, rows, 1):
+        y = product.permute(1, 2, 0).reshape(*x.shape[:-1], groups * rows)
+    else:
+        y = layout.outputs.plain(product.transpose(0, 1).reshape(*x.shape[:-1], groups * rows), -1)
+    return ACTIVATIONS[activation](y if bias is None else y + bias)
+
+
+def block_linear_by_sets(
+    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, activation: str = ""
+) -> Tensor:
+    """`block_linear` for even sets that are known as tensors only, as under `torch.vmap` over several topologies."""
+    groups, rows, cols = blocks.shape
+    index = torch.argsort(col_set, stable=True)
+    place = torch.argsort(torch.argsort(row_set, stable=True))
+    operand = x[..., index].reshape(-1, groups, cols).transpose(0, 1)
+    y = torch.matmul(operand, blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], groups * rows)[..., place]
+    return ACTIVATIONS[activation](y if bias is None else y + bias)
+
+
+def block_conv(
+    x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Layout, geometry: Geometry, activation: str = ""
+) -> Tensor:
+    """``activation`` of a convolution with block weights; with no dimension of space, of a product.
+
+    Args:
+        x: shape ``(batch, n, *space)``, zero to three dimensions of space.
+        blocks: shape ``(g, m/g, n/g, *kernel)``, or ``(edges, 1, *kernel)`` where the blocks are of several shapes.
+        bias: shape ``(m,)`` or ``None``.
+        layout: of the blocks.
+        geometry: stride, padding, dilation.
+        activation: as for `block_linear`.
+
+    Returns:
+        Shape ``(batch, m, *space)``.
+    """
+    if x.dim() == 2:
+        return block_linear(x, blocks, bias, layout, activation)
+    weight = layout.pack(blocks).flatten(0, 1)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    options = geometry.stride, geometry.padding, geometry.dilation, layout.groups
+    y = convolve(layout.inputs.plain(x, 1), weight, None, *options)
+    y = layout.outputs.plain(y, 1)
+    if bias is not None:
+        y = y + bias.view(-1, *[1] * (x.dim() - 2))
+    return ACTIVATIONS[activation](y)
+
+
+def block_conv_norm(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    layout: Layout,
+    geometry: Geometry,
+    eps: float,
+    activation: str = "",
+) -> Tensor:
+    """``activation(batch_norm(block_conv(..)))``; with ``mean`` and ``variance`` ``None`` by those of the batch."""
+    z = block_conv(x, blocks, bias, layout, geometry)
+    return ACTIVATIONS[activation](F.batch_norm(z, mean, variance, gain, offset, mean is None, 0.0, eps))
+
+
+def block_mlp(
+    x: Tensor,
+    blocks1: Tensor,
+    bias1: Tensor | None,
+    layout1: Layout,
+    blocks2: Tensor,
+    bias2: Tensor | None,
+    layout2: Layout,
+    activation: str,
+) -> Tensor:
+    """Two linear layers and the activation between them."""
+    return block_linear(block_linear(x, blocks1, bias1, layout1, activation), blocks2, bias2, layout2)
+
+
+def derivative(activation: str, z: Tensor) -> Tensor:
+    """The derivative of an activation at ``z``.
+
+    Example:
+        >>> derivative("tanh", torch.zeros(1)).item()
+        1.0
+    """
+    if activation == "relu":
+        return (z <= 0).logical_not().to(z.dtype)
+    if activation == "gelu":
+        density = torch.exp(z * z * -0.5) * 0.3989422804014327
+        return torch.erf(z * 0.7071067811865476) * 0.5 + 0.5 + z * density
+    if activation == "silu":
+        share = torch.sigmoid(z)
+        return share * (1 + z * (1 - share))
+    if activation == "tanh":
+        return 1 - torch.tanh(z).square()
+    return torch.ones_like(z)
+
+
+def through(grad: Tensor, values: Tensor | None, activation: str) -> Tensor:
+    """The gradient before an activation from that behind it.
+
+    Args:
+        grad: of the result.
+        values: the result of ``"relu"`` and ``"tanh"``, the derivative of ``"gelu"`` and ``"silu"``.
+        activation: its name.
+    """
+    if not activation or values is None:
+        return grad
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, values, 0)  # type: ignore[no-any-return]
+    if activation == "tanh":
+        return grad * (1 - values * values)
+    return grad * values
+
+
+def keeps_derivative(activation: str) -> bool:
+    """Whether the derivative of an activation has to be kept for the backward pass, as its result does not tell it."""
+    return activation in ("gelu", "silu")

@@ -1,0 +1,257 @@
+"""How the blocks of a topology are laid out in one batch of equal matrices, as told by the sets of a layer."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ..topology import BlockTopology
+from .permutation import Permutation
+
+# A set number v is stored as 4 v + 6, no set as 2: an average of equal buffers, as EMA takes it, is off by one at worst
+# after truncation to integers, and a code is never 0, by which plain numbers are told apart.
+_STEP, _OFFSET, _NONE = 4, 6, 2
+
+
+def encode_sets(sets: Tensor) -> Tensor:
+    """Set numbers, -1 for none, as the integers that a layer's buffers hold: averaging them does no harm.
+
+    Example:
+        >>> encode_sets(torch.tensor([0, 1, -1])).tolist()
+        [6, 10, 2]
+    """
+    codes = torch.where(sets < 0, _NONE, sets * _STEP + _OFFSET)
+    most = int(codes.max()) if codes.numel() else 0
+    dtype = torch.uint8 if most < 256 else torch.int32
+    return codes.to(dtype)
+
+
+def decode_sets(codes: Tensor) -> Tensor:
+    """Inverse of `encode_sets`; int64 on the CPU. What averaging may have made of a code (one less) reads the same.
+
+    Sets as they were stored before codes had gaps (numbers from 0 on, the type's largest value for none) are read too.
+    """
+    raw = codes.detach().cpu()
+    if bool((raw == 0).any()):
+        return torch.where(raw == torch.iinfo(raw.dtype).max, -1, raw.long())
+    return (raw.long() - 1).div(_STEP, rounding_mode="floor") - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """``groups`` matrices of ``rows x cols`` that hold every block of a topology, zeros between them.
+
+    With ``merge = 1`` and even sets these are the blocks themselves. Merging puts ``merge`` neighbouring blocks on the
+    diagonal of one matrix, for hardware that is bad at narrow ones; uneven sets are padded to the largest.
+
+    Attributes:
+        inputs: which input channel each of the ``groups * cols`` positions reads.
+        outputs: which of the ``groups * rows`` positions holds each output channel.
+        slots: position of every block value in the flattened ``(groups, rows, cols)``; ``None`` when they are the
+            values in their own order.
+    """
+
+    topology: BlockTopology
+    merge: int
+    groups: int
+    rows: int
+    cols: int
+    inputs: Permutation
+    outputs: Permutation
+    slots: Tensor | None
+    _on: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Values in the packed matrices, zeros included."""
+        return self.groups * self.rows * self.cols
+
+    @cached_property
+    def own(self) -> torch.Size:
+        """Shape of the ``blocks`` parameter without a kernel."""
+        buckets = self.topology.buckets
+        return torch.Size(buckets[0].shape if len(buckets) == 1 else (self.topology.nnz, 1))
+
+    @cached_property
+    def channels(self) -> int:
+        """Channels of the result."""
+        return len(self.outputs.index)
+
+    @cached_property
+    def sources(self) -> int:
+        """Channels of the input."""
+        return len(self.inputs.inverse)
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The input and the output channel of every position, int32 on the layout's device; -1 marks padding."""
+        device = self.inputs.index.device
+        inputs = torch.full((self.groups * self.cols,), -1, dtype=torch.int32, device=device)
+        inputs[self.inputs.inverse] = torch.arange(len(self.inputs.inverse), dtype=torch.int32, device=device)
+        outputs = torch.full((self.groups * self.rows,), -1, dtype=torch.int32, device=device)
+        outputs[self.outputs.index] = torch.arange(len(self.outputs.index), dtype=torch.int32, device=device)
+        return inputs, outputs
+
+    def to(self, device: torch.device) -> Layout:
+        """The same layout with its indices on another device."""
+        if self.inputs.index.device == device:
+            return self
+        if device not in self._on:
+            slots = None if self.slots is None else self.slots.to(device)
+            inputs, outputs = self.inputs.to(device), self.outputs.to(device)
+            self._on[device] = replace(self, inputs=inputs, outputs=outputs, slots=slots, _on={})
+        return self._on[device]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Layout:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return layout_of_topology, (self.topology, self.merge)
+
+    def pack(self, blocks: Tensor) -> Tensor:
+        """The matrices ``(groups, rows, cols, *kernel)`` of a ``blocks`` parameter; differentiable.
+
+        Raises:
+            RuntimeError: if the parameter is not of this topology.
+        """
+        own = self.own
+        if blocks.shape[: len(own)] != own:
+            given = tuple(blocks.shape)
+            raise RuntimeError(f"blocks of {self.topology} have shape {own} and the kernel's, got {given}")
+        kernel, shape = blocks.shape[len(own) :], (self.groups, self.rows, self.cols)
+        if self.slots is None:
+            return blocks if self.merge == 1 and len(own) == 3 else blocks.reshape(*shape, *kernel)
+        values = blocks.reshape(-1, *kernel)
+        return values.new_zeros(self.size, *kernel).index_copy(0, self.slots, values).view(*shape, *kernel)
+
+    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of `pack`: the values of the blocks in matrices, in the parameter's ``shape``."""
+        if self.slots is None:
+            return packed.reshape(shape)
+        return packed.flatten(0, 2).index_select(0, self.slots).view(shape)
+
+    def check(self, x: Tensor, dim: int, bias: Tensor | None) -> None:
+        """Refuse operands whose channels are not the topology's.
+
+        Raises:
+            RuntimeError: telling what was given and what is expected.
+        """
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.sources:
+            given = tuple(x.shape)
+            raise RuntimeError(f"expected an input of {self.sources} channels in dimension {dim}, got {given}")
+        self.check_bias(bias)
+
+    def check_bias(self, bias: Tensor | None) -> None:
+        """Refuse a bias of another size."""
+        if bias is not None and bias.shape != (self.channels,):
+            raise RuntimeError(f"expected a bias of shape ({self.channels},), got {tuple(bias.shape)}")
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """A bias ``(m,)`` by positions, zeros where there is padding; differentiable."""
+        return bias.new_zeros(self.groups * self.rows).index_copy(0, self.outputs.index, bias)
+
+
+@lru_cache(maxsize=512)
+def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
+    """Lay a topology's blocks out, ``merge`` to a matrix.
+
+    Example:
+        >>> from sao_prune.topology import interleaved
+        >>> p = layout_of_topology(interleaved(8, 8, 4), merge=2)
+        >>> (p.groups, p.rows, p.cols), p.inputs.kind.value, p.outputs.kind.value
+        ((2, 4, 4), 'strided', 'identity')
+    """
+    # Plain index arithmetic, whatever function transform or fake mode is on where it is first needed.
+    with torch._C._DisableFuncTorch():
+        groups = -(-topology.groups // merge)
+        row_group = _spread(topology.row_set, merge, groups)
+        col_group = _spread(topology.col_set, merge, groups)
+        rows, row_place = _places(topology.row_set, row_group, groups)
+        cols, col_place = _places(topology.col_set, col_group, groups)
+        slots = torch.cat(
+            [
+                (row_place[b.rows][:, :, None] * cols + (col_place[b.cols] % cols)[:, None, :]).flatten()
+                for b in topology.buckets
+            ]
+        )
+        exact = len(slots) == groups * rows * cols and torch.equal(slots, torch.arange(len(slots)))
+        inputs = torch.zeros(groups * cols, dtype=torch.long)
+        inputs[col_place] = torch.arange(len(col_place))
+        outputs = torch.zeros(groups * rows, dtype=torch.long)
+        outputs[row_place] = torch.arange(len(row_place))
+        into, out = Permutation.of(inputs, col_place), Permutation.of(row_place, outputs)
+        return Layout(topology, merge, groups, rows, cols, into, out, None if exact else slots)
+
+
+def _spread(sets: Tensor, merge: int, groups: int) -> Tensor:
+    """The matrix of every channel; those in no set fill up the emptiest ones."""
+    group = torch.where(sets < 0, -1, sets // merge)
+    for loose in torch.nonzero(group < 0).flatten().tolist():
+        group[loose] = torch.bincount(group[group >= 0], minlength=groups).argmin()
+    return group
+
+
+def _places(sets: Tensor, group: Tensor, groups: int) -> tuple[int, Tensor]:
+    """The width of the widest matrix and, for every channel, its position when all are padded to it.
+
+    Merged blocks stand one after the other, so that a permutation that is strided without merging is so with it.
+    """
+    counts = torch.bincount(group, minlength=groups)
+    width = int(counts.max())
+    order = torch.argsort(torch.where(sets < 0, len(sets), sets), stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
+    start = counts.cumsum(0) - counts
+    place = torch.empty_like(group)
+    place[order] = torch.arange(len(group)) - start[group[order]] + group[order] * width
+    return width, place
+
+
+class _Known:
+    """The layout of two set buffers, and how to tell that they still hold what it was made from."""
+
+    __slots__ = ("cols", "layout", "refs", "rows", "versions")
+
+    def __init__(self, row_set: Tensor, col_set: Tensor, layout: Layout) -> None:
+        self.layout = layout
+        self.rows = self.cols = None
+        if row_set.is_cpu:
+            self.rows, self.cols = row_set.clone(), col_set.clone()
+        self.refs = weakref.ref(row_set), weakref.ref(col_set)
+        self.versions = _version(row_set), _version(col_set)
+
+    def holds(self, row_set: Tensor, col_set: Tensor) -> bool:
+        if self.rows is not None and self.cols is not None and row_set.is_cpu:
+            # By content: a change through `.data` or by a collective has no version.
+            return torch.equal(self.rows, row_set) and torch.equal(self.cols, col_set)
+        same = self.refs[0]() is row_set and self.refs[1]() is col_set
+        return same and self.versions == (_version(row_set), _version(col_set))
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+_KNOWN: dict[tuple[int, int, int], _Known] = {}
+_MOST_KNOWN = 4096
+
+
+def layout_of(row_set: Tensor, col_set: Tensor, merge: int = 1) -> Layout:
+    """The layout that two buffers of encoded sets describe, on their device: always of what they hold now.
+
+    On the CPU the contents are compared at every call; on other devices, where that would wait for the device, the
+    tensors' version counters.
+    """
+    key = id(row_set), id(col_set), merge
+    known = _KNOWN.get(key)
+    if known is not None and known.holds(row_set, col_set):
+        return known.layout
+    topology = BlockTopology(decode_sets(row_set), decode_sets(col_set))
+    layout = layout_of_topology(topology, merge).to(row_set.device)
+    if len(_KNOWN) >= _MOST_KNOWN:
+        _KNOWN.clear()
+    _KNOWN[key] = _Known(row_set, col_set, layout)
+    return layout

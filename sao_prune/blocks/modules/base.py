@@ -1,0 +1,208 @@
+"""What all block layers share: blocks as the parameter, the topology as two small buffers, the dense view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ...topology import BlockTopology
+from ..epilogue import Epilogue
+from ..flops import register_flops
+from ..layout import Layout, decode_sets, encode_sets, layout_of, layout_of_topology
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a block layer runs.
+
+    Attributes:
+        dense: as an ordinary layer, its weight filled up with zeros.
+        merge: neighbouring blocks put into one wider matrix, zeros between them; of convolutions by torch.
+        channels_last: memory format of a convolution.
+        native: by the kernels of `sao_prune.blocks.backends.cpu`; where those cannot be had, or cannot take an input,
+            as if this were not set.
+    """
+
+    dense: bool = False
+    merge: int = 1
+    channels_last: bool = False
+    native: bool = False
+
+    def __str__(self) -> str:
+        if self.dense:
+            return "dense"
+        merged = f", {self.merge} merged" if self.merge > 1 else ""
+        return f"blocks{merged}{', channels last' if self.channels_last else ''}{', native' if self.native else ''}"
+
+    @property
+    def backend(self) -> str:
+        """What the operators call it."""
+        return "cpu" if self.native else ""
+
+
+def joined_topology(parts: Sequence[BlockTopology]) -> BlockTopology:
+    """One topology for matrices that stand on a diagonal, as the groups of a grouped convolution do.
+
+    Example:
+        >>> from sao_prune.topology import interleaved
+        >>> joined_topology([interleaved(4, 4, 2), interleaved(4, 4, 2)])
+        BlockTopology(8 x 8, groups=4, sparsity=75.0000%)
+    """
+    rows, cols, first = [], [], 0
+    for part in parts:
+        rows.append(torch.where(part.row_set < 0, -1, part.row_set + first))
+        cols.append(torch.where(part.col_set < 0, -1, part.col_set + first))
+        first += part.groups
+    return BlockTopology(torch.cat(rows), torch.cat(cols))
+
+
+def block_slots(topology: BlockTopology, parts: int = 1) -> Tensor:
+    """Positions of all block values in the flattened ``(m, n / parts)`` weight, bucket after bucket."""
+    rows, cols = topology.shape
+    width = cols // parts
+    slots = [
+        (b.rows[:, :, None] * width + b.cols[:, None, :] - b.rows[:, :1, None] * parts // rows * width).flatten()
+        for b in topology.buckets
+    ]
+    return torch.cat(slots)
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a layer has to run as ordinary operations: exported, traced, under functorch or forward-mode AD."""
+    return (
+        isinstance(x, Proxy)
+        or _is_exporting()
+        or (
+            not torch.compiler.is_compiling()
+            and (
+                torch._C._get_tracing_state() is not None
+                or torch._C._are_functorch_transforms_active()
+                or torch.autograd.forward_ad._current_level >= 0
+            )
+        )
+    )
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+class BlockModule(nn.Module):
+    """Base of `BlockLinear` and the block convolutions.
+
+    The parameter ``blocks`` has shape ``(g, m/g, n/g, *kernel)``; where the blocks are of several shapes,
+    ``(edges, 1, *kernel)``, bucket after bucket as in `BlockTopology.buckets`. The buffers ``row_set`` and ``col_set``
+    are the topology (`encode_sets`), so that a state dict holds everything; the layer follows what they hold, whoever
+    put it there.
+    """
+
+    blocks: nn.Parameter
+    bias: nn.Parameter | None
+    row_set: Tensor
+    col_set: Tensor
+    execution: Execution
+    # Last known; what the buffers hold is what counts wherever they can be read.
+    _layout: Layout
+
+    # For the rooms to the left, which cannot import this class.
+    is_block_layer: ClassVar[bool] = True
+    # What joins this layer's kernel, if it owns something; what this layer joined, if it did. See `fusion`.
+    epilogue: Epilogue | None = None
+    absorbed: Epilogue | None = None
+
+    def set_topology(self, topology: BlockTopology, blocks: nn.Parameter) -> None:
+        """Register the blocks and the topology's buffers."""
+        register_flops()
+        for name, sets in (("row_set", topology.row_set), ("col_set", topology.col_set)):
+            self.register_buffer(name, encode_sets(sets).to(blocks.device))
+        self.register_parameter("blocks", blocks)
+        self.__dict__["_layout"] = layout_of_topology(topology, self.execution.merge).to(blocks.device)
+
+    @property
+    def topology(self) -> BlockTopology:
+        """Which outputs see which inputs; for a grouped convolution over all its channels."""
+        return self.layout.topology
+
+    @property
+    def layout(self) -> Layout:
+        """How the blocks are laid out for execution, by what the buffers hold; while traced as last known."""
+        rows, cols = self.row_set, self.col_set
+        if type(rows) is not Tensor or rows.is_meta or torch.compiler.is_compiling() or is_wrapped(rows):
+            return self._layout
+        layout = layout_of(rows, cols, self.execution.merge)
+        if layout is not self._layout:
+            self.__dict__["_layout"] = layout
+        return layout
+
+    def run_as(self, execution: Execution) -> None:
+        """Change how the layer runs; its values stay."""
+        topology = self._layout.topology
+        layout = layout_of_topology(topology, execution.merge).to(self._layout.inputs.index.device)
+        self.__dict__.update(execution=execution, _layout=layout)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, zeros included; computed anew each time, differentiable, not a parameter."""
+        shape, blocks = self.weight_shape, self.blocks
+        slots = block_slots(self.topology, self.parts).to(blocks.device)
+        values = blocks.reshape(-1, *shape[2:])
+        return values.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, slots, values).view(shape)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> int:
+        """Groups of the dense layer."""
+        return 1
+
+    def extra_repr(self) -> str:
+        """The dense layer's own line, and the blocks."""
+        dense: str = super().extra_repr()
+        return f"{dense}, blocks={self.topology.groups}, execution={self.execution}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def flat(t: Tensor) -> Tensor:
+            # Blocks of convolutions have as many dimensions as images, but no memory format.
+            return fn(t.reshape(len(t), -1)).view(t.shape) if t.dim() in (4, 5) else fn(t)
+
+        return super()._apply(flat, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        names = f"{prefix}row_set", f"{prefix}col_set"
+        if all(name in state_dict for name in names):
+            # Anew, so that sets of an average or of an earlier format are stored exactly, in the type that they need.
+            sets = [encode_sets(decode_sets(state_dict[name])) for name in names]
+            if [len(s) for s in sets] == [len(self.row_set), len(self.col_set)]:
+                state_dict = {**state_dict, **dict(zip(names, sets))}
+                device = self.row_set.device if not self.row_set.is_meta else torch.device("cpu")
+                for name, new in zip(("row_set", "col_set"), sets):
+                    if self._buffers[name].dtype != new.dtype or self.row_set.is_meta:  # type: ignore[union-attr]
+                        self._buffers[name] = torch.empty_like(new, device=device)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        _ = self.layout
+
+
+def is_wrapped(t: Tensor) -> bool:
+    """Whether a function transform holds the tensor, so that it cannot be read."""
+    return torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def stack_blocks(topology: BlockTopology, values: Sequence[Tensor]) -> Tensor:
+    """The ``blocks`` parameter's tensor from one ``(blocks, r, c, *kernel)`` tensor a bucket."""
+    if len(values) == 1:
+        return values[0]
+    return torch.cat([v.flatten(0, 2).unsqueeze(1) for v in values])
+
+
+def blocks_shape(topology: BlockTopology, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the ``blocks`` parameter."""
+    if len(topology.buckets) == 1:
+        return *topology.buckets[0].shape, *kernel
+    return topology.nnz, 1, *kernel

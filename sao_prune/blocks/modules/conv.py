@@ -1,0 +1,188 @@
+"""Convolutions that hold and compute only their blocks: grouped convolutions between two channel permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
+
+from ...topology import BlockTopology
+from ...weights import orthogonal_blocks
+from .. import functional, operators
+from ..backends import cpu
+from ..epilogue import Epilogue, normed
+from .base import BlockModule, Execution, is_plain, stack_blocks
+
+
+class BlockConv(BlockModule):
+    """Base of the block convolutions; see `BlockConv2d`."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+    execution = Execution()
+    transposed = False
+
+    dense_class: ClassVar[type[nn.modules.conv._ConvNd]]
+    convolve: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        topology: BlockTopology,
+        kernel_size: int | tuple[int, ...],
+        *,
+        bias: bool = True,
+        seed: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if options.get("groups", 1) != 1:
+            raise ValueError("a block convolution's groups are its topology's blocks: leave groups at 1")
+        outputs, inputs = topology.shape
+        dense = self.dense_class(inputs, outputs, kernel_size, bias=bias, device="meta", **options)  # type: ignore[arg-type]
+        own = {k: v for k, v in dense.__dict__.items() if k not in self.__dict__}
+        self.__dict__.update(own)
+        generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        centre: Any = (..., *(k // 2 for k in self.kernel_size))
+        values = []
+        for block in orthogonal_blocks([topology], [generator])[0]:
+            values.append(block.new_zeros(*block.shape, *self.kernel_size))
+            values[-1][centre] = block
+        self.set_topology(topology, nn.Parameter(stack_blocks(topology, values)))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(m, n / groups, *kernel)``."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @property
+    def parts(self) -> int:
+        """Groups of the dense convolution."""
+        return self.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(batch, n, *space)``, or without the batch, to ``(batch, m, *space)``."""
+        plain = is_plain(x)
+        if not isinstance(x, Proxy) and x.dim() == len(self.kernel_size) + 1:
+            if self.epilogue is not None:
+                self.epilogue.begin(x, True)
+            return self._run(x.unsqueeze(0), plain).squeeze(0)
+        epilogue = self.epilogue
+        if epilogue is not None and epilogue.begin(x, plain):
+            return epilogue.done(self._fused(self._formatted(x), epilogue))
+        return self._run(x, plain)
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        """The input in the memory format of the execution, with a padding that zeros on both sides are not."""
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        elif self.padding == "same" and not self._is_even():
+            x = F.pad(x, self._reversed_padding_repeated_twice)
+        if self.execution.channels_last and not isinstance(x, Proxy):
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def _is_even(self) -> bool:
+        """Whether both sides are padded alike."""
+        sides = self._reversed_padding_repeated_twice
+        return sides[::2] == sides[1::2]
+
+    @property
+    def geometry(self) -> functional.Geometry:
+        """Stride, padding and dilation of the convolution itself, after `_formatted`."""
+        sides = self._reversed_padding_repeated_twice
+        inside = self.padding_mode == "zeros" and self._is_even() and self.padding != "valid"
+        padding = tuple(sides[::2][::-1]) if inside else (0,) * len(self.kernel_size)
+        return functional.Geometry(self.stride, padding, self.dilation)
+
+    def _run(self, x: Tensor, plain: bool) -> Tensor:
+        run, geometry = self.execution, self.geometry
+        blocks: Tensor = self.blocks
+        bias: Tensor | None = self.bias
+        x = self._formatted(x)
+        if run.dense:
+            options = geometry.stride, geometry.padding, geometry.dilation, self.groups
+            return type(self).convolve(x, self.weight, bias, *options)
+        if plain:
+            return functional.block_conv(x, blocks, bias, self.layout, geometry)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+        own, sets = (x, blocks, bias), (self.row_set, self.col_set)
+        y: Tensor = operators.block_conv(*own, *sets, "", run.backend, *self._options(geometry))[0]
+        return y
+
+    def _options(self, geometry: functional.Geometry) -> tuple[list[int], list[int], list[int], int]:
+        return list(geometry.stride), list(geometry.padding), list(geometry.dilation), self.execution.merge
+
+    def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
+        own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)
+        norm, activation, _ = epilogue.parts()
+        options = self._options(self.geometry)
+        if norm is not None:
+            return normed(norm, own, sets, activation, self.execution.backend, options)
+        y: Tensor = operators.block_conv(*own, *sets, activation, self.execution.backend, *options)[0]
+        return y
+
+    @property
+    def suits_native(self) -> bool:
+        """Whether the native kernels know this geometry."""
+        return cpu.suits_conv(self.kernel_size, self.geometry)
+
+    def extra_repr(self) -> str:
+        """Shape, geometry, blocks and execution."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"bias={self.bias is not None}, padding_mode={self.padding_mode}, "
+            f"blocks={self.topology.groups}, execution={self.execution}"
+        )
+
+
+class BlockConv1d(BlockConv):
+    """`torch.nn.Conv1d` with a block weight; see `BlockConv2d`."""
+
+    dense_class = nn.Conv1d
+    convolve = staticmethod(F.conv1d)
+
+
+class BlockConv2d(BlockConv):
+    """`torch.nn.Conv2d` with a block weight: a grouped convolution between two channel permutations.
+
+    Sparsity is at kernel level: a block keeps whole kernels. ``merge`` blocks may run as one wider group (see
+    `Execution`).
+
+    Args:
+        topology: which output channels see which input channels, shape ``(m, n)``.
+        kernel_size: as for the dense layer, like all further options (stride, padding, dilation, padding_mode).
+        bias: whether to add one.
+        seed: a generator for the orthogonal initial values of the centre tap.
+
+    Example:
+        >>> import torch
+        >>> from sao_prune.topology import interleaved
+        >>> layer = BlockConv2d(interleaved(8, 12, 4), 3, padding=1)
+        >>> layer(torch.ones(2, 12, 5, 5)).shape, tuple(layer.blocks.shape), tuple(layer.weight.shape)
+        (torch.Size([2, 8, 5, 5]), (4, 2, 3, 3, 3), (8, 12, 3, 3))
+    """
+
+    dense_class = nn.Conv2d
+    convolve = staticmethod(F.conv2d)
+
+
+class BlockConv3d(BlockConv):
+    """`torch.nn.Conv3d` with a block weight; see `BlockConv2d`."""
+
+    dense_class = nn.Conv3d
+    convolve = staticmethod(F.conv3d)

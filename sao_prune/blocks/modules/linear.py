@@ -1,0 +1,93 @@
+"""A linear layer that holds and computes only its blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...topology import BlockTopology
+from ...weights import orthogonal_blocks
+from .. import functional, operators
+from ..epilogue import Epilogue, normed
+from .base import BlockModule, Execution, is_plain, is_wrapped, stack_blocks
+
+
+class BlockLinear(BlockModule):
+    """``y = x W^T + b`` for a block weight ``W``: one batched product between two channel permutations.
+
+    Its cost is that of a dense layer divided by the number of blocks. Inputs have shape ``(..., n)``, outputs
+    ``(..., m)``, in the memory order of the input.
+
+    Args:
+        topology: which outputs see which inputs, shape ``(m, n)``.
+        bias: whether to add one.
+        seed: a generator for the orthogonal initial values.
+
+    Example:
+        >>> import torch
+        >>> from sao_prune.topology import interleaved
+        >>> layer = BlockLinear(interleaved(8, 12, 4))
+        >>> layer(torch.ones(2, 5, 12)).shape, tuple(layer.blocks.shape), tuple(layer.weight.shape)
+        (torch.Size([2, 5, 8]), (4, 2, 3), (8, 12))
+    """
+
+    in_features: int
+    out_features: int
+    execution = Execution()
+
+    def __init__(self, topology: BlockTopology, bias: bool = True, *, seed: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = topology.shape
+        generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        blocks = orthogonal_blocks([topology], [generator])[0]
+        self.set_topology(topology, nn.Parameter(stack_blocks(topology, blocks)))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_features)) if bias else None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(m, n)``."""
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(..., n)`` to ``(..., m)``."""
+        if self.absorbed is not None and self.absorbed.given(x):
+            return x
+        run = self.execution
+        blocks: Tensor = self.blocks
+        bias: Tensor | None = self.bias
+        plain = is_plain(x)
+        epilogue = self.epilogue
+        if epilogue is not None and epilogue.begin(x, plain):
+            return epilogue.done(self._fused(x, epilogue))
+        if run.dense:
+            return F.linear(x, self.weight, bias)
+        if plain:
+            if is_wrapped(self.row_set) and blocks.dim() == 3:
+                return functional.block_linear_by_sets(x, blocks, bias, self.row_set, self.col_set)
+            return functional.block_linear(x, blocks, bias, self.layout)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+        y: Tensor = operators.block_linear(x, blocks, bias, self.row_set, self.col_set, "", run.backend)[0]
+        return y
+
+    def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
+        own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)
+        norm, activation, then = epilogue.parts()
+        y: Tensor
+        if then is not None:
+            second = then.blocks, then.bias, *sets, then.row_set, then.col_set
+            y = operators.block_mlp(*own, *second, activation, self.execution.backend)[0]
+        elif norm is not None:
+            y = normed(norm, own, sets, activation, self.execution.backend, ((), (), (), 1))
+        else:
+            y = operators.block_linear(*own, *sets, activation, self.execution.backend)[0]
+        return y
+
+    def extra_repr(self) -> str:
+        """Shape, bias, blocks and execution."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocks={self.topology.groups}, execution={self.execution}"
+        )

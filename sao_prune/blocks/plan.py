@@ -1,0 +1,161 @@
+"""A plan: how the block layers of a model run, as data that is printed, saved with a checkpoint and loaded again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backends import cpu
+from .calls import to_channels_last
+from .epilogue import Epilogue, Homes, attach, detach, homes_of
+from .modules import BlockLinear, BlockModule, Execution
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Paths of the modules that a layer computes along with itself; see `Epilogue`."""
+
+    norm: str | None = None
+    activation: str | None = None
+    between: tuple[str, ...] = ()
+    then: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer is to run; no execution means that it is better left as it is, for ``reason``."""
+
+    execution: Execution | None
+    ratio: float | None = None
+    reason: str | None = None
+    steps: Steps = field(default_factory=Steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the layers of a model are to run, by path, and whether its dense convolutions run channels last.
+
+    Attributes:
+        choices: one a layer.
+        channels_last: memory format of the dense convolutions.
+        machine: where it was timed; ``""`` if it was not.
+    """
+
+    choices: Mapping[str, Choice]
+    channels_last: bool = False
+    machine: str = ""
+
+    def to_json(self) -> str:
+        """The plan as text.
+
+        Example:
+            >>> plan = Plan({"fc": Choice(Execution(native=True))})
+            >>> Plan.from_json(plan.to_json()) == plan
+            True
+        """
+        layers = {name: asdict(choice) for name, choice in self.choices.items()}
+        whole = {"version": _VERSION, "machine": self.machine, "channels_last": self.channels_last, "layers": layers}
+        return json.dumps(whole)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            whole = json.loads(text)
+            if whole["version"] != _VERSION:
+                raise ValueError(f"version {whole['version']!r} is not {_VERSION}")
+            choices = {str(name): _choice(entry) for name, entry in whole["layers"].items()}
+            return cls(choices, bool(whole["channels_last"]), str(whole["machine"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a plan of block layers: {error}") from None
+
+
+def _choice(entry: dict[str, Any]) -> Choice:
+    run, steps = entry["execution"], entry["steps"]
+    names = [steps["norm"], steps["activation"], steps["then"], *steps["between"]]
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise ValueError("names of modules are text")
+    execution = None
+    if run is not None:
+        execution = Execution(bool(run["dense"]), int(run["merge"]), bool(run["channels_last"]), bool(run["native"]))
+        if not 1 <= execution.merge <= 1 << 16:
+            raise ValueError(f"merge={execution.merge}")
+    read = Steps(steps["norm"], steps["activation"], tuple(steps["between"]), steps["then"])
+    return Choice(execution, entry["ratio"], entry["reason"], read)
+
+
+def plan_of(model: nn.Module, machine: str = "") -> Plan:
+    """How the block layers of a model run now."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    choices: dict[str, Choice] = {}
+    channels_last = False
+    for path, module in model.named_modules():
+        if isinstance(module, BlockModule):
+            channels_last |= module.execution.channels_last
+            choices[path] = Choice(module.execution, steps=_steps(module.epilogue, paths))
+    return Plan(choices, channels_last, machine)
+
+
+def _steps(epilogue: Epilogue | None, paths: dict[int, str]) -> Steps:
+    if epilogue is None:
+        return Steps()
+    _, norm, activation, then, *between = (None if m is None else paths.get(id(m)) for m in epilogue.members())
+    return Steps(norm, activation, tuple(b for b in between if b is not None), then)
+
+
+def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Make the block layers of a model run as planned; returns the dense layers whose memory format was changed.
+
+    Layers that the plan does not name, or names otherwise than they are, keep running as they do.
+    """
+    detach(model)
+    modules = dict(model.named_modules())
+    for path, choice in plan.choices.items():
+        layer = modules.get(path)
+        if isinstance(layer, BlockModule) and choice.execution is not None and fits(layer, choice.execution):
+            layer.run_as(choice.execution)
+    taken: set[int] = set()
+    homes = homes_of(model)
+    for path, choice in plan.choices.items():
+        layer = modules.get(path)
+        if isinstance(layer, BlockModule) and layer.execution.native and choice.execution == layer.execution:
+            _join(layer, choice.steps, modules, homes, taken)
+    return to_channels_last(model) if plan.channels_last else []
+
+
+def fits(layer: BlockModule, execution: Execution) -> bool:
+    """Whether a layer can run so."""
+    return execution.merge <= max(1, layer.topology.groups) and not (execution.native and execution.dense)
+
+
+def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], homes: Homes, taken: set[int]) -> None:
+    names = [n for n in (steps.norm, steps.activation, steps.then, *steps.between) if n is not None]
+    if steps == Steps() or any(n not in modules or id(modules[n]) in taken for n in names):
+        return
+    norm, activation, then = (None if n is None else modules[n] for n in (steps.norm, steps.activation, steps.then))
+    if then is not None and not (isinstance(then, BlockLinear) and then.execution.native):
+        then = None
+    if not Epilogue.can_absorb(norm, activation):
+        return
+    between = tuple(modules[n] for n in steps.between) if then is not None else ()
+    taken.update(id(modules[n]) for n in names)
+    attach(Epilogue(layer, norm, activation, between, then), homes)
+
+
+def machine() -> str:
+    """What the timings of a plan depend on besides the model: processor, threads and versions."""
+    kernels = "native" if cpu.library() is not None else "no kernels"
+    parts = (platform.machine(), cpu.processor(), f"{torch.get_num_threads()} threads", torch.__version__, kernels)
+    return ", ".join(parts)

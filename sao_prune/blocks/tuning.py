@@ -1,0 +1,117 @@
+"""The search for a plan: each distinct layer is timed once, then the whole model in each memory format."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+from torch import nn
+
+from .autotune import Candidate, Timings, default_plan, inputs_of, layer_key, mode_of, time_layer, time_model
+from .backends import cpu
+from .calls import Calls, record_calls
+from .modules import Execution
+from .plan import Plan, machine
+from .tuning_cache import TuningCache
+
+Convert = Callable[[Plan], Callable[[], None]]
+
+
+def tuned(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    calls: Calls,
+    example_input: Any,
+    tune: Literal["train", "infer"],
+    convert: Convert,
+) -> Plan:
+    """The plan that runs a model fastest.
+
+    Args:
+        model: as it was.
+        candidates: its layers.
+        calls: what they are given in it.
+        example_input: what to run it on.
+        tune: forward and backward, or forward alone.
+        convert: makes the model compact by a plan and returns what undoes it.
+    """
+    here = machine()
+    cache = TuningCache(here)
+    undo = convert(default_plan(candidates))
+    try:
+        compact_calls = record_calls(model, [c.module for c in candidates], example_input)
+    finally:
+        undo()
+    inputs = inputs_of(candidates, calls, compact_calls)
+    keys = {c.name: f"{tune}: {layer_key(c, inputs[c.name])}" for c in candidates}
+    timings: dict[str, Timings] = {}
+    distinct = {keys[c.name]: c for c in reversed(candidates)}
+    with _progress("timing layers", len(distinct)) as advance:
+        for key, candidate in distinct.items():
+            timings[key] = _known(cache.get(key)) or time_layer(candidate, inputs[candidate.name], tune)
+            cache.put(key, _kept(timings[key]))
+            advance()
+    formats = (True, False) if any(isinstance(m, nn.Conv2d) for m in model.modules()) else (False,)
+    plans = [Plan({c.name: timings[keys[c.name]].choice(last) for c in candidates}, last, here) for last in formats]
+    # Where no layer gains by a block form, the model stays as it is.
+    plans = [p for p in plans if not p.channels_last or any(c.execution is not None for c in p.choices.values())]
+    best = 0
+    if len(plans) > 1:
+        whole = repr((tune, type(model).__name__, len(list(model.modules())), sorted(keys.items())))
+        known = cache.get(whole)
+        best = (
+            known
+            if isinstance(known, int) and 0 <= known < len(plans)
+            else _fastest(model, plans, example_input, tune, convert)
+        )
+        cache.put(whole, best)
+    cache.save()
+    cpu.release_memory()
+    return plans[best]
+
+
+def _fastest(
+    model: nn.Module, plans: Sequence[Plan], example_input: Any, tune: Literal["train", "infer"], convert: Convert
+) -> int:
+    """The plan with which the whole model is fastest: what its other parts gain from a format, layers do not tell."""
+    mode = mode_of(model, example_input, tune)
+    seconds: list[float] = []
+    with _progress("timing the model", len(plans)) as advance:
+        for plan in plans:
+            undo = convert(plan)
+            try:
+                seconds.append(time_model(model, example_input, mode, min(seconds, default=float("inf"))))
+            finally:
+                undo()
+            advance()
+    return seconds.index(min(seconds))
+
+
+def _kept(timings: Timings) -> dict[str, Any]:
+    blocks = [[asdict(execution), seconds] for execution, seconds in timings.blocks.items()]
+    return {"dense": timings.dense, "current": timings.current, "blocks": blocks}
+
+
+def _known(entry: Any) -> Timings | None:
+    try:
+        blocks = {Execution(**execution): float(seconds) for execution, seconds in entry["blocks"]}
+        return Timings(float(entry["dense"]), float(entry["current"]), blocks)
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal, where there is one."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)

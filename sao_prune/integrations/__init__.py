@@ -1,0 +1,1 @@
+"""Small adapters to other libraries, each in a module of its own that imports the library it is for."""

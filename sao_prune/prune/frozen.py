@@ -1,0 +1,51 @@
+"""Zeros that stay zero after pruning was made permanent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hooks import RefreshChildren
+
+
+class FrozenZeros(RefreshChildren):
+    """Masks the gradient of one parameter of a module, also in copies of it and after conversions.
+
+    A gradient hook belongs to one tensor object: copying, unpickling and `torch.utils.swap_tensors`, with which
+    ``module.to`` may replace parameters, lose it. As a forward pre-hook of the module this sees that it is there. It is
+    of `RefreshChildren`'s kind so that it counts as a hook of this library, which `compact` takes along.
+    """
+
+    def __init__(self, name: str, mask: Tensor) -> None:
+        self._name, self._kept = name, mask.detach() != 0
+        self._watched = 0
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        weight = module._parameters.get(self._name)
+        if weight is None or not weight.requires_grad or weight.shape != self._kept.shape:
+            return
+        if self._watched == weight._cdata:
+            return
+        self._watched = weight._cdata
+        hooks = weight._backward_hooks or {}
+        if any(hook == self._mask_gradient for hook in hooks.values()):
+            # Swapped: the hooks are listed, but torch calls those of the tensor that was taken in exchange.
+            weight._backward_hooks = hooks
+        else:
+            weight.register_hook(self._mask_gradient)
+
+    def _mask_gradient(self, gradient: Tensor) -> Tensor:
+        if self._kept.device != gradient.device:
+            self._kept = self._kept.to(gradient.device)
+        return gradient * self._kept
+
+
+def freeze(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Keep one parameter's zeros through training: its gradient is zero where the mask is."""
+    hook = FrozenZeros(name, mask)
+    module.register_forward_pre_hook(hook)
+    hook(module, ())

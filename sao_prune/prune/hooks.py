@@ -12,6 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from .derived import derive, place, settle
 from .offload import Unload, is_offloaded
 from .operands import operands
+from .standardised import follow_standardising
 
 
 class _LayerByLayer(str):
@@ -75,6 +76,7 @@ class MaskPruning(BasePruningMethod):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
             follow_state(module)
+            follow_standardising(module, name)
             return
         method = cls()
         method._tensor_name = name
@@ -84,6 +86,7 @@ class MaskPruning(BasePruningMethod):
         setattr(module, name, original.detach())
         module.register_forward_pre_hook(method)
         follow_state(module)
+        follow_standardising(module, name)
 
 
 class MaskContainer(PruningContainer):

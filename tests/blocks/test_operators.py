@@ -125,6 +125,16 @@ def test_backward_operators_are_registered_too():
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "conv2", "norm2"])
+def test_second_derivatives_where_the_gradient_depends_on_the_result(name):
+    call, found = make(name, "irregular", "rows", "tanh", ""), []
+    for how in (None, call.dense):
+        leaves = call.leaves()
+        first = torch.autograd.grad(call.run(leaves, how).sin().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(f.square().sum() for f in first), leaves))
+    assert_all_close(list(found[0]), list(found[1]), 1e-7)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "conv2", "norm2"])
 def test_only_what_is_asked_for_is_differentiated(name):
     call = make(name, "irregular", "rows", "gelu", "cpu").to(torch.float32)
     leaves = call.leaves()

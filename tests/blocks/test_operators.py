@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sao_prune.blocks import operators
 from sao_prune.blocks.backends import cpu
+from sao_prune.blocks.flops import register_flops
 
 from .calls import ACTS, COLS, GROUPS, IMAGES, NAMES, ROWS, TOKENS, Call, make
 from .cases import LAYOUTS, assert_all_close, needs_compiler
@@ -215,6 +216,7 @@ def test_kernels_take_only_what_they_can_read():
 
 @pytest.mark.parametrize("name", ["linear", "conv2", "norm2", "mlp"])
 def test_costs_are_those_of_the_blocks(name):
+    register_flops()
     call = make(name, "strided", "rows", "gelu", "")
     counts = []
     for how in (None, call.dense):

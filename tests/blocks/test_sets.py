@@ -215,6 +215,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_of_other_topologies_agree_once_their_buffers_are_broadcast(tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     (before, y0, state0), (other, y1, state1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

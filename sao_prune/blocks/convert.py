@@ -102,6 +102,8 @@ def compact(
         for module in model.modules():
             unwatch(module)
     done = plan_of(model, chosen.machine)
+    left = {name: choice for name, choice in chosen.choices.items() if choice.execution is None}
+    done = replace(done, choices={**left, **done.choices})
     for name, choice in chosen.choices.items():
         record = records.get(name)
         if record is not None and record.reason is None:

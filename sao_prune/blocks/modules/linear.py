@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, wrap
 from torch.nn import functional as F
 
 from ...topology import BlockTopology
 from ...weights import orthogonal_blocks
 from .. import functional, operators
 from ..epilogue import Epilogue, normed
-from .base import BlockModule, Execution, is_plain, is_wrapped, stack_blocks
+from .base import BlockModule, Execution, is_batched, is_plain, stack_blocks
+
+
+@wrap
+def run_linear(
+    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, backend: str
+) -> Tensor:
+    """The layer's operator, a single step of a traced graph, so that the graph follows what is loaded into it."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    y: Tensor = operators.block_linear(x, blocks, bias, row_set, col_set, "", backend)[0]
+    return y
 
 
 class BlockLinear(BlockModule):
@@ -51,7 +64,7 @@ class BlockLinear(BlockModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., n)`` to ``(..., m)``."""
-        if self.absorbed is not None and self.absorbed.given(x):
+        if self.absorbed is not None and not isinstance(x, Proxy) and self.absorbed.given(x, self):
             return x
         run = self.execution
         blocks: Tensor = self.blocks
@@ -60,17 +73,15 @@ class BlockLinear(BlockModule):
         epilogue = self.epilogue
         if epilogue is not None and epilogue.begin(x, plain):
             return epilogue.done(self._fused(x, epilogue))
+        if isinstance(x, Proxy):
+            return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
         if run.dense:
             return F.linear(x, self.weight, bias)
         if plain:
-            if is_wrapped(self.row_set) and blocks.dim() == 3:
+            if is_batched(self.row_set) and blocks.dim() == 3:
                 return functional.block_linear_by_sets(x, blocks, bias, self.row_set, self.col_set)
             return functional.block_linear(x, blocks, bias, self.layout)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
-        y: Tensor = operators.block_linear(x, blocks, bias, self.row_set, self.col_set, "", run.backend)[0]
-        return y
+        return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)

@@ -34,11 +34,12 @@ class LayerRecord:
         kind: class of its module.
         shape: shape of the weight.
         groups: blocks of each of its matrices; ``None`` where it is not made of blocks.
-        requested: requested sparsity; ``None`` where it is unknown or the layer was left alone.
+        requested: requested sparsity; ``None`` where it is unknown or the layer is skipped.
         nnz: weights that stay.
         total: weights in all.
-        reason: why the layer was left alone; ``None`` if it is pruned.
+        reason: why the layer is skipped; ``None`` if it is pruned.
         note: anything else worth knowing.
+        other: whether it is a parameter in no layer of a kind that is pruned.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerRecord:
     total: int
     reason: str | None = None
     note: str = ""
+    other: bool = False
 
     @property
     def achieved(self) -> float:
@@ -67,7 +69,7 @@ class Report:
     """All layers of a model and their totals; prints as a table.
 
     Attributes:
-        layers: the records, in the order of the walk.
+        layers: the records, in the order of the walk; after them those of other parameters of two or more dimensions.
         parameters: parameters of the whole model before pruning, biases and norms included.
         title: heading of the table.
     """
@@ -83,8 +85,13 @@ class Report:
 
     @property
     def skipped(self) -> tuple[LayerRecord, ...]:
-        """The records of the layers left alone."""
-        return tuple(layer for layer in self.layers if not layer.pruned)
+        """The records of the layers that are skipped."""
+        return tuple(layer for layer in self.layers if not layer.pruned and not layer.other)
+
+    @property
+    def others(self) -> tuple[LayerRecord, ...]:
+        """The records of parameters of two or more dimensions in no layer of a kind that is pruned."""
+        return tuple(layer for layer in self.layers if layer.other)
 
     @property
     def sparsity(self) -> float:
@@ -172,8 +179,9 @@ class Report:
         """One line of totals."""
         asked = self.requested
         wanted = f" (requested {_percent(asked)})" if asked is not None else ""
+        others = f", {len(self.others)} other parameters" if self.others else ""
         return (
-            f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense; sparsity of the pruned layers "
+            f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense{others}; sparsity of the pruned layers "
             f"{_percent(self.sparsity)}{wanted}; {self.remaining:,} of {self.parameters:,} parameters stay"
         )
 
@@ -198,10 +206,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.3f} %"
 
 
-def left_alone(weight: PrunableWeight) -> LayerRecord:
+def skipped(weight: PrunableWeight, *, other: bool = False) -> LayerRecord:
     """A weight with a reason."""
     total = weight.numel if weight.shape else 0
-    return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason)
+    return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason, other=other)
 
 
 def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecord:
@@ -257,5 +265,6 @@ def block_count(units: Tensor) -> int | None:
 
 def _note(weight: PrunableWeight) -> str:
     notes = [f"{weight.parts} matrices"] if weight.parts > 1 else []
+    notes += ["kept weights are standardised, so not isometric"] if weight.standardised else []
     notes += [f"tied to {path}.{tensor}" for path, tensor in weight.aliases]
     return "; ".join(notes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
+from ..discovery import PrunableWeight
 from ..seeds import named_generator
 from ..topology import BlockTopology, make_support, make_topology
 from .draw import Draw
@@ -40,6 +41,8 @@ class Method:
             parts, (rows, cols) = allocation.weight.parts, allocation.weight.matrix
             if self.structured:
                 out.append((allocation.groups, allocation.edges * parts))
+            elif self.layerwise and allocation.weight.stacked:
+                out.append((None, parts * round(allocation.density * rows * cols)))
             else:
                 out.append((None, round(allocation.density * parts * rows * cols)))
         return out
@@ -113,18 +116,21 @@ def nearest(name: object, known: Sequence[object]) -> str:
 
 
 class TopologyDrawer:
-    """Makes block topologies for many weights; equal shapes share one unless ``unique``."""
+    """Makes block topologies for many weights; equal shapes share one unless ``unique``.
+
+    The matrices of a stack, experts that all read the same inputs, have each its own in any case.
+    """
 
     def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
         self._kind, self._seed, self._unique = kind, seed, unique
         self._shared: dict[tuple[object, ...], BlockTopology] = {}
 
     def __call__(
-        self, rows: int, cols: int, *, groups: int, nnz: int | None, name: tuple[object, ...]
+        self, rows: int, cols: int, *, groups: int, nnz: int | None, weight: PrunableWeight, part: int
     ) -> BlockTopology:
         key: tuple[object, ...] = (self._kind, rows, cols, groups, nnz)
-        if self._unique:
-            key = (*key, *name)
+        if self._unique or weight.stacked:
+            key = (*key, weight.name, part)
         if key not in self._shared:
             self._shared[key] = make_topology(
                 self._kind,
@@ -138,7 +144,10 @@ class TopologyDrawer:
 
 
 class SupportDrawer:
-    """Makes supports that are plain masks; equal shapes share one unless ``unique`` or the kind minds the place."""
+    """Makes supports that are plain masks; equal shapes share one unless ``unique`` or the kind minds the place.
+
+    The matrices of a stack have each its own in any case.
+    """
 
     def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
         self._kind, self._seed, self._unique = kind, seed, unique or kind == "radix"
@@ -151,7 +160,7 @@ class SupportDrawer:
         masks = []
         for part in range(weight.parts):
             key: tuple[object, ...] = (self._kind, rows, cols, allocation.density)
-            key = (*key, weight.name, part) if self._unique else key
+            key = (*key, weight.name, part) if self._unique or weight.stacked else key
             if key not in self._shared:
                 generator = named_generator(self._seed, "topology", *key)
                 try:

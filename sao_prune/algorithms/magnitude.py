@@ -91,6 +91,8 @@ def keep_global(
 class LMP(Method):
     """Local magnitude pruning: in every layer the weights (kernels, by L1 norm) of least magnitude go.
 
+    In a stack of matrices, experts ``(experts, out, in)``, every matrix counts for itself.
+
     Example:
         >>> import torch, sao_prune
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
@@ -102,11 +104,10 @@ class LMP(Method):
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Keep the top units of each weight."""
-        draws = []
-        for allocation, scores in zip(allocations, _all_scores(allocations, weights)):
-            count = round(allocation.density * scores.numel())
-            draws.append(Draw(allocation.weight, units=keep_top(scores, count)))
-        return draws
+        return [
+            Draw(a.weight, units=_keep_local(a, scores))
+            for a, scores in zip(allocations, _all_scores(allocations, weights))
+        ]
 
 
 @register
@@ -126,7 +127,7 @@ class GMP(Method):
 @register
 @dataclass(frozen=True)
 class LRP(Method):
-    """Local random pruning: in every layer a random choice of weights (kernels) stays."""
+    """Local random pruning: in every layer (every matrix of a stack) a random choice of weights (kernels) stays."""
 
     name: ClassVar[str] = "lrp"
 
@@ -135,12 +136,22 @@ class LRP(Method):
         draws = []
         for allocation in allocations:
             weight = allocation.weight
-            units = torch.zeros(weight.parts, *weight.matrix, dtype=torch.bool, device="cpu")
-            count = round(allocation.density * units.numel())
             generator = named_generator(seed, "random", weight.name)
-            units.view(-1)[torch.randperm(units.numel(), generator=generator, device="cpu")[:count]] = True
-            draws.append(Draw(weight, units=units))
+            sets = weight.parts if weight.stacked else 1
+            size = weight.parts * weight.matrix[0] * weight.matrix[1] // sets
+            units = torch.zeros(sets, size, dtype=torch.bool, device="cpu")
+            count = round(allocation.density * size)
+            for one in units:
+                one[torch.randperm(size, generator=generator, device="cpu")[:count]] = True
+            draws.append(Draw(weight, units=units.view(weight.parts, *weight.matrix)))
         return draws
+
+
+def _keep_local(allocation: Allocation, scores: Tensor) -> Tensor:
+    """The top units of a weight, of each matrix where it is a stack."""
+    if allocation.weight.stacked:
+        return torch.stack([keep_top(one, round(allocation.density * one.numel())) for one in scores])
+    return keep_top(scores, round(allocation.density * scores.numel()))
 
 
 def _all_scores(allocations: Sequence[Allocation], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -32,7 +32,8 @@ class RG(Method):
         topology: ``"ramanujan"`` or ``"interleaved"``; or a support not made of blocks, ``"expander"`` (X-Net),
             ``"radix"`` (RadiX-Net) or ``"product"`` (RBGP).
         gain: factor on fresh values.
-        unique: every layer its own topology, instead of one for all layers of a shape.
+        unique: every layer its own topology, instead of one for all layers of a shape; the matrices of a stack
+            (experts) have each its own in any case.
 
     Example:
         >>> import torch, sao_prune
@@ -68,7 +69,8 @@ class RG(Method):
             weight = allocation.weight
             names = [(weight.name, part) for part in range(weight.parts)]
             parts = tuple(
-                drawer(*weight.matrix, groups=allocation.groups, nnz=allocation.nnz, name=name) for name in names
+                drawer(*weight.matrix, groups=allocation.groups, nnz=allocation.nnz, weight=weight, part=part)
+                for part in range(weight.parts)
             )
             draws.append(Draw(weight, parts, self._blocks(weight.kernel, parts, names, seed)))
         return draws

@@ -34,7 +34,8 @@ class SAO(Method):
 
     Attributes:
         variant: 1: every block its own values, layers of one shape share a topology; 2: as 1, and all blocks of a
-            layer share their values; 3: every layer its own topology (thesis section 3.4.3.1).
+            layer share their values; 3: every layer its own topology (thesis section 3.4.3.1). Of a stack of matrices,
+            experts ``(experts, out, in)``, each has its own topology in every variant.
         topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``; or a support that is not made of blocks, so
             cannot be exactly orthogonal nor run compactly: ``"expander"``, ``"radix"``, ``"product"``.
         gain: every non-zero singular value of every matrix; 1.1 in the thesis's MLP-N.
@@ -190,7 +191,7 @@ def _half_topologies(
 ) -> tuple[BlockTopology, ...]:
     rows, cols, groups, nnz = _half(allocation, mirror)
     weight = allocation.weight
-    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part)) for part in range(weight.parts))
+    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, weight=weight, part=part) for part in range(weight.parts))
 
 
 def _half(allocation: Allocation, mirror: Mirror | None) -> tuple[int, int, int, int | None]:

@@ -27,6 +27,7 @@ from .hooks import (
     unwatch,
     watch,
 )
+from .standardised import bake_standardising
 
 __all__ = [
     "KernelL1Pruning",
@@ -40,6 +41,7 @@ __all__ = [
     "Snapshot",
     "attach",
     "attach_all",
+    "bake_standardising",
     "current",
     "freeze",
     "global_kernel_l1",

@@ -12,6 +12,8 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from .derived import derive, operands, place, settle
 from .offload import Unload, is_offloaded
+from .standardised import follow_standardising
+
 
 
 class _LayerByLayer(str):
@@ -74,6 +76,7 @@ class MaskPruning(BasePruningMethod):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
             follow_state(module)
+            follow_standardising(module, name)
             return
         method = cls()
         method._tensor_name = name
@@ -83,6 +86,7 @@ class MaskPruning(BasePruningMethod):
         setattr(module, name, original.detach())
         module.register_forward_pre_hook(method)
         follow_state(module)
+        follow_standardising(module, name)
 
 
 class MaskContainer(PruningContainer):

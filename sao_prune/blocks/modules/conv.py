@@ -83,6 +83,10 @@ class BlockConv(BlockModule):
             return epilogue.done(self._fused(self._formatted(x), epilogue))
         return self._run(x, plain)
 
+    def values(self) -> Tensor:
+        """The blocks that the layer computes with."""
+        return self.blocks
+
     def _formatted(self, x: Tensor) -> Tensor:
         """The input in the memory format of the execution, with a padding that zeros on both sides are not."""
         if self.padding_mode != "zeros":
@@ -108,12 +112,12 @@ class BlockConv(BlockModule):
 
     def _run(self, x: Tensor, plain: bool) -> Tensor:
         run, geometry = self.execution, self.geometry
-        blocks: Tensor = self.blocks
+        blocks = self.values()
         bias: Tensor | None = self.bias
         x = self._formatted(x)
         if run.dense:
             options = geometry.stride, geometry.padding, geometry.dilation, self.groups
-            return type(self).convolve(x, self.weight, bias, *options)
+            return type(self).convolve(x, self.dense(blocks), bias, *options)
         if plain:
             return functional.block_conv(x, blocks, bias, self.layout, geometry)
         if torch.is_autocast_enabled(x.device.type):
@@ -127,7 +131,7 @@ class BlockConv(BlockModule):
         return list(geometry.stride), list(geometry.padding), list(geometry.dilation), self.execution.merge
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)
+        own, sets = (x, self.values(), self.bias), (self.row_set, self.col_set)
         norm, activation, _ = epilogue.parts()
         options = self._options(self.geometry)
         if norm is not None:

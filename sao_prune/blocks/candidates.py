@@ -42,15 +42,14 @@ def records_of(found: list[tuple[str, nn.Module]], eligible: list[Eligible]) -> 
     for name, module in found:
         kind = type(module).__name__
         if isinstance(module, BlockModule):
-            shape, groups = module.weight_shape, module.topology.groups
-            records[name] = CompactRecord(name, kind, shape, groups, reason="compact already")
+            own = module.weight_shape, module.topology.groups
+            records[name] = CompactRecord(name, kind, *own, reason="compact already")
         for e in by_module.get(id(module), ()):
-            groups, reason, shape = None, None, _shape(module) if e.weight is None else e.weight.shape
+            shape = _shape(module) if e.weight is None else e.weight.shape
             if isinstance(e.found, Ineligible):
-                reason = str(e.found)
+                records[e.name] = CompactRecord(e.name, kind, shape, reason=str(e.found))
             else:
-                groups = sum(t.groups for t in e.found)
-            records[e.name] = CompactRecord(e.name, kind, shape, groups, reason=reason)
+                records[e.name] = CompactRecord(e.name, kind, shape, sum(t.groups for t in e.found))
     return records
 
 

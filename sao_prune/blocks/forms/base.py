@@ -192,7 +192,8 @@ def given_by(draw: Draw, like: Tensor) -> Given:
         kernel = draw.weight.kernel
         if kernel and values.dim() == 3:
             taps = values.new_zeros(*values.shape, *kernel)
-            taps[(..., *(k // 2 for k in kernel))] = values
+            centre: Any = (..., *(k // 2 for k in kernel))
+            taps[centre] = values
             return taps
         return values.reshape(*values.shape[:3], *kernel)
 

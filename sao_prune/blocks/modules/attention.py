@@ -144,7 +144,7 @@ class BlockAttention(BlockComposite):
         for mask, name in ((attn_mask, "attn_mask"), (key_padding_mask, "key_padding_mask")):
             if mask is None:
                 continue
-            own = F._canonical_mask(mask, name, None, "", q.dtype, check_other=False)  # type: ignore[attr-defined]
+            own: Tensor = F._canonical_mask(mask, name, None, "", q.dtype, check_other=False)  # type: ignore
             if name == "key_padding_mask":
                 own = own[:, None, None]
             elif own.dim() == 3:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import functional
 from .backends import cpu, cuda
@@ -55,6 +54,9 @@ def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, wher
         raise RuntimeError(
             f"expected as many dimensions of space everywhere, got {given}" + (f", {where}" if where else "")
         )
+    types = [t.dtype for t in (x, blocks, bias) if t is not None]
+    if len(set(types)) > 1:
+        raise RuntimeError(f"expected operands of one type, got {', '.join(map(str, types))}")
     layout.check(x, -1 if where is None else 1, bias)
     return weight
 
@@ -333,41 +335,3 @@ block_mlp = define(
         _mlp_reference,
     )
 )
-
-
-# ---- What they cost, for torch's counter of operations ---------------------------------------------------------------
-
-
-@register_flop_formula([torch.ops.sao_prune.block_linear])  # type: ignore[untyped-decorator]
-def _linear_flops(x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * torch.Size(blocks).numel() * torch.Size(x[:-1]).numel()
-
-
-@register_flop_formula([torch.ops.sao_prune.block_linear_backward])  # type: ignore[untyped-decorator]
-def _linear_backward_flops(grad: Any, x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sum(args[-1][:2]) * _linear_flops(x, blocks)
-
-
-@register_flop_formula([torch.ops.sao_prune.block_conv, torch.ops.sao_prune.block_conv_norm])  # type: ignore[untyped-decorator]
-def _conv_flops(x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    y = out_shape[0]
-    return 2 * torch.Size(blocks).numel() * y[0] * torch.Size(y[2:]).numel()
-
-
-@register_flop_formula([torch.ops.sao_prune.block_conv_backward, torch.ops.sao_prune.block_conv_norm_backward])  # type: ignore[untyped-decorator]
-def _conv_backward_flops(grad: Any, x: Any, blocks: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sum(args[-1][:2]) * 2 * torch.Size(blocks).numel() * grad[0] * torch.Size(grad[2:]).numel()
-
-
-@register_flop_formula([torch.ops.sao_prune.block_mlp])  # type: ignore[untyped-decorator]
-def _mlp_flops(x: Any, blocks1: Any, bias1: Any, blocks2: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return _linear_flops(x, blocks1) + _linear_flops(x, blocks2)
-
-
-@register_flop_formula([torch.ops.sao_prune.block_mlp_backward])  # type: ignore[untyped-decorator]
-def _mlp_backward_flops(
-    grad: Any, x: Any, blocks1: Any, bias1: Any, blocks2: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    mask = args[-1]
-    first, second = _linear_flops(x, blocks1), _linear_flops(x, blocks2)
-    return first * (1 + mask[0] + mask[1]) + second * (any(mask[:3]) + mask[3])

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 
 from ...topology import BlockTopology
 from ..epilogue import Epilogue
+from ..flops import register_flops
 from ..layout import Layout, decode_sets, encode_sets, layout_of, layout_of_topology
 
 
@@ -115,6 +116,7 @@ class BlockModule(nn.Module):
 
     def set_topology(self, topology: BlockTopology, blocks: nn.Parameter) -> None:
         """Register the blocks and the topology's buffers."""
+        register_flops()
         for name, sets in (("row_set", topology.row_set), ("col_set", topology.col_set)):
             self.register_buffer(name, encode_sets(sets).to(blocks.device))
         self.register_parameter("blocks", blocks)

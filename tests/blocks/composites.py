@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import sao_prune
+from sao_prune.algorithms import Draw
+from sao_prune.discovery import Selection, walk
+from sao_prune.prune import MaskPruning, attach_all
+from sao_prune.topology import BlockTopology
 
 
 class Around(nn.Module):
@@ -32,8 +36,22 @@ def pruned(layer: nn.Module, seed: int = 0, topology: str = "interleaved", **amo
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
     ends = {"skip_first": False, "skip_last": False}
+    if topology == "apart":
+        # Every matrix of a weight with sets of its own.
+        modules, generator = dict(model.named_modules()), torch.Generator().manual_seed(seed)
+        draws = []
+        for weight in walk(model, Selection(**ends)):
+            sizes = [(*weight.matrix, amount["groups"])] * weight.parts
+            draws.append(Draw(weight, tuple(_scattered(*size, generator) for size in sizes)))
+        attach_all(modules, draws, MaskPruning)
+        return model
     sao_prune.apply(model, seed=seed, method=sao_prune.SAO(topology=topology), **ends, **amount)
     return model
+
+
+def _scattered(rows: int, cols: int, groups: int, generator: torch.Generator) -> BlockTopology:
+    sets = (torch.arange(size)[torch.randperm(size, generator=generator)] % groups for size in (rows, cols))
+    return BlockTopology(*sets)
 
 
 def derivatives(model: nn.Module, run: Callable[[nn.Module], Any], inputs: list[Tensor]) -> tuple[list, dict]:

@@ -28,7 +28,7 @@ from ..modules import (
 from .base import Form, Given, Ineligible, drop_weight, fields, parameter_of, reorder, weights_of
 
 _OWN_FIELDS = ("_dense_class", "_compact_weights")
-_EXPERTS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "act_fn", "down_proj")
+_EXPERTS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "down_proj")
 
 
 class CompositeForm(Form):
@@ -160,7 +160,7 @@ class ExpertsForm(CompositeForm):
     def check(self, module: nn.Module, *, meta: bool = False) -> None:
         """See `Form`; experts with a forward that only they know stay as they are."""
         gate = getattr(module, "has_gate", None)
-        names = (*_EXPERTS, "gate_up_proj" if gate else "up_proj")
+        names = (*_EXPERTS, *(("gate_up_proj",) if gate else ("up_proj", "act_fn")))
         kind = type(module)
         known = all(hasattr(module, name) for name in names) and "forward" not in module.__dict__
         if not known or not hasattr(kind.forward, "__wrapped__") or not hasattr(kind, "_apply_gate"):

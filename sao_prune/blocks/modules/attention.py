@@ -95,7 +95,8 @@ class BlockAttention(BlockComposite):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        causal = is_causal and key_padding_mask is None and not need_weights and not extra
+        # As in torch, the hint stands for the mask where it can.
+        causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(q, key_padding_mask, attn_mask, extra)
         p = self.dropout if self.training else 0.0
         weights = None

@@ -24,7 +24,7 @@ from .forms import (
     weights_of,
 )
 from .layout import decode_sets
-from .modules import BlockComposite, BlockModule, Matrix, blocks_shape
+from .modules import BlockComposite, BlockLinear, BlockModule, Matrix, blocks_shape, child_name
 from .swap import Changes, become, restore
 
 
@@ -54,7 +54,7 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
             outer.setdefault(owner, {}).setdefault(tensor, {})[part] = topology
             continue
         shape = _matrix(module)
-        if shape != topology.shape:
+        if shape != topology.shape and not _holds(module, topology):
             raise ValueError(f"{path}: the checkpoint's layer is {_times(topology.shape)}, the model's {_times(shape)}")
         _check_blocks(path, state, blocks_shape(topology, _kernel(module)))
         if not isinstance(module, BlockModule) or module.topology != topology:
@@ -82,22 +82,25 @@ def _calls(module: nn.Module, inner: nn.Module | None) -> bool:
 
 def _owner(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str, int | None]:
     """The layer with several weights, the weight and its part that a block layer of a checkpoint stands for."""
-    owner, _, tensor = path.rpartition(".")
     part = None
-    if owner not in modules or (tensor.isdigit() and not _has(modules[owner], tensor)):
-        part, (owner, _, tensor) = (int(tensor) if tensor.isdigit() else None), owner.rpartition(".")
+    owner, _, name = path.rpartition(".")
+    if name.isdigit() and owner not in modules:
+        part, (owner, _, name) = int(name), owner.rpartition(".")
     module = modules.get(owner)
     if isinstance(module, BlockComposite):
-        raise ValueError(f"{path}: the checkpoint's {tensor} is compact, the model's is not: expand the model first")
-    if module is None or not _has(module, tensor):
+        raise ValueError(f"{path}: the checkpoint's {name} is compact, the model's is not: expand the model first")
+    tensors = [] if module is None else [w.tensor for w in weights_of(module) if child_name(w.tensor) == name]
+    if not tensors:
         raise ValueError(f"{path or 'the model'}: the checkpoint has a compact layer, the model no such module")
-    return owner, tensor, part
+    return owner, tensors[0], part
 
 
-def _has(module: nn.Module, tensor: str) -> bool:
-    if isinstance(module, BlockComposite):
-        return tensor in module._parameters
-    return any(weight.tensor == tensor for weight in weights_of(module))
+def _holds(module: nn.Module, topology: BlockTopology) -> bool:
+    """Whether a block layer for several matrices can have them apart instead of stacked, or the reverse."""
+    if not isinstance(module, BlockLinear):
+        return False
+    rows, cols = module.weight_shape
+    return topology.shape in ((rows, cols), (rows, cols * module.copies * module.stacked))
 
 
 def _form(path: str, module: nn.Module, topology: BlockTopology) -> nn.Module:
@@ -107,6 +110,9 @@ def _form(path: str, module: nn.Module, topology: BlockTopology) -> nn.Module:
         block.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
         shape = blocks_shape(topology, module.weight_shape[2:])
         values = torch.empty(shape, dtype=module.blocks.dtype, device=module.blocks.device)
+        if isinstance(block, BlockLinear):
+            copies = topology.shape[1] // block.in_features
+            block.__dict__.update(copies=copies, stacked=block.copies * block.stacked // copies)
         block.set_topology(topology, nn.Parameter(values, module.blocks.requires_grad))
         block.run_as(default_execution(block))
         return block

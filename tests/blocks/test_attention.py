@@ -200,3 +200,25 @@ def test_refusals():
     nested = torch.nested.nested_tensor([x[0], x[1]])
     with pytest.raises(RuntimeError, match="nested"):
         model(nested, nested, nested)
+
+
+def test_submodules_are_found_by_their_names():
+    model = pruned(nn.MultiheadAttention(8, 2), groups=2)
+    sao_prune.compact(model)
+    for name, module in model.named_modules():
+        assert model.get_submodule(name) is module
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    found = torch.func.functional_call(model, dict(model.named_parameters()), (x, x, x))
+    torch.testing.assert_close(found, model(x, x, x))
+    program = torch.export.export(model.eval(), (x, x, x))
+    torch.testing.assert_close(program.module()(x, x, x), model(x, x, x))
+
+
+def test_held_projections_compute_the_same():
+    model = pruned(nn.MultiheadAttention(8, 2), groups=2)
+    sao_prune.compact(model)
+    sao_prune.hold(model)
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    y = model(x, x, x)
+    sao_prune.release(model)
+    torch.testing.assert_close(model(x, x, x), y)

@@ -173,3 +173,25 @@ def test_one_optimizer_step_is_that_of_the_masked_layer():
             model(x)[0].square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(compact(x), masked(x))
+
+
+@pytest.mark.parametrize("kinds", [("interleaved", "apart"), ("apart", "interleaved")])
+def test_states_of_another_topology(kinds, tmp_path):
+    models = [pruned(nn.LSTM(8, 8), seed, kind, groups=2) for seed, kind in enumerate(kinds)]
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    y = models[1](x)
+    for model in models:
+        sao_prune.compact(model)
+    sao_prune.load(models[0], sao_prune.save(models[1], tmp_path / "state.safetensors"))
+    torch.testing.assert_close(models[0](x), y)
+    sao_prune.expand(models[0])
+    torch.testing.assert_close(models[0](x), y)
+
+
+def test_gates_that_share_blocks_are_not_held_as_one_matrix():
+    model = pruned(nn.LSTM(8, 8), 0, "interleaved", groups=2)
+    sao_prune.compact(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="several gates"):
+        sao_prune.hold(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

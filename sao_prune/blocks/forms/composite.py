@@ -23,6 +23,7 @@ from ..modules import (
     BlockRNNCell,
     Execution,
     block_slots,
+    child_name,
     joined_topology,
 )
 from .base import Form, Given, Ineligible, drop_weight, fields, parameter_of, reorder, weights_of
@@ -56,7 +57,7 @@ class CompositeForm(Form):
             if own is None or parameter is None:
                 continue
             drop_weight(new, weight.tensor)
-            new._modules[weight.tensor] = self._children(own, parameter)
+            new._modules[child_name(weight.tensor)] = self._children(own, parameter)
             records[weight.tensor] = weight
         new.__dict__.update(_dense_class=type(module), _compact_weights=records)
         return new
@@ -65,7 +66,9 @@ class CompositeForm(Form):
         grad, count = parameter.requires_grad, len(own.topologies)
         if not self.apart or count == 1:
             topology, copies = stacked(own.topologies)
-            return _linear(topology, copies, own.values(topology, None, copies), own.masked, grad)
+            layer = _linear(topology, copies, own.values(topology, None, copies), own.masked, grad)
+            layer.__dict__["stacked"] = count // copies
+            return layer
         parts = [own.values(topology, part, 1) for part, topology in enumerate(own.topologies)]
         return nn.ModuleList(_linear(t, 1, values, own.masked, grad) for t, values in zip(own.topologies, parts))
 
@@ -79,7 +82,7 @@ class CompositeForm(Form):
             new.__dict__.pop(name, None)
         masks: dict[str, Tensor] = {}
         for tensor in module.compact_weights:
-            del new._modules[tensor]
+            del new._modules[child_name(tensor)]
             layers = [m.layer for m in module.matrices() if m.tensor == tensor]
             weight, mask = self._whole(module, tensor, layers)
             grad = any(layer.blocks.requires_grad for layer in layers)

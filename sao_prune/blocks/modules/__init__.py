@@ -2,7 +2,7 @@
 
 from .attention import BlockAttention
 from .base import BlockModule, Execution, block_slots, blocks_shape, joined_topology, stack_blocks
-from .composite import BlockComposite, Matrix
+from .composite import BlockComposite, Matrix, child_name
 from .conv import BlockConv, BlockConv1d, BlockConv2d, BlockConv3d
 from .experts import BlockExperts
 from .linear import BlockLinear
@@ -41,6 +41,7 @@ __all__ = [
     "Matrix",
     "block_slots",
     "blocks_shape",
+    "child_name",
     "joined_topology",
     "stack_blocks",
 ]

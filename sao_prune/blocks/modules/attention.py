@@ -29,9 +29,9 @@ class DenseView(Tensor):
 class BlockAttention(BlockComposite):
     """`torch.nn.MultiheadAttention` with block weights; made by `sao_prune.compact`.
 
-    Query, key and value are projected by a block layer each, which stand in the lists of a stacked ``in_proj_weight``
-    or under ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``; the biases are the dense layer's own. Without
-    ``need_weights`` it computes by `torch.nn.functional.scaled_dot_product_attention`.
+    Query, key and value are projected by a block layer each: ``in_proj`` is the list of them where the dense layer has
+    one stacked weight, else they are ``q_proj``, ``k_proj`` and ``v_proj``. The biases are the dense layer's own.
+    Without ``need_weights`` it computes by `torch.nn.functional.scaled_dot_product_attention`.
     """
 
     embed_dim: int
@@ -52,7 +52,7 @@ class BlockAttention(BlockComposite):
     @property
     def in_proj_weight(self) -> Tensor | None:
         """The dense weight of the three projections, zeros included; ``None`` where they are separate."""
-        children = self._modules.get("in_proj_weight")
+        children = self._modules.get("in_proj")
         if children is not None:
             weight = torch.cat([layer.weight for layer in children])  # type: ignore[attr-defined,misc]
         else:
@@ -128,7 +128,7 @@ class BlockAttention(BlockComposite):
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         bias: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         inputs = query, key, value
-        stacked = self._modules.get("in_proj_weight")
+        stacked = self._modules.get("in_proj")
         if stacked is not None:
             products = tuple(layer(x) for layer, x in zip(stacked, inputs))  # type: ignore[call-overload]
             return tuple(y if b is None else y + b for y, b in zip(products, bias))

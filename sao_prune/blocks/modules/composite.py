@@ -16,7 +16,7 @@ class Matrix(NamedTuple):
     """One `BlockLinear` of a composite layer.
 
     Attributes:
-        path: its name in the layer, ``"weight_ih_l0"`` or ``"in_proj_weight.2"``.
+        path: its name in the layer, ``"weight_ih_l0"`` or ``"in_proj.2"``.
         tensor: the dense layer's weight that it stands for.
         part: which of that weight's matrices, where they are kept apart; ``None`` where it stands for all.
         layer: it.
@@ -28,20 +28,33 @@ class Matrix(NamedTuple):
     layer: BlockLinear
 
 
+def child_name(tensor: str) -> str:
+    """What the block layers are called that stand for a weight.
+
+    Example:
+        >>> child_name("in_proj_weight"), child_name("weight_ih_l0")
+        ('in_proj', 'weight_ih_l0')
+    """
+    return tensor.removesuffix("_weight")
+
+
 class BlockComposite(nn.Module):
     """Base of `BlockAttention`, `BlockRNNBase`, `BlockCell` and `BlockExperts`.
 
-    Where the dense layer has a weight, there is a `BlockLinear` of the same name, or a list of them, one for each of
-    its matrices. Weights that are not made of blocks stay what they were, under their own names, masks included.
+    Where the dense layer has a weight, there is a `BlockLinear` of its name (without a ``_weight`` at the end), or a
+    list of them, one for each of its matrices. Weights that are not made of blocks stay what they were, under their
+    own names, masks included.
     """
 
     def matrices(self) -> Iterator[Matrix]:
         """Its block layers, in the order of the dense layer's parameters."""
-        for name, child in self._modules.items():
-            if isinstance(child, BlockLinear) and name in self.compact_weights:
-                yield Matrix(name, name, None, child)
-            elif isinstance(child, nn.ModuleList) and name in self.compact_weights:
-                yield from (Matrix(f"{name}.{i}", name, i, part) for i, part in enumerate(child))  # type: ignore[arg-type]
+        for tensor in self.compact_weights:
+            name = child_name(tensor)
+            child = self._modules[name]
+            if isinstance(child, nn.ModuleList):
+                yield from (Matrix(f"{name}.{i}", tensor, i, part) for i, part in enumerate(child))  # type: ignore[arg-type]
+            else:
+                yield Matrix(name, tensor, None, child)  # type: ignore[arg-type]
 
     @property
     def compact_weights(self) -> tuple[str, ...]:
@@ -61,7 +74,7 @@ class BlockComposite(nn.Module):
 
     def product(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b`` for one of its weights; ``x`` of shape ``(..., n)``."""
-        child = self._modules.get(name)
+        child = self._modules.get(child_name(name))
         if child is None:
             weight = self.dense_weight(name)
             assert weight is not None

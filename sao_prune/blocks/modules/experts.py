@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composite import BlockComposite
+from .composite import BlockComposite, child_name
 
 
 class BlockExperts(BlockComposite):
@@ -60,7 +60,7 @@ class BlockExperts(BlockComposite):
 
     def _one(self, name: str, expert: int, x: Tensor) -> Tensor:
         bias: Any = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        children: Any = self._modules.get(name)
+        children: Any = self._modules.get(child_name(name))
         if children is not None:
             y: Tensor = children[expert](x)
         else:

@@ -39,6 +39,8 @@ class BlockLinear(BlockModule):
     execution = Execution()
     # Parts of the outputs that each have sets of inputs of their own; the topology then has the inputs once a part.
     copies = 1
+    # Matrices that each block is of, one above the other, where they have the same sets of inputs.
+    stacked = 1
 
     def __init__(
         self, topology: BlockTopology, bias: bool = True, *, copies: int = 1, seed: torch.Generator | None = None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
-from .algorithms import RG, SAO, Method, resolve
+from .algorithms import RG, SAO, Method, ResidualRecord, resolve
+from .algorithms.isometric import Isometric, values_after
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
 from .discovery import (
     ALREADY_PRUNED,
@@ -37,7 +38,7 @@ from .prune import (
     settle_all,
     unwatch,
 )
-from .prune.attachment import check_writable
+from .prune.attachment import check_writable, written
 from .reporting import LayerRecord, Report, SparsityWarning, compact, done, pruned, read_back, skipped
 from .seeds import Seed, base_seed
 
@@ -87,10 +88,13 @@ def plan(
     """
     chosen = resolve(method)
     model, items = _allocate(model, sparsity, options)
-    foretold = iter(chosen.foretell([item for item in items if isinstance(item, Allocation)]))
+    allocations = [item for item in items if isinstance(item, Allocation)]
+    bound = chosen.bind(model, options.get("example_input"))
+    foretold = iter(bound.foretell(allocations))
     records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else skipped(i) for i in items]
     records += _others(model, items)
-    return _warn(_report(model, records, f"plan: {chosen.name}"), layerwise=chosen.layerwise)
+    result = _report(model, records, f"plan: {chosen.name}", bound.residuals(allocations))
+    return _warn(result, layerwise=chosen.layerwise)
 
 
 def apply(
@@ -118,7 +122,8 @@ def apply(
 
     Returns:
         A `Report`; its table says for each layer what was asked, what was done, or why it was skipped, and of every
-        other parameter of two or more dimensions what it is.
+        other parameter of two or more dimensions what it is. With ``SAO(residual="isometric")`` its ``residuals`` say
+        the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -146,20 +151,35 @@ def apply(
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
     with torch.no_grad():
-        draws = chosen.draw_for(model, allocations, weights, base)
+        bound = chosen.bind(model, options.get("example_input"))
+        draws = bound.draw_for(model, allocations, weights, base)
+        settlement = bound.settle(model, allocations, draws)
+        residuals = settlement.residuals
+        if isinstance(bound, Isometric) and bound.measures(model):
+            # Imported here because analysis is built on this module.
+            from .analysis.residual import with_spectra
+
+            after = values_after(model, draws, settlement.values)
+            residuals = with_spectra(residuals, model, bound.example_input, after)
     by_name = {draw.weight.name: draw for draw in draws}
-    records = [done(i, by_name[i.weight.name]) if isinstance(i, Allocation) else skipped(i) for i in items]
+    notes = settlement.notes
+    records = [
+        done(i, by_name[i.weight.name], notes.get(i.weight.name, "")) if isinstance(i, Allocation) else skipped(i)
+        for i in items
+    ]
     records += _others(model, items)
     # Before anything is changed: a warning may be an error.
-    result = _warn(_report(model, records, f"applied: {chosen.name}"), layerwise=chosen.layerwise)
+    result = _report(model, records, f"applied: {chosen.name}", residuals)
+    result = _warn(result, layerwise=chosen.layerwise)
     hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
-    if form == "compact":
-        # Imported here because compact is built on everything to its left, this module's parts among it.
-        from .blocks.build import install
+    with written(model, settlement.values):
+        if form == "compact":
+            # Imported here because compact is built on everything to its left, this module's parts among it.
+            from .blocks.build import install
 
-        install(model, draws, hook, base)
-    else:
-        attach_all(modules, draws, hook)
+            install(model, draws, hook, base)
+        else:
+            attach_all(modules, draws, hook)
     return result
 
 
@@ -293,7 +313,9 @@ def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool
     return tensor.detach()
 
 
-def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Report:
+def _report(
+    model: nn.Module, records: Sequence[LayerRecord], title: str, residuals: tuple[ResidualRecord, ...] = ()
+) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
         if is_block_layer(module):
@@ -304,7 +326,7 @@ def _report(model: nn.Module, records: Sequence[LayerRecord], title: str) -> Rep
                 chains: Any = module.parametrizations
                 free = sum(p.numel() for p in chains[tensor].parameters())
                 total += getattr(module, f"{tensor.removesuffix('_orig')}_mask").numel() - free
-    return Report(tuple(records), total, title)
+    return Report(tuple(records), total, title, residuals)
 
 
 def _warn(result: Report, *, layerwise: bool) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Draw
+from .algorithms import Draw, ResidualRecord
 from .allocation import Allocation
 from .discovery import ALREADY_PRUNED, PrunableWeight
 from .topology import BlockTopology
@@ -72,11 +72,14 @@ class Report:
         layers: the records, in the order of the walk; after them those of other parameters of two or more dimensions.
         parameters: parameters of the whole model before pruning, biases and norms included.
         title: heading of the table.
+        residuals: the residual blocks in execution order and, where it was measured, the whole network, where a method
+            minds them.
     """
 
     layers: tuple[LayerRecord, ...]
     parameters: int
     title: str = ""
+    residuals: tuple[ResidualRecord, ...] = ()
 
     @property
     def pruned(self) -> tuple[LayerRecord, ...]:
@@ -152,7 +155,7 @@ class Report:
 
         table = Table(
             title=self.title or None,
-            caption=self.summary(),
+            caption="\n".join([self.summary(), *map(str, self.residuals)]),
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
@@ -222,9 +225,10 @@ def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecor
     )
 
 
-def done(allocation: Allocation, draw: Draw) -> LayerRecord:
+def done(allocation: Allocation, draw: Draw, note: str = "") -> LayerRecord:
     """A weight after its draw."""
-    return pruned(allocation, draw.groups, draw.edges)
+    record = pruned(allocation, draw.groups, draw.edges)
+    return replace(record, note="; ".join(filter(None, (record.note, note))))
 
 
 def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:

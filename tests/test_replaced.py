@@ -9,6 +9,7 @@ from torch import nn
 
 import sao_prune
 from sao_prune import StaleOptimizerWarning
+from sao_prune.nn import convert_eco
 from sao_prune.replaced import warn_replaced
 
 
@@ -39,6 +40,10 @@ VERBS = {
     "hold": (pruned, lambda model, _: sao_prune.hold(model)),
     "release": (held, lambda model, _: sao_prune.release(model)),
     "load": (lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), load_compact),
+    "convert_eco": (
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1, bias=False)),
+        lambda model, _: convert_eco(model, torch.zeros(1, 2, 6, 6), last=1),
+    ),
 }
 KEEPERS = {
     "remove": (pruned, lambda model, _: sao_prune.remove(model)),

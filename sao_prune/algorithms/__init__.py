@@ -1,6 +1,6 @@
 """The methods: each a frozen dataclass of options that combines topologies and values, found by name."""
 
-from .base import Method, methods, register, resolve
+from .base import Method, ResidualRecord, Settlement, methods, register, resolve
 from .draw import Draw
 from .eoi import EOI
 from .grasp import GraSP
@@ -21,6 +21,8 @@ __all__ = [
     "Draw",
     "GraSP",
     "Method",
+    "ResidualRecord",
+    "Settlement",
     "SynFlow",
     "methods",
     "register",

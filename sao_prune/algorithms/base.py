@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,49 @@ from ..discovery import PrunableWeight
 from ..seeds import named_generator
 from ..topology import BlockTopology, make_support, make_topology
 from .draw import Draw
+
+
+@dataclass(frozen=True)
+class ResidualRecord:
+    """What was made of one residual block, or of the whole network.
+
+    Attributes:
+        name: path that the block's layers share; ``""`` for the whole network.
+        status: ``"exact"``, orthogonal up to rounding; ``"near"``, as near as its shapes and norms allow; ``"left"``,
+            its layers are drawn like any others.
+        note: why it is not exact, and anything else worth knowing.
+        before: smallest and largest singular value of its Jacobian before, where they were measured.
+        after: the same after.
+    """
+
+    name: str
+    status: Literal["exact", "near", "left"]
+    note: str = ""
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.name or 'network'}: {self.status}" + (f" ({self.note})" if self.note else "")
+        for when, values in (("before", self.before), ("after", self.after)):
+            if values is not None:
+                low, high = (value if value > 1e-12 else 0 for value in values)
+                text += f"; singular values {when} {low:.6g} .. {high:.6g}"
+        return text
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What a method does to a model beside its draws.
+
+    Attributes:
+        values: new values of other parameters and buffers, by full name.
+        notes: remarks for the report on weights, by full name.
+        residuals: what was made of the residual blocks.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    residuals: tuple[ResidualRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +76,23 @@ class Method:
     def structured(self) -> bool:
         """Whether supports are block topologies, so that group counts apply."""
         return False
+
+    def bind(self, model: nn.Module, example_input: Any) -> Method:
+        """The method for one model, which stays as it is; by default the method itself.
+
+        Args:
+            model: the model, weights perhaps on the meta device.
+            example_input: what the user gave, or ``None``.
+        """
+        return self
+
+    def settle(self, model: nn.Module, allocations: Sequence[Allocation], draws: Sequence[Draw]) -> Settlement:
+        """What else is to be done beside the draws; touches nothing."""
+        return Settlement()
+
+    def residuals(self, allocations: Sequence[Allocation]) -> tuple[ResidualRecord, ...]:
+        """What will be made of the model's residual blocks; none by default."""
+        return ()
 
     def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """For each weight the group count, if there is one, and the edges over all parts that `draw` would give it."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
@@ -25,6 +25,8 @@ from ..weights import (
 )
 from .base import Method, SupportDrawer, TopologyDrawer, choice, register
 from .draw import Draw
+from .halves import half_budget, half_topologies
+from .isometric import isometric
 
 
 @register
@@ -44,6 +46,14 @@ class SAO(Method):
         conv: how a matrix becomes a convolution: ``"delta"``, its centre tap (thesis section 3.4.4.1); ``"eco"``, a
             matrix for every frequency (section 3.4.4.2). The layer keeps its padding, stride and dilation, with which
             an ECO kernel is only nearly orthogonal; `sao_prune.nn.convert_eco` makes it exact.
+        residual: ``"isometric"`` starts residual blocks as orthogonal maps: ReLU after the addition on mirrored
+            channels (Gadhikar and Burkholz, https://arxiv.org/abs/2210.02411, made sparse), others as rotations by 45
+            degrees. Biases and scales in the blocks are set, and the dense layers before and after them. Needs
+            ``example_input`` where the model's input size is not known from its configuration.
+        norm: with ``residual``: ``"identity"`` sets batch norms so that they give ``example_input``, one batch, back;
+            ``"keep"`` leaves them, so that blocks with norms are only nearly orthogonal.
+        measure: with ``residual``: whether the report has the extreme singular values of every block and of the network
+            before and after, for the first example of ``example_input``; ``None`` measures small models.
         weights: ``"exact"``, orthogonal blocks; ``"approximate"``, the most isometric values on the mask that an
             optimiser finds; ``"auto"``, exact where the topology allows it.
 
@@ -69,6 +79,9 @@ class SAO(Method):
     nonlinearity: Literal["relu"] | None = None
     conv: Literal["delta", "eco"] = "delta"
     weights: Literal["auto", "exact", "approximate"] = "auto"
+    residual: Literal["isometric"] | None = None
+    norm: Literal["identity", "keep"] = "keep"
+    measure: bool | None = None
 
     def __post_init__(self) -> None:
         choice("variant", self.variant, (1, 2, 3))
@@ -76,7 +89,10 @@ class SAO(Method):
         choice("nonlinearity", self.nonlinearity, (None, "relu"))
         choice("conv", self.conv, ("delta", "eco"))
         choice("weights", self.weights, ("auto", "exact", "approximate"))
+        choice("residual", self.residual, (None, "isometric"))
+        choice("norm", self.norm, ("identity", "keep"))
         check_gain(self.gain)
+        self._check_residual()
         if self.weights == "exact" and not self.structured:
             raise ValueError(
                 f"no values on topology={self.topology!r} are exactly orthogonal; use weights='approximate' or a "
@@ -87,6 +103,36 @@ class SAO(Method):
                 "approximate values are found for each matrix on its own: they go with variant 1 or 3, conv='delta' "
                 "and nonlinearity=None"
             )
+
+    def _check_residual(self) -> None:
+        if self.residual is None:
+            if self.norm != "keep" or self.measure is not None:
+                raise ValueError("norm and measure say more about residual='isometric': give that, or leave them out")
+        elif (
+            (self.conv, self.nonlinearity, self.gain) != ("delta", None, 1)
+            or self.variant == 2
+            or self.weights == "approximate"
+            or not self.structured
+        ):
+            raise ValueError(
+                "residual='isometric' goes with variant 1 or 3, a block topology, exact weights, conv='delta', gain=1 "
+                "and nonlinearity=None (chains of ReLU blocks are mirrored by themselves)"
+            )
+
+    def bind(self, model: nn.Module, example_input: Any) -> Method:
+        """With ``residual`` the method that knows the model's residual blocks."""
+        if self.residual is None:
+            return self
+        plain = replace(self, residual=None, norm="keep", measure=None)
+        return isometric(
+            plain,
+            model,
+            example_input,
+            kind=self.topology,
+            unique=self.variant == 3,
+            norm=self.norm,
+            measure=self.measure,
+        )
 
     @property
     def structured(self) -> bool:
@@ -103,7 +149,7 @@ class SAO(Method):
             return super().foretell(allocations)
         out: list[tuple[int | None, int]] = []
         for allocation, mirror in zip(allocations, _mirrors(allocations)):
-            rows, cols, groups, nnz = _half(allocation, mirror)
+            rows, cols, groups, nnz = half_budget(allocation, mirror)
             sizes = even_sizes(rows, cols, groups) if nnz is None else exact_sizes(rows, cols, nnz)
             copies = (1 + mirror.rows) * (1 + mirror.cols) if mirror else 1
             out.append((len(sizes[0]), int((sizes[0] * sizes[1]).sum()) * copies * allocation.weight.parts))
@@ -111,11 +157,13 @@ class SAO(Method):
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """One topology and one set of orthogonal blocks for every part of every weight."""
+        if self.residual is not None:
+            raise ValueError("residual='isometric' concerns the whole model: use sao_prune.apply(model, method=..)")
         if not self.structured:
             return self._draw_irregular(allocations, seed)
         drawer = TopologyDrawer(self.topology, seed, unique=self.variant == 3)
         mirrors = _mirrors(allocations) if self.nonlinearity == "relu" else [None] * len(allocations)
-        halves = [_half_topologies(a, m, drawer) for a, m in zip(allocations, mirrors)]
+        halves = [half_topologies(a, m, drawer) for a, m in zip(allocations, mirrors)]
         values = iter(self._values(allocations, halves, seed))
         draws = []
         for allocation, mirror, parts in zip(allocations, mirrors, halves):
@@ -184,23 +232,3 @@ def _mirrors(allocations: Sequence[Allocation]) -> list[Mirror | None]:
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}; exclude it or use nonlinearity=None") from None
     return roles
-
-
-def _half_topologies(
-    allocation: Allocation, mirror: Mirror | None, drawer: TopologyDrawer
-) -> tuple[BlockTopology, ...]:
-    rows, cols, groups, nnz = _half(allocation, mirror)
-    weight = allocation.weight
-    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, weight=weight, part=part) for part in range(weight.parts))
-
-
-def _half(allocation: Allocation, mirror: Mirror | None) -> tuple[int, int, int, int | None]:
-    """Rows, columns, groups and edges of the matrix that is mirrored; of the weight's own where none is."""
-    weight, groups, nnz = allocation.weight, allocation.groups, allocation.nnz
-    rows, cols = weight.matrix
-    if mirror is not None:
-        rows, cols = mirror.half(rows, cols)
-        groups = min(groups, rows, cols)
-        if nnz is not None:
-            nnz = max(round(nnz * rows * cols / (weight.matrix[0] * weight.matrix[1])), rows, cols)
-    return rows, cols, groups, nnz

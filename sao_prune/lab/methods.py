@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -48,6 +49,7 @@ class LabMethod:
 METHODS: dict[str, LabMethod] = {
     "dense": LabMethod("Dense", None),
     "sao": LabMethod("SAO", "SAO"),
+    "sao-iso": LabMethod("SAO isometric", "SAO", {"residual": "isometric", "measure": False}, needs_data=True),
     "rg-s": LabMethod("RG-S", "RG", {"values": "keep"}),
     "rg-t": LabMethod("RG-T", "RG", {"values": "keep"}, trained=True),
     "rg-n": LabMethod("RG-N", "RG", {"values": "normal"}),
@@ -177,11 +179,19 @@ def prune_network(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
             pruner = method.build(arm.setting.gain, examples)
-            report = sao_prune.apply(model, method=pruner, seed=seed, **arm.prune)  # type: ignore[arg-type]
+            example = examples[0] if examples is not None and getattr(pruner, "residual", None) else None
+            report = sao_prune.apply(
+                model,
+                method=pruner,
+                seed=seed,
+                example_input=example,
+                **arm.prune,  # type: ignore[arg-type]
+            )
     except (TypeError, ValueError) as error:
         raise LabError(f"{method.title}: {error}") from error
     left = cost.after({layer.name: layer.achieved for layer in report.pruned})
-    return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, _off_target(report))
+    note = "; ".join(filter(None, (_residuals(report), _off_target(report))))
+    return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, note)
 
 
 def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, image_shape: Sequence[int]) -> Pruned:
@@ -212,6 +222,12 @@ def _plan(model: nn.Module, method: Any, arm: Arm) -> sao_prune.Report:
             return sao_prune.plan(model, method=method, **arm.prune)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise LabError(f"{arm.method.title}: {error}") from error
+
+
+def _residuals(report: sao_prune.Report) -> str:
+    """How many residual blocks are exactly orthogonal, nearly, and not."""
+    kinds = Counter(record.status for record in report.residuals)
+    return "residual blocks: " + ", ".join(f"{kinds[kind]} {kind}" for kind in kinds) if kinds else ""
 
 
 def _off_target(report: sao_prune.Report) -> str:

@@ -14,6 +14,7 @@ import sao_prune.models
 
 from ..seeds import named_generator
 from .errors import LabError
+from .initialise import fixup_, he_
 
 
 def build_network(
@@ -55,7 +56,8 @@ def initial_network(
 
     Args:
         init: for convolutions: ``delta`` (orthogonal on the centre tap; Xiao et al., ICML 2018), ``orthogonal`` (on
-            the flattened kernel), ``eco`` (at every frequency); ``default`` keeps all weights of the constructor.
+            the flattened kernel), ``eco`` (at every frequency); for all layers: ``he``, ``fixup``; ``default`` keeps
+            all weights of the constructor.
 
     Example:
         >>> net = initial_network("sao_mlp", {"depth": 2}, classes=10, image_shape=(1, 32, 32))
@@ -66,6 +68,9 @@ def initial_network(
     generator = named_generator(seed, "initial weights")
     model = build_network(name, options, classes, image_shape, generator.initial_seed())
     if init == "default":
+        return model
+    if init in ("he", "fixup"):
+        {"he": he_, "fixup": fixup_}[init](model, generator)
         return model
     if init == "eco":
         sao_prune.apply(model, groups=1, method=sao_prune.SAO(conv="eco", gain=gain), seed=generator.initial_seed())

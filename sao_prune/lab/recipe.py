@@ -16,7 +16,7 @@ from .schema import Scalar, rule
 from .train.spec import TrainSpec
 
 _UNITS = ("sparsity", "degree", "groups")
-INITIALISATIONS = ("delta", "orthogonal", "eco", "default")
+INITIALISATIONS = ("delta", "orthogonal", "eco", "he", "fixup", "default")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Setting:
     Attributes:
         gain: scale of the orthogonal initial weights.
         init: initial weights of convolutions: orthogonal on the centre tap (``delta``), on the flattened kernel
-            (``orthogonal``), at every frequency (``eco``), or the constructor's for all layers (``default``).
+            (``orthogonal``), at every frequency (``eco``); for all layers He's (``he``), Fixup's (``fixup``), or the
+            constructor's (``default``).
         label: what tells this case from the others.
     """
 

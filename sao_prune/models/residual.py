@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from .options import check_choice, check_img_size, check_sizes
 from .registry import refuse_pretrained, register_model, without_timm_options
 
 SHORTCUTS = ("pad", "projection")
+NORMS = ("batch", "none")
 
 
 class PadShortcut(nn.Module):
@@ -28,22 +30,42 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
-class ResidualBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN, plus the input, then ReLU."""
+class BranchScale(nn.Module):
+    """One trainable factor at the end of a residual branch: SkipInit (De and Smith, 2020), ReZero."""
 
-    def __init__(self, fan_in: int, fan_out: int, stride: int, shortcut: str) -> None:
+    def __init__(self, start: float) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.factor = nn.Parameter(torch.tensor(float(start)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+class ResidualBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN, plus the input, then ReLU; convolutions have biases where there is no norm."""
+
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        stride: int,
+        shortcut: str,
+        norm: str = "batch",
+        branch_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=norm == "none")
+        self.bn1 = _norm(norm, fan_out)
         self.act1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(fan_out)
-        self.shortcut = _shortcut(fan_in, fan_out, stride, shortcut)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=norm == "none")
+        self.bn2 = _norm(norm, fan_out)
+        self.scale = nn.Identity() if branch_scale is None else BranchScale(branch_scale)
+        self.shortcut = _shortcut(fan_in, fan_out, stride, shortcut, norm)
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act1(self.bn1(self.conv1(x)))
-        return self.act2(self.bn2(self.conv2(h)) + self.shortcut(x))  # type: ignore[no-any-return]
+        return self.act2(self.scale(self.bn2(self.conv2(h))) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
 class SaoResNet(ImageClassifier):
@@ -56,13 +78,16 @@ class SaoResNet(ImageClassifier):
         width: channels of the first stage.
         shortcut: where a block changes the size, ``"pad"`` subsamples and adds zero channels without any parameter
             (option A of He et al., 2016), ``"projection"`` has a 1 x 1 convolution and batch norm (option B).
+        norm: ``"batch"``, or ``"none"``: no norms, and biases in the convolutions instead.
+        branch_scale: initial value of one trainable factor at the end of every branch; 0 makes SkipInit of He's
+            initialisation without norms (De and Smith, https://arxiv.org/abs/2002.10444). ``None``: no such factor.
         img_size: at least ``2 ** (stages - 1)``.
 
     Shape:
         ``(batch, in_chans, img_size, img_size)`` to ``(batch, num_classes)``.
 
     Raises:
-        ValueError: for a size below one, an unknown shortcut, no stage, or an image that is too small.
+        ValueError: for a size below one, an unknown shortcut or norm, no stage, or an image that is too small.
 
     Example:
         >>> import torch
@@ -80,6 +105,8 @@ class SaoResNet(ImageClassifier):
         num_classes: int = 10,
         in_chans: int = 3,
         img_size: int = 32,
+        norm: str = "batch",
+        branch_scale: float | None = None,
     ) -> None:
         super().__init__()
         if not blocks:
@@ -87,14 +114,15 @@ class SaoResNet(ImageClassifier):
         check_sizes(**{f"blocks[{stage}]": count for stage, count in enumerate(blocks)})
         check_sizes(width=width, in_chans=in_chans)
         check_choice("shortcut", shortcut, SHORTCUTS)
+        check_choice("norm", norm, NORMS)
         halvings = len(blocks) - 1
         check_img_size(img_size, f"it is halved {halvings} times", least=2**halvings)
-        self.stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
+        self.stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=norm == "none")
+        self.bn = _norm(norm, width)
         self.act = nn.ReLU()
         stages, channels = [], width
         for stage, count in enumerate(blocks):
-            stages.append(_stage(channels, width << stage, count, 1 if stage == 0 else 2, shortcut))
+            stages.append(_stage(channels, width << stage, count, 1 if stage == 0 else 2, shortcut, norm, branch_scale))
             channels = width << stage
         self.stages = nn.Sequential(*stages)
         self.pool = global_pool()
@@ -162,14 +190,21 @@ def sao_resnet18(pretrained: bool = False, num_classes: int = 100, **options: An
     return SaoResNet(blocks=(2, 2, 2, 2), num_classes=num_classes, **chosen)
 
 
-def _shortcut(fan_in: int, fan_out: int, stride: int, kind: str) -> nn.Module:
+def _norm(kind: str, width: int) -> nn.Module:
+    return nn.BatchNorm2d(width) if kind == "batch" else nn.Identity()
+
+
+def _shortcut(fan_in: int, fan_out: int, stride: int, kind: str, norm: str) -> nn.Module:
     if fan_in == fan_out and stride == 1:
         return nn.Identity()
     if kind == "pad":
         return PadShortcut(fan_in, fan_out, stride)
-    return nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
+    return nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=norm == "none"), _norm(norm, fan_out))
 
 
-def _stage(fan_in: int, fan_out: int, count: int, stride: int, shortcut: str) -> nn.Sequential:
-    first = ResidualBlock(fan_in, fan_out, stride, shortcut)
-    return nn.Sequential(first, *(ResidualBlock(fan_out, fan_out, 1, shortcut) for _ in range(count - 1)))
+def _stage(
+    fan_in: int, fan_out: int, count: int, stride: int, shortcut: str, norm: str, branch_scale: float | None
+) -> nn.Sequential:
+    first = ResidualBlock(fan_in, fan_out, stride, shortcut, norm, branch_scale)
+    rest = (ResidualBlock(fan_out, fan_out, 1, shortcut, norm, branch_scale) for _ in range(count - 1))
+    return nn.Sequential(first, *rest)

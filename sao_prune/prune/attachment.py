@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,33 @@ def check_writable(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} belongs to inference mode, where weights cannot be trained again: leave it first")
     if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape)):
         raise ValueError(f"{name} is an expanded tensor whose entries share memory: make it contiguous first")
+
+
+@contextmanager
+def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Write parameters and buffers, in place; if what is done inside fails, they get back what they were.
+
+    Args:
+        model: whose they are.
+        values: new values by full name.
+
+    Raises:
+        ValueError: from `check_writable`.
+    """
+    held: dict[str, Tensor] = dict([*model.named_buffers(), *model.named_parameters()]) if values else {}
+    for name in values:
+        check_writable(name, held[name].detach())
+    before = {name: held[name].detach().clone() for name in values}
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                held[name].copy_(value)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in before.items():
+                held[name].copy_(value)
+        raise
 
 
 def attach(module: nn.Module, draw: Draw, method: type[MaskPruning] = MaskPruning) -> None:

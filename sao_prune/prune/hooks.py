@@ -5,15 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
-from .derived import derive, operands, place, settle
+from .derived import derive, place, settle
 from .offload import Unload, is_offloaded
+from .operands import operands
 from .standardised import follow_standardising
 
+
+class _LayerByLayer(str):
+    """torch's name of a pruning type, which says in error messages what to do instead of pruning globally."""
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}: sao_prune chooses masks layer by layer; call sao_prune.apply(model, sparsity), or "
+            "with Lightning use sao_prune.integrations.lightning.SparseTraining"
+        )
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
 
 
 class _LayerByLayer(str):
@@ -112,9 +124,13 @@ def is_pruned_tensor(module: nn.Module, name: str) -> bool:
 def refresh(module: nn.Module) -> None:
     """Recompute the masked weights of one module from its parameters and masks."""
     for hook in pruning_hooks(module):
-        if type(hook) is PruningContainer:
-            hook.__class__ = MaskContainer
-        place(module, hook._tensor_name, hook.apply_mask(module))
+        _recompute(module, hook)
+
+
+def _recompute(module: nn.Module, hook: BasePruningMethod) -> None:
+    if type(hook) is PruningContainer:
+        hook.__class__ = MaskContainer
+    place(module, hook._tensor_name, hook.apply_mask(module))
 
 
 def settle_all(model: nn.Module) -> None:
@@ -137,10 +153,9 @@ def refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
         if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
             original, mask = operands(module, name)
             if _is_local(module, original, mask):
-                with torch.no_grad():
-                    # A plain tensor: what was written before the state was loaded is none of it.
-                    place(module, name, original.detach())
-                place(module, name, hook.apply_mask(module))
+                # A plain tensor: what was written before the state was loaded is none of it.
+                place(module, name, original.detach())
+                _recompute(module, hook)
 
 
 def follow_state(module: nn.Module) -> None:
@@ -216,7 +231,7 @@ def _refresh_or_leave(module: nn.Module, hook: BasePruningMethod) -> None:
         if hook.settled is not settled:
             hook.settled = settled
     if ready or parametrize.is_parametrized(module, f"{name}_orig"):
-        place(module, name, hook.apply_mask(module))
+        _recompute(module, hook)
 
 
 _REFRESHERS = (RefreshAll, RefreshChildren)

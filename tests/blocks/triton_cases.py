@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
 from sao_prune.blocks.backends import triton as backend
-from sao_prune.blocks.backends.triton import kernels, launch, tiles, tuning
+from sao_prune.blocks.backends.triton import launch, steps, tiles, tuning
 from sao_prune.blocks.backends.triton.tiles import Tile
 
 ACTIVATIONS = {"": lambda h: h, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -35,7 +35,8 @@ def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = InterpretedFunction.__call__
 
     def call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        return self.rewrite()(*args, **kwargs) if self.fn.__module__ == kernels.__name__ else plain(self, *args, **kwargs)
+        ours = self.fn.__module__ == steps.__name__
+        return self.rewrite()(*args, **kwargs) if ours else plain(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, sanitize_overflow=False))
@@ -48,12 +49,12 @@ def any_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_TRIED", 10_000)
 
     def choose(key: Hashable, found: Sequence[Tile], run: Callable[[Tile], None], device: torch.device) -> Tile:
-        return min(chance.sample(found, min(len(found), 8)), key=lambda t: (steps(key, t), chance.random()))
+        return min(chance.sample(found, min(len(found), 8)), key=lambda t: (products(key, t), chance.random()))
 
     monkeypatch.setattr(tuning, "choose", choose)
 
 
-def steps(key: Hashable, tile: Tile) -> int:
+def products(key: Hashable, tile: Tile) -> int:
     """Products of one matrix by another that a tile makes of a shape, up to a factor."""
     rows, groups, r, c = (key[i] for i in (1, 3, 4, 5))  # type: ignore[index]
     return -(-rows // tile.BM) * -(-groups // tile.packed) * -(-r // tile.BR) * -(-c // tile.BC)
@@ -242,7 +243,7 @@ def check_conv(
     n, m = groups * c + spare[0], groups * r + spare[1]
     inputs, outputs = table(groups, c, n, kinds[0], 3), table(groups, r, m, kinds[1], 4)
     height, width = image
-    x = torch.randn(batch, height + crop, width + crop, n)[:, crop:, : width, :].permute(0, 3, 1, 2).to(dtype)
+    x = torch.randn(batch, height + crop, width + crop, n)[:, crop:, :width, :].permute(0, 3, 1, 2).to(dtype)
     weight = (torch.randn(groups, r, c, *size) / (c * size[0] * size[1]) ** 0.5).to(dtype)
     b = torch.randn(m).to(dtype)
     assert backend.suits_conv(x, weight, b, activation)
@@ -331,7 +332,12 @@ def test_what_does_not_suit() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "said"),
-    [([0, 1, 1, 2], "channel 1 2 times"), ([0, 1, 2, 8], "0 to 8 of 8"), ([0, 1, -2, 3], "-2 to 3"), ([0] * 3, "shape")],
+    [
+        ([0, 1, 1, 2], "channel 1 2 times"),
+        ([0, 1, 2, 8], "0 to 8 of 8"),
+        ([0, 1, -2, 3], "-2 to 3"),
+        ([0] * 3, "shape"),
+    ],
 )
 def test_bad_tables(channels: list[int], said: str) -> None:
     bad, good = torch.tensor(channels, dtype=torch.int32), torch.arange(4, dtype=torch.int32)

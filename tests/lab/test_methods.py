@@ -119,3 +119,13 @@ def test_cells_keep_their_keys_when_options_with_defaults_are_spelled_out(micro:
     assert key(spelled) == key()
     assert key(("data: digits", "data: {name: digits, size: 32, augment: []}")) == key()
     assert key(("data: digits", "data: {name: digits, size: 24}")) != key()
+
+
+def test_isometric_residual_blocks_are_counted_in_the_note_and_plain_sao_is_untouched(micro: Micro) -> None:
+    mlp = "{name: sao_mlp, depth: 2, options: {activation: tanh}}"
+    path = micro((METHODS, "[sao, sao-iso]"), (mlp, "{name: sao_resnet, depth: 8, options: {norm: none}}"))
+    plain, isometric = load_recipe(path).arms()
+    worker = Worker(Workplace(path.parent))
+    notes = [worker.network(Cell("final", arm, 0, 0.1))[1].note for arm in (plain, isometric)]
+    assert "residual" not in notes[0]
+    assert notes[1].startswith("residual blocks: 1 exact, 2 near")

@@ -17,140 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _channel(table, group, item, mask, GROUPS: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr):
-    if KIND == "identity":
-        channel = group * SIZE + item
-    elif KIND == "strided":
-        channel = item * GROUPS + group
-    else:
-        channel = tl.load(table + group * SIZE + item, mask=mask, other=-1)
-    return channel
-
-
-@triton.jit
-def _split(position, B: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr):
-    """Group and item, within a tile of ``N`` groups with ``B`` items each, of a position in the order of memory."""
-    if KIND == "strided":
-        group, item = position % N, position // N
-    else:
-        group, item = position // B, position % B
-    return group, item
-
-
-@triton.jit
-def _gather(tile, M: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr):
-    """``(M, Q * P * B)`` in the order of memory to ``(Q, M, P * B)``; ``(M, P * B)`` if ``Q`` is 1."""
-    if Q == 1:
-        turned = tile
-    elif KIND == "strided":
-        turned = tl.reshape(tl.permute(tl.reshape(tile, (M, B, Q, P)), (2, 0, 1, 3)), (Q, M, B * P))
-    else:
-        turned = tl.permute(tl.reshape(tile, (M, Q, P * B)), (1, 0, 2))
-    return turned
-
-
-@triton.jit
-def _scatter(tile, M: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr):
-    """What undoes `_gather`."""
-    if Q == 1:
-        turned = tile
-    elif KIND == "strided":
-        turned = tl.reshape(tl.permute(tl.reshape(tile, (Q, M, B, P)), (1, 2, 0, 3)), (M, B * Q * P))
-    else:
-        turned = tl.reshape(tl.permute(tile, (1, 0, 2)), (M, Q * P * B))
-    return turned
-
-
-@triton.jit
-def _tanh(x):
-    # exp(-2|x|) leaves no digits of a small x.
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    z = x * x
-    small = x * (1.0 - z * (1 / 3 - z * (2 / 15 - z * (17 / 315 - z * (62 / 2835)))))
-    return tl.where(z < 0.0625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _activate(h, ACTIVATION: tl.constexpr):
-    """The activation and, for GELU and SiLU, its derivative."""
-    if ACTIVATION == "relu":
-        # Not maximum: NaN must stay NaN.
-        value, slope = tl.where(h < 0, 0.0, h), h
-    elif ACTIVATION == "tanh":
-        value, slope = _tanh(h), h
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-        value, slope = h * cdf, cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
-    elif ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-h))
-        value, slope = h * sigmoid, sigmoid * (1.0 + h * (1.0 - sigmoid))
-    else:
-        value, slope = h, h
-    return value, slope
-
-
-@triton.jit
-def _load(x, saved, offsets, saved_offsets, mask, DERIVATIVE: tl.constexpr):
-    """Values, or with ``DERIVATIVE`` gradients times the derivative of the activation that follows them."""
-    tile = tl.load(x + offsets, mask=mask, other=0.0)
-    if DERIVATIVE != "":
-        kept = tl.load(saved + saved_offsets, mask=mask, other=0.0).to(tl.float32)
-        if DERIVATIVE == "relu":
-            tile = tl.where(kept > 0, tile, tl.zeros_like(tile))
-        elif DERIVATIVE == "tanh":
-            tile = (tile.to(tl.float32) * (1.0 - kept * kept)).to(tile.dtype)
-        else:
-            tile = (tile.to(tl.float32) * kept).to(tile.dtype)
-    return tile
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "upcast":
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _image(pixel, height, width):
-    """Image, row and column of a pixel."""
-    column = pixel % width
-    rest = pixel // width
-    return rest // height, rest % height, column
-
-
-@triton.jit
-def _source(
-    row,
-    column,
-    tap,
-    height,
-    width,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """Where a tap of a convolution reads, or with ``TRANSPOSED`` which result a tap went to; and whether it exists."""
-    if TRANSPOSED:
-        up = row + PH - (tap // KW) * DH
-        left = column + PW - (tap % KW) * DW
-        h, w = up // SH, left // SW
-        exists = (up >= 0) & (left >= 0) & (up % SH == 0) & (left % SW == 0) & (h < height) & (w < width)
-    else:
-        h = row * SH - PH + (tap // KW) * DH
-        w = column * SW - PW + (tap % KW) * DW
-        exists = (h >= 0) & (w >= 0) & (h < height) & (w < width)
-    return h, w, exists
+from .steps import activate, channel_of, dot, gather, image_of, load, scatter, source, split
 
 
 @triton.jit
@@ -204,7 +71,7 @@ def product(
     P: tl.constexpr,
     SWEEP: tl.constexpr,
 ):
-    """``y[p, outputs[g, i]] = act(sum over taps and j of weight[g, i, j, tap] * x[source(p, tap), inputs[g, j]] + bias)``.
+    """``y[p, outputs[g, i]] = act(bias + sum of weight[g, i, j, tap] * x[source(p, tap), inputs[g, j]])``.
 
     ``y`` has dense rows; those of ``x`` may lie anywhere. ``TRANSPOSED`` and swapped tables and strides give the
     gradient of the input.
@@ -220,12 +87,12 @@ def product(
     there = pixel < rows
     wide = pixel.to(tl.int64)
     if CONV:
-        image, row, column = _image(pixel, y_height, y_width)
+        image, row, column = image_of(pixel, y_height, y_width)
         base = image.to(tl.int64) * x_image
-    in_group, in_item = _split(tl.arange(0, QP * BC), BC, QP, IN)
-    out_group, out_item = _split(tl.arange(0, QP * BR), BR, QP, OUT)
-    in_pack, in_slot = _split(tl.arange(0, P * BC), BC, P, IN)
-    out_pack, out_slot = _split(tl.arange(0, P * BR), BR, P, OUT)
+    in_group, in_item = split(tl.arange(0, QP * BC), BC, QP, IN)
+    out_group, out_item = split(tl.arange(0, QP * BR), BR, QP, OUT)
+    in_pack, in_slot = split(tl.arange(0, P * BC), BC, P, IN)
+    out_pack, out_slot = split(tl.arange(0, P * BR), BR, P, OUT)
     for sweep in range(SWEEP):
         tile = (pid % sweeps) * SWEEP + sweep
         group = (tile // chunks) * QP
@@ -235,14 +102,14 @@ def product(
         else:
             acc = tl.zeros((Q, BM, P * BR), tl.float32)
         for step in range(TAPS * steps):
-            tap = step // steps
+            tap = step // steps if TAPS > 1 else 0
             item = (step % steps) * BC + in_item
             real = (item < C) & (group + in_group < GROUPS)
-            channel = _channel(inputs, group + in_group, item, real, GROUPS, C, IN)
+            channel = channel_of(inputs, group + in_group, item, real, GROUPS, C, IN)
             if IN == "index":
                 real = real & (channel >= 0)
             if CONV:
-                h, w, exists = _source(row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, TRANSPOSED)
+                h, w, exists = source(row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, TRANSPOSED)
                 exists = exists & there
                 place = base + h * x_row + w * x_column
                 saved_place = ((image * x_height + h).to(tl.int64) * x_width + w) * s_channels
@@ -250,7 +117,7 @@ def product(
                 exists = there
                 place = wide * x_row
                 saved_place = wide * s_channels
-            a = _load(
+            a = load(
                 x,
                 x_saved,
                 place[:, None] + channel[None, :],
@@ -258,30 +125,30 @@ def product(
                 exists[:, None] & real[None, :],
                 DERIVATIVE,
             )
-            a = _gather(a, BM, BC, Q, P, IN)
+            a = gather(a, BM, BC, Q, P, IN)
             slot = (step % steps) * BC + in_slot
             if Q == 1:
                 g = group + in_pack[:, None]
                 i = first + out_slot[None, :]
-                offsets = g * w_group + i * w_out + slot[:, None] * w_in + tap * w_tap
+                offsets = g * w_group + i * w_out + slot[:, None] * w_in
                 mask = (slot[:, None] < C) & (i < R) & (g < GROUPS) & (in_pack[:, None] == out_pack[None, :])
             else:
                 g = group + tl.arange(0, Q)[:, None, None] * P + in_pack[None, :, None]
                 i = first + out_slot[None, None, :]
-                offsets = g * w_group + i * w_out + slot[None, :, None] * w_in + tap * w_tap
+                offsets = g * w_group + i * w_out + slot[None, :, None] * w_in
                 mask = (slot[None, :, None] < C) & (i < R) & (g < GROUPS)
                 mask = mask & (in_pack[None, :, None] == out_pack[None, None, :])
-            b = tl.load(weight + offsets, mask=mask, other=0.0)
-            acc = _dot(a, b, acc, PRECISION)
-        h = _scatter(acc, BM, BR, Q, P, OUT)
+            b = tl.load(weight + tap * w_tap + offsets, mask=mask, other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+        h = scatter(acc, BM, BR, Q, P, OUT)
         item = first + out_item
         real = (item < R) & (group + out_group < GROUPS)
-        channel = _channel(outputs, group + out_group, item, real, GROUPS, R, OUT)
+        channel = channel_of(outputs, group + out_group, item, real, GROUPS, R, OUT)
         if OUT == "index":
             real = real & (channel >= 0)
         if BIAS:
             h += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
-        value, slope = _activate(h, ACTIVATION)
+        value, slope = activate(h, ACTIVATION)
         to = wide[:, None] * y_channels + channel[None, :]
         mask = there[:, None] & real[None, :]
         tl.store(y + to, value.to(y.dtype.element_ty), mask=mask)
@@ -336,9 +203,9 @@ def weight_gradient(
     Q: tl.constexpr,
     P: tl.constexpr,
 ):
-    """``weight[part, g, i, j, tap] = sum over the part's pixels p of grad[p, outputs[g, i]] * x[source(p, tap), inputs[g, j]]``.
+    """``weight[part, g, i, j, tap] = sum of grad[p, outputs[g, i]] * x[source(p, tap), inputs[g, j]]`` over pixels.
 
-    Each part is a range of ``rows_each`` pixels; the caller adds them up, so that no order of execution shows. The
+    Each part is a range of ``rows_each`` of them; the caller adds them up, so that no order of execution shows. The
     sums of the gradients are the parts of the bias's.
     """
     QP: tl.constexpr = Q * P
@@ -346,18 +213,18 @@ def weight_gradient(
     c_chunks: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
     part = tl.program_id(1).to(tl.int64)
-    tap = pid % TAPS
+    tap = pid % TAPS if TAPS > 1 else 0
     c_first = (pid // TAPS) % c_chunks * BC
     r_first = (pid // TAPS // c_chunks) % r_chunks * BR
     group = (pid // TAPS // c_chunks // r_chunks) * QP
-    in_group, in_item = _split(tl.arange(0, QP * BC), BC, QP, IN)
-    out_group, out_item = _split(tl.arange(0, QP * BR), BR, QP, OUT)
+    in_group, in_item = split(tl.arange(0, QP * BC), BC, QP, IN)
+    out_group, out_item = split(tl.arange(0, QP * BR), BR, QP, OUT)
     in_item += c_first
     out_item += r_first
     in_real = (in_item < C) & (group + in_group < GROUPS)
     out_real = (out_item < R) & (group + out_group < GROUPS)
-    in_channel = _channel(inputs, group + in_group, in_item, in_real, GROUPS, C, IN)
-    out_channel = _channel(outputs, group + out_group, out_item, out_real, GROUPS, R, OUT)
+    in_channel = channel_of(inputs, group + in_group, in_item, in_real, GROUPS, C, IN)
+    out_channel = channel_of(outputs, group + out_group, out_item, out_real, GROUPS, R, OUT)
     if IN == "index":
         in_real = in_real & (in_channel >= 0)
     if OUT == "index":
@@ -374,8 +241,8 @@ def weight_gradient(
         there = pixel < end
         wide = pixel.to(tl.int64)
         if CONV:
-            image, row, column = _image(pixel, y_height, y_width)
-            h, w, exists = _source(row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, False)
+            image, row, column = image_of(pixel, y_height, y_width)
+            h, w, exists = source(row, column, tap, x_height, x_width, KW, SH, SW, PH, PW, DH, DW, False)
             exists = exists & there
             place = image.to(tl.int64) * x_image + h * x_row + w * x_column
             g_place = image.to(tl.int64) * g_image + row * g_row + column * g_column
@@ -383,7 +250,7 @@ def weight_gradient(
             exists = there
             place = wide * x_row
             g_place = wide * g_row
-        a = _load(
+        a = load(
             grad,
             saved,
             g_place[:, None] + out_channel[None, :],
@@ -394,14 +261,14 @@ def weight_gradient(
         b = tl.load(x + place[:, None] + in_channel[None, :], mask=exists[:, None] & in_real[None, :], other=0.0)
         if BIAS:
             total += tl.sum(a.to(tl.float32), 0)
-        a = _gather(a, BM, BR, Q, P, OUT)
-        b = _gather(b, BM, BC, Q, P, IN)
+        a = gather(a, BM, BR, Q, P, OUT)
+        b = gather(b, BM, BC, Q, P, IN)
         if Q == 1:
-            acc = _dot(tl.trans(a), b, acc, PRECISION)
+            acc = dot(tl.trans(a), b, acc, PRECISION)
         else:
-            acc = _dot(tl.permute(a, (0, 2, 1)), b, acc, PRECISION)
-    in_pack, in_slot = _split(tl.arange(0, P * BC), BC, P, IN)
-    out_pack, out_slot = _split(tl.arange(0, P * BR), BR, P, OUT)
+            acc = dot(tl.permute(a, (0, 2, 1)), b, acc, PRECISION)
+    in_pack, in_slot = split(tl.arange(0, P * BC), BC, P, IN)
+    out_pack, out_slot = split(tl.arange(0, P * BR), BR, P, OUT)
     i, j = r_first + out_slot, c_first + in_slot
     if Q == 1:
         g = group + out_pack[:, None]

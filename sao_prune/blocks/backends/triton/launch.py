@@ -80,10 +80,12 @@ def product_arguments(
 ) -> Arguments:
     """Run-time arguments, constants and work of `kernels.product`; ``transposed`` for the gradient of an input."""
     x, conv = source.values, y.dim() == 4
-    c, taps = weight.shape[2], window.taps
-    w_group, w_out, w_in = weight.shape[1] * c * taps, c * taps, taps
-    if transposed:
-        w_out, w_in = w_in, w_out
+    groups, r, c = weight.shape[:3]
+    taps = window.taps
+    w_out, w_in = (1, c) if transposed else (c, 1)
+    if taps > 1:
+        # Weights of a tap side by side: a copy as small as a weight, for loads of 16 bytes.
+        weight = weight.movedim((3, 4), (0, 1)).contiguous()
     rows = y.numel() // y.shape[1]
     x_height, x_width = source.size
     y_height, y_width = (y.shape[2], y.shape[3]) if conv else (1, 1)
@@ -108,10 +110,10 @@ def product_arguments(
         "x_row": x_row,
         "x_column": x_column,
         "s_channels": x.shape[1],
-        "w_group": w_group,
+        "w_group": r * c,
         "w_out": w_out,
         "w_in": w_in,
-        "w_tap": 1,
+        "w_tap": groups * r * c,
     }
     constants = {
         **{"GROUPS": ins.groups, "R": outs.size, "C": ins.size},
@@ -120,7 +122,8 @@ def product_arguments(
         **{"ACTIVATION": after.activation, "KEEP": after.keep is not None, "DERIVATIVE": source.derivative},
         "PRECISION": precision(x.dtype, conv),
     }
-    return run_time, constants, _work(x, rows, ins, outs, taps)
+    plain = not after.activation and not source.derivative
+    return run_time, constants, _work(x, rows, ins, outs, taps, plain)
 
 
 def launch_product(
@@ -185,7 +188,7 @@ def weight_arguments(
         **{"IN": ins.kind, "OUT": outs.kind, "BIAS": bias is not None, "DERIVATIVE": grad.derivative},
         "PRECISION": precision(g.dtype, conv),
     }
-    return run_time, constants, _work(g, rows, ins, outs, window.taps)
+    return run_time, constants, _work(g, rows, ins, outs, window.taps, not grad.derivative)
 
 
 def launch_weight_gradient(
@@ -245,9 +248,9 @@ def precision(dtype: torch.dtype, conv: bool) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _work(x: Tensor, rows: int, ins: Side, outs: Side, taps: int) -> Work:
+def _work(x: Tensor, rows: int, ins: Side, outs: Side, taps: int, plain: bool) -> Work:
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 1
-    return Work(rows, ins.groups, outs.size, ins.size, taps, ins.kind, outs.kind, x.element_size(), processors)
+    return Work(rows, ins.groups, outs.size, ins.size, taps, ins.kind, outs.kind, x.element_size(), processors, plain)
 
 
 def _key(kernel: str, constants: dict[str, object], work: Work) -> tuple[object, ...]:

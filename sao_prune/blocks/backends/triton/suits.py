@@ -42,7 +42,7 @@ def suits_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
 
 
 def suits_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "") -> bool:
-    """Whether `conv_forward` can take these: ``x`` ``(B, n, H, W)``, channels last; ``weight`` ``(g, r, c, kh, kw)``."""
+    """Whether `conv_forward` can take these: ``x`` channels last, ``weight`` ``(g, r, c, kh, kw)``."""
     return (
         _suits((x, weight, bias), activation)
         and (x.dim(), weight.dim()) == (4, 5)

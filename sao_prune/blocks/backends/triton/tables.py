@@ -51,6 +51,21 @@ def side_of(table: Tensor, groups: int, channels: int) -> Side:
     return Side(kind, table, groups, len(table) // groups, channels, missing)
 
 
+def table_of(sets: Tensor, groups: int) -> Tensor:
+    """The table of a side whose channels belong to ``sets``, -1 to none; smaller sets are padded.
+
+    Example:
+        >>> table_of(torch.tensor([0, 1, 0, -1, 1, 0]), groups=2)
+        tensor([ 0,  2,  5,  1,  4, -1], dtype=torch.int32)
+    """
+    counts = torch.bincount(sets[sets >= 0], minlength=groups)
+    table = torch.full((groups, int(counts.max())), -1, dtype=torch.int32)
+    for group in range(groups):
+        members = torch.nonzero(sets == group).flatten()
+        table[group, : len(members)] = members.int()
+    return table.flatten()
+
+
 def _look(table: Tensor, groups: int, channels: int) -> tuple[str, Tensor | None]:
     if table.dtype is not torch.int32 or table.dim() != 1 or len(table) % groups or not table.is_contiguous():
         raise ValueError(

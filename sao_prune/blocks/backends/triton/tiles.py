@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from itertools import product
 
-# Elements of 32 bits that a thread may hold, of the 255 that it has: accumulators, and what an operand's loads need.
+# Elements that a thread may hold: accumulators, and loads of an operand. Loads by a table pass through registers, one
+# address each; others are copied to shared memory as they are.
 _ACCUMULATORS = 64
-_LOADED = 32
+_LOADED = {"identity": 64, "strided": 64, "index": 16}
 # Bytes in flight of one operand tile; shared memory holds both operands, once a stage.
 _SHARED = 96 * 1024
 # Bytes that neighbouring tiles of one program find in its first-level cache.
@@ -39,7 +40,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done: ``rows`` times ``groups`` products of ``r x c``, ``taps`` times."""
+    """What has to be done: ``rows`` times ``groups`` products of ``r x c``, ``taps`` times; ``plain``: no more."""
 
     rows: int
     groups: int
@@ -50,6 +51,7 @@ class Work:
     outputs: str
     bytes: int
     processors: int
+    plain: bool = True
 
 
 def power(n: int) -> int:
@@ -74,7 +76,10 @@ def product_tiles(work: Work) -> list[Tile]:
     for q, p, br, bc in _shapes(work):
         columns = -(-work.groups // (q * p)) * -(-work.r // br)
         for bm in (16, 32, 64, 128):
-            warps = _warps(q * bm * p * br, q * p * bm * bc, work.inputs)
+            # What is left of the registers when nothing but products happens, and no block is cut short.
+            roomy = work.plain and work.inputs != "index" and bc == 16 and power(work.r) == work.r >= br
+            roomy = roomy and power(work.c) == work.c
+            warps = _warps(q, q * bm * p * br, q * p * bm * bc, work.inputs, roomy)
             if not warps or (bm > 16 and bm >= 2 * work.rows):
                 continue
             stages = _stages(work.bytes * q * p * bc * (bm + p * br))
@@ -95,7 +100,8 @@ def weight_tiles(work: Work) -> list[Tile]:
     for q, p, br, bc in _shapes(work):
         for bm in (16, 32, 64, 128):
             loaded = q * p * bm * max(br, bc)
-            warps = _warps(q * p * br * p * bc, loaded, "index" if work.inputs == "index" else work.outputs)
+            kind = "index" if work.inputs == "index" else work.outputs
+            warps = _warps(q, q * p * br * p * bc, loaded, kind, False)
             if not warps or (bm > 16 and bm >= 2 * work.rows):
                 continue
             found.append(Tile(bm, br, bc, q, p, 1, warps, _stages(work.bytes * q * p * bm * (br + bc))))
@@ -111,7 +117,7 @@ def parts(tile: Tile, work: Work) -> int:
 def _shapes(work: Work) -> Iterator[tuple[int, int, int, int]]:
     most = power(work.groups)
     deep = 16 if work.bytes == 2 else 8
-    for q, p in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16)):
+    for q, p in product((1, 4, 8, 16, 32), (1, 2, 4, 8, 16)):
         if q * p > most:
             continue
         for br, bc in product((1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64)):
@@ -129,11 +135,13 @@ def _shapes(work: Work) -> Iterator[tuple[int, int, int, int]]:
             yield q, p, br, bc
 
 
-def _warps(accumulators: int, loaded: int, kind: str) -> int:
+def _warps(q: int, accumulators: int, loaded: int, kind: str, roomy: bool) -> int:
     """Warps that hold the accumulators and the loads; 0 if none do."""
-    limit = _LOADED // 2 if kind == "index" else _LOADED
     for warps in (4, 8):
-        if accumulators <= warps * 32 * _ACCUMULATORS and loaded <= warps * 32 * limit:
+        # Each product of a batch has a warp of its own. Two programs of four warps are better than one of eight that
+        # holds twice as much, so more accumulators are only for those.
+        limit = _ACCUMULATORS * (2 if roomy and warps == 8 else 1)
+        if (q == 1 or warps <= q) and accumulators <= 32 * warps * limit and loaded <= 32 * warps * _LOADED[kind]:
             return warps
     return 0
 
@@ -155,7 +163,7 @@ def _product_cost(tile: Tile, work: Work) -> float:
     steps = -(-work.c // tile.BC)
     rows = -(-work.rows // tile.BM) * tile.BM
     near = tile.SWEEP > 1
-    read = rows * work.groups * work.c * work.bytes * work.taps
+    read = float(rows * work.groups * work.c * work.bytes * work.taps)
     # In the first-level cache a permuted read costs its instructions, about a quarter of a sector.
     read *= 4.0 if near else _waste(work.inputs, tile, work.bytes, min(work.c, tile.BC)) * chunks
     written = rows * work.groups * work.r * work.bytes * _waste(work.outputs, tile, work.bytes, work.r)
@@ -169,8 +177,8 @@ def _product_cost(tile: Tile, work: Work) -> float:
 def _weight_cost(tile: Tile, work: Work) -> float:
     tiles = -(-work.groups // tile.packed)
     r_chunks, c_chunks = -(-work.r // tile.BR), -(-work.c // tile.BC)
-    x = work.rows * work.groups * work.c * work.bytes * r_chunks * work.taps
-    g = work.rows * work.groups * work.r * work.bytes * c_chunks * work.taps
+    x = 1.0 * work.rows * work.groups * work.c * work.bytes * r_chunks * work.taps
+    g = 1.0 * work.rows * work.groups * work.r * work.bytes * c_chunks * work.taps
     x *= _waste(work.inputs, tile, work.bytes, min(work.c, tile.BC))
     g *= _waste(work.outputs, tile, work.bytes, min(work.r, tile.BR))
     apart = parts(tile, work)

@@ -1,0 +1,120 @@
+"""Residual additions are found in any model, whatever it is written like."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import sao_prune.models  # noqa: F401 - registers its networks with timm
+from sao_prune.discovery.dataflow import record
+from sao_prune.discovery.residual import ResidualBlock, find_residuals
+
+
+class Written(nn.Module):
+    """``relu(x + fc2(relu(fc1(x))))`` in several ways of writing it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        h = self.fc2(self.fc1(x).relu())
+        if self.how == "in place":
+            h += x
+            return h.relu_()
+        if self.how == "method":
+            return torch.clamp(x.add(h), min=0) if x is None else x.add(h).relu()
+        if self.how == "function":
+            return torch.relu(torch.add(h, x))
+        return nn.functional.relu(x + h)
+
+
+def only(model: nn.Module, x: Tensor) -> ResidualBlock:
+    (block,) = find_residuals(model, x).blocks
+    return block
+
+
+@pytest.mark.parametrize("how", ["operator", "in place", "method", "function"])
+def test_an_addition_is_found_however_it_is_written(how: str) -> None:
+    block = only(Written(how), torch.randn(2, 4))
+    assert (block.kind, block.shortcut, block.reason) == ("relu", "identity", None)
+    assert [layer.weight for layer in block.layers] == ["fc1.weight", "fc2.weight"]
+    assert block.activations == ("relu",)
+
+
+def test_a_recorded_graph_gives_the_same_outputs_again() -> None:
+    model = timm.create_model("sao_resnet", depth=8).eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph = record(model, x)
+    values = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    *_, (_, out) = graph.run(values)
+    torch.testing.assert_close(out, model(x))
+    doubled = {**values, "head.weight": 2 * values["head.weight"], "head.bias": 2 * values["head.bias"]}
+    *_, (_, out) = graph.run(doubled)
+    torch.testing.assert_close(out, 2 * model(x))
+
+
+def test_recording_leaves_modes_and_the_random_state_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    model[1].train()
+    model[0].eval()
+    state = torch.get_rng_state()
+    record(model, torch.randn(2, 4, generator=torch.Generator()))
+    assert model[1].training
+    assert not model[0].training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_works_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    assert [block.shortcut for block in find_residuals(model).blocks].count("projection") == 3
+
+
+class Odd(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.what = nn.Linear(4, 4), nn.Linear(4, 4), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "shared":
+            return x + self.fc1(self.fc1(x).relu())
+        if self.what == "gated":
+            return x + self.fc2(self.fc1(x) * x)
+        if self.what == "last":
+            return x + self.fc1(x).tanh()
+        return x + self.fc2(self.fc1(x).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [("shared", "once"), ("gated", "mul"), ("last", "ends in"), ("softmax", "softmax")]
+)
+def test_what_is_no_chain_of_layers_is_left_with_a_reason(what: str, reason: str) -> None:
+    found = only(Odd(what), torch.randn(2, 4)).reason
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "ends"),
+    [
+        ("resnet18", 8, (("conv1.weight",), ("fc.weight",))),
+        ("sao_resnet", 9, (("stem.weight",), ("head.weight",))),
+        ("vit_tiny_patch16_224", 24, ((), ())),
+        ("sao_mixer_nano", 16, ((), ())),
+    ],
+)
+def test_models(name: str, blocks: int, ends: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = find_residuals(model)
+    assert len(found.blocks) == blocks
+    assert (found.entries, found.exits) == ends
+
+
+def test_without_an_example_it_says_what_it_needs() -> None:
+    with pytest.raises(ValueError, match="give example_input"):
+        find_residuals(nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4)))

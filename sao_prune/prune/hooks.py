@@ -28,19 +28,6 @@ class _LayerByLayer(str):
         return format(str(self), spec)
 
 
-class _LayerByLayer(str):
-    """torch's name of a pruning type, which says in error messages what to do instead of pruning globally."""
-
-    def __str__(self) -> str:
-        return (
-            f"{super().__str__()}: sao_prune chooses masks layer by layer; call sao_prune.apply(model, sparsity), or "
-            "with Lightning use sao_prune.integrations.lightning.SparseTraining"
-        )
-
-    def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
-
-
 class MaskPruning(BasePruningMethod):
     """Base of this library's pruning methods: a given mask, joined with any that is there already.
 

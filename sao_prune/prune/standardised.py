@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from ..discovery import is_standardised
-from .derived import operands, place
+from .derived import place
+from .operands import operands
 
 
 def centred(weight: Tensor, mask: Tensor) -> Tensor:

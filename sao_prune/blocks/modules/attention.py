@@ -76,7 +76,10 @@ class BlockAttention(BlockComposite):
             RuntimeError: for inputs that do not fit each other, or ``is_causal`` without a mask.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            raise RuntimeError("block attention takes no nested tensors: pad them")
+            raise RuntimeError(
+                "block attention takes no nested tensors: pad them (nn.TransformerEncoder makes them of a padding mask "
+                "unless it has enable_nested_tensor=False)"
+            )
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3

@@ -73,7 +73,7 @@ class BlockLinear(BlockModule):
         blocks: Tensor = self.blocks
         bias: Tensor | None = self.bias
         plain = is_plain(x)
-        epilogue = self.epilogue
+        epilogue = self.epilogue if self.copies == 1 else None
         if epilogue is not None and epilogue.begin(x, plain):
             return epilogue.done(self._fused(x, epilogue))
         if run.dense:

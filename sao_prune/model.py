@@ -122,8 +122,8 @@ def apply(
 
     Returns:
         A `Report`; its table says for each layer what was asked, what was done, or why it was skipped, and of every
-        other parameter of two or more dimensions what it is.
-        With ``SAO(residual="isometric")`` its ``residuals`` say the same of each residual block.
+        other parameter of two or more dimensions what it is. With ``SAO(residual="isometric")`` its ``residuals`` say
+        the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.

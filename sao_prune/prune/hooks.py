@@ -28,7 +28,6 @@ class _LayerByLayer(str):
         return format(str(self), spec)
 
 
-
 class MaskPruning(BasePruningMethod):
     """Base of this library's pruning methods: a given mask, joined with any that is there already.
 

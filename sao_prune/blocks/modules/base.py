@@ -147,7 +147,11 @@ class BlockModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, zeros included; computed anew each time, differentiable, not a parameter."""
-        shape, blocks = self.weight_shape, self.blocks
+        return self.dense(self.blocks)
+
+    def dense(self, blocks: Tensor) -> Tensor:
+        """Values shaped as the blocks in a dense weight, zeros elsewhere."""
+        shape = self.weight_shape
         slots = block_slots(self.topology, self.parts).to(blocks.device)
         values = blocks.reshape(-1, *shape[2:])
         return values.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, slots, values).view(shape)

@@ -110,6 +110,10 @@ class BlockConv(BlockModule):
             return epilogue.done(self._fused(self._formatted(x), epilogue))
         return self._run(x, plain)
 
+    def values(self) -> Tensor:
+        """The blocks that the layer computes with."""
+        return self.blocks
+
     def _formatted(self, x: Tensor) -> Tensor:
         """The input in the memory format of the execution, with a padding that zeros on both sides are not."""
         if self.padding_mode != "zeros":
@@ -139,24 +143,25 @@ class BlockConv(BlockModule):
 
     def _run(self, x: Tensor, plain: bool) -> Tensor:
         run, geometry = self.execution, self.geometry
-        blocks: Tensor = self.blocks
+        blocks = self.values()
         bias: Tensor | None = self.bias
         x = self._formatted(x)
         if run.dense and not isinstance(x, Proxy):
             options = geometry.stride, geometry.padding, geometry.dilation, self.groups
-            return type(self).convolve(x, self.weight, bias, *options)
+            return type(self).convolve(x, self.dense(blocks), bias, *options)
         if plain and not isinstance(x, Proxy):
             if is_batched(self.row_set) and blocks.dim() == 3 + len(self.kernel_size):
                 return functional.block_conv_by_sets(x, blocks, bias, self.row_set, self.col_set, geometry)
             return functional.block_conv(x, blocks, bias, self.layout, geometry)
+        stride, padding, dilation, merge = self._options(geometry)
         sets = self.row_set, self.col_set
-        return run_conv(x, blocks, bias, *sets, run.backend, run.channels_last, *self._options(geometry))
+        return run_conv(x, blocks, bias, *sets, run.backend, run.channels_last, stride, padding, dilation, merge)
 
     def _options(self, geometry: functional.Geometry) -> tuple[list[int], list[int], list[int], int]:
         return list(geometry.stride), list(geometry.padding), list(geometry.dilation), self.execution.merge
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)
+        own, sets = (x, self.values(), self.bias), (self.row_set, self.col_set)
         norm, activation, _ = epilogue.parts()
         options = self._options(self.geometry)
         if norm is not None:

@@ -40,7 +40,7 @@ def calls(draw):
 
 
 @given(case=calls())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_results_weights_and_gradients_are_those_of_the_masked_layer(case):
     model, alone, masks, weights, batched = case
     layer, batch, queries, keys = model.layer, 2, 3, 3 if alone else 4

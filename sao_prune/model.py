@@ -73,7 +73,7 @@ def plan(
         [None, 32, 32, None]
     """
     chosen = resolve(method)
-    _, items = _allocate(model, sparsity, options)
+    _, items = allocate_model(model, sparsity, options)
     allocations = [item for item in items if isinstance(item, Allocation)]
     bound = chosen.bind(model, options.get("example_input"))
     foretold = iter(bound.foretell(allocations))
@@ -127,7 +127,7 @@ def apply(
     chosen = resolve(method)
     if form not in ("masked", "compact"):
         raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
-    modules, items = _allocate(model, sparsity, options)
+    modules, items = allocate_model(model, sparsity, options)
     allocations = [item for item in items if isinstance(item, Allocation)]
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
@@ -239,9 +239,15 @@ def report(model: nn.Module) -> Report:
     return _report(model, records, "model")
 
 
-def _allocate(
+def allocate_model(
     model: nn.Module, sparsity: Amount | None, options: PlanOptions
 ) -> tuple[dict[str, nn.Module], list[Allocation | PrunableWeight]]:
+    """The modules of a model by path, and for every weight its share of the budget or the reason why it has none.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError: as `apply` has it.
+    """
     known = set(PlanOptions.__annotations__)
     unknown = sorted(set(options) - known)
     if unknown:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Draw, ResidualRecord
+from .algorithms import Draw, Fidelity, ResidualRecord
 from .allocation import Allocation
 from .discovery import ALREADY_PRUNED, PrunableWeight
 from .topology import BlockTopology
@@ -39,6 +39,7 @@ class LayerRecord:
         total: weights in all.
         reason: why the layer was left alone; ``None`` if it is pruned.
         note: anything else worth knowing.
+        fidelity: what is left of a trained weight's work, from methods that look.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerRecord:
     total: int
     reason: str | None = None
     note: str = ""
+    fidelity: Fidelity | None = None
 
     @property
     def achieved(self) -> float:
@@ -220,7 +222,8 @@ def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecor
 def done(allocation: Allocation, draw: Draw, note: str = "") -> LayerRecord:
     """A weight after its draw."""
     record = pruned(allocation, draw.groups, draw.edges)
-    return replace(record, note="; ".join(filter(None, (record.note, note))))
+    said = filter(None, (record.note, str(draw.fidelity or ""), note))
+    return replace(record, note="; ".join(said), fidelity=draw.fidelity)
 
 
 def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:

@@ -214,7 +214,9 @@ def derive(module: nn.Module, name: str) -> Tensor:
 
 
 def _mark(weight: Tensor) -> Tensor:
-    return weight.as_subclass(MaskedWeight) if type(weight) is Tensor and not weight.is_inference() else weight
+    if type(weight) is not Tensor or weight.is_inference() or (torch.compiler.is_compiling() and not _COMPILES):
+        return weight
+    return weight.as_subclass(MaskedWeight)
 
 
 def _mark_in_graph(original: Tensor, mask: Tensor) -> Tensor:

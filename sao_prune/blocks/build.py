@@ -11,6 +11,7 @@ from torch import nn
 
 from ..algorithms import Draw
 from ..prune import MaskPruning, attach_all
+from ..replaced import warn_replaced
 from ..seeds import named_generator
 from .autotune import default_execution
 from .calls import to_channels_last
@@ -32,6 +33,10 @@ def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], se
     modules = dict(model.named_modules())
     _check_meta(modules, {draw.weight.module for draw in draws})
     forms, masked = _forms(model, modules, draws, seed)
+    # A layer that becomes compact has new parameters; told before anything changes, as a warning may be an error.
+    warn_replaced(
+        [p for module, _ in forms for p in module._parameters.values() if p is not None and p.dim() > 1], "apply"
+    )
     changes: Changes = []
     try:
         for module, form in forms:

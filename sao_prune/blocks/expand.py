@@ -51,11 +51,12 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
     for name, module in targets:
         _check_plain(name, module)
     blocks = [m for _, m in model.named_modules() if isinstance(m, BlockModule)]
-    warn_replaced([p for module in blocks for p in module._parameters.values()], "expand")
+    warn_replaced([module._parameters.get("blocks") for module in blocks], "expand")
+    # All of them first: if one fails, for want of memory say, the model is as it was.
+    forms = [dense_form(module, None if form is None else form == "masked") for _, module in targets]
     detach(model)
     records: list[CompactRecord] = []
-    for name, module in targets:
-        dense = dense_form(module, None if form is None else form == "masked")
+    for (name, module), dense in zip(targets, forms):
         records += _expanded(name, module, dense)
         become(module, dense)
         if any(True for _ in pruning_hooks(module)):

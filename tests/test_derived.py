@@ -158,6 +158,20 @@ def test_a_write_is_there_for_whoever_comes_next(write, reader):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="compiled passes leave plain tensors")
+@pytest.mark.parametrize("write", [in_place, by_items, by_init, by_setting_data])
+def test_a_write_between_compiled_passes_arrives(write):
+    torch._dynamo.reset()
+    model = layers()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 16)
+    for value in torch.randn(3, 16, 16):
+        write(model[1].weight, value)
+        out = compiled(x)
+        assert torch.allclose(model[1].weight, value * model[1].weight_mask)
+        assert torch.allclose(out, model(x), atol=1e-5)
+
+
 INITIALISERS = {
     "uniform_": (), "normal_": (), "trunc_normal_": (), "xavier_uniform_": (), "kaiming_normal_": (), "orthogonal_": (),
     "sparse_": (0.5,), "eye_": (), "ones_": (), "zeros_": (), "constant_": (3.0,),

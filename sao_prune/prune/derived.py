@@ -2,7 +2,9 @@
 
 It is computed anew for every forward, from what the parameter and the mask hold then. It is a plain tensor wherever
 tensors cannot be subclassed (fake, functional and distributed tensors); elsewhere it can be copied and pickled, and it
-knows whether anybody wrote to it: such a write reaches the parameter where the mask is one, or raises.
+knows whether anybody wrote to it: such a write reaches the parameter where the mask is one, or raises. In-place
+methods and assignments to ``data`` do so at once; writes through views and aliases (``weight.data.copy_``) at the next
+forward, copy, state dict or verb. Compiled code does not look for those: run the model once without it in between.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class MaskedWeight(Tensor):
     __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
 
     _owner: weakref.ref[nn.Module] | None = None
+    #: The owner, where compiled code computed this: it makes no weak references.
+    _module: nn.Module | None = None
     _name = ""
     #: Version of the parameter that this was computed from; `None` if unknown.
     _origin: int | None = None
@@ -73,7 +77,7 @@ class MaskedWeight(Tensor):
         if self._successor is not None:
             self._successor.data = value
             return
-        owner = None if self._owner is None else self._owner()
+        owner = self._module if self._owner is None else self._owner()
         if owner is not None and owner.__dict__.get(self._name) is not self:
             raise RuntimeError(
                 f"this {self._name} was computed for an earlier forward of a pruned {type(owner).__name__}: take it "
@@ -129,7 +133,7 @@ class MaskedWeight(Tensor):
 
     def _current_owner(self) -> nn.Module | None:
         """The module whose weight this is; ``None`` if it is gone or has computed another since."""
-        owner = None if self._owner is None else self._owner()
+        owner = self._module if self._owner is None else self._owner()
         return owner if owner is not None and owner.__dict__.get(self._name) is self else None
 
     def _renewed(self) -> MaskedWeight:
@@ -193,7 +197,11 @@ def derive(module: nn.Module, name: str) -> Tensor:
                 f"exported, so that {name}_orig has the values"
             )
         weight = product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
-        return weight.as_subclass(MaskedWeight) if type(weight) is Tensor and _COMPILES else weight
+        if type(weight) is not Tensor or not _COMPILES:
+            return weight
+        compiled = weight.as_subclass(MaskedWeight)
+        compiled._module, compiled._name = module, name
+        return compiled
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)

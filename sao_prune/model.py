@@ -87,7 +87,7 @@ def plan(
         [None, 32, 32, None]
     """
     chosen = resolve(method)
-    model, items = _allocate(model, sparsity, options)
+    model, items = allocate_model(model, sparsity, options)
     allocations = [item for item in items if isinstance(item, Allocation)]
     bound = chosen.bind(model, options.get("example_input"))
     foretold = iter(bound.foretell(allocations))
@@ -122,8 +122,8 @@ def apply(
 
     Returns:
         A `Report`; its table says for each layer what was asked, what was done, or why it was skipped, and of every
-        other parameter of two or more dimensions what it is.
-        With ``SAO(residual="isometric")`` its ``residuals`` say the same of each residual block.
+        other parameter of two or more dimensions what it is. With ``SAO(residual="isometric")`` its ``residuals`` say
+        the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -143,7 +143,7 @@ def apply(
     chosen = resolve(method)
     if form not in ("masked", "compact"):
         raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
-    _, items = _allocate(model, sparsity, options)
+    _, items = allocate_model(model, sparsity, options)
     # Lazy layers have shown on a copy that the example input suits them.
     initialise_(model, options.get("example_input"))
     modules = dict(model.named_modules())
@@ -264,10 +264,15 @@ def report(model: nn.Module) -> Report:
     return _report(model, records, "model")
 
 
-def _allocate(
+def allocate_model(
     model: nn.Module, sparsity: Amount | None, options: PlanOptions
 ) -> tuple[nn.Module, list[Allocation | PrunableWeight]]:
-    """The model, or a copy whose lazy layers have their shapes, and what each of its weights is asked for."""
+    """The model, or a copy whose lazy layers have their shapes, and what each of its weights is asked for.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError: as `apply` has it.
+    """
     known = set(PlanOptions.__annotations__)
     unknown = sorted(set(options) - known)
     if unknown:

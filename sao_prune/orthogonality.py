@@ -204,6 +204,8 @@ _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_e
 
 def _compact_layout(module: BlockModule) -> Layout | str:
     spatial = prod(module.weight_shape[2:]) > 1
+    if getattr(module, "stacked", 1) > 1:
+        return "its blocks are of several gates, each orthogonal for itself: hold it in its masked form (expand)"
     return _SPATIAL if spatial else CompactLayout(module.topology, tuple(module.blocks.shape))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Draw, ResidualRecord
+from .algorithms import Draw, Fidelity, ResidualRecord
 from .allocation import Allocation
 from .discovery import ALREADY_PRUNED, PrunableWeight
 from .topology import BlockTopology
@@ -40,6 +40,7 @@ class LayerRecord:
         reason: why the layer is skipped; ``None`` if it is pruned.
         note: anything else worth knowing.
         other: whether it is a parameter in no layer of a kind that is pruned.
+        fidelity: what is left of a trained weight's work, from methods that look.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerRecord:
     reason: str | None = None
     note: str = ""
     other: bool = False
+    fidelity: Fidelity | None = None
 
     @property
     def achieved(self) -> float:
@@ -228,7 +230,8 @@ def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecor
 def done(allocation: Allocation, draw: Draw, note: str = "") -> LayerRecord:
     """A weight after its draw."""
     record = pruned(allocation, draw.groups, draw.edges)
-    return replace(record, note="; ".join(filter(None, (record.note, note))))
+    said = filter(None, (record.note, str(draw.fidelity or ""), note))
+    return replace(record, note="; ".join(said), fidelity=draw.fidelity)
 
 
 def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:

@@ -108,7 +108,7 @@ def test_a_write_after_a_step_arrives_or_raises(write):
     model(torch.randn(2, 16)).sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
     before, value = model[1].weight_orig.detach().clone(), torch.randn(16, 16)
-    if write in (by_data, by_adding_to_data, by_items_of_data):
+    if write not in (by_setting_data, by_view, by_detached):
         write(model[1].weight, value)
         assert arrived(model[1], value, before)
         return
@@ -122,7 +122,7 @@ def test_a_write_after_a_step_arrives_or_raises(write):
     assert arrived(model[1], before, before)
 
 
-@pytest.mark.parametrize("write", [in_place, by_data, by_setting_data])
+@pytest.mark.parametrize("write", [in_place, by_view, by_setting_data])
 @pytest.mark.parametrize("reader", ["state", "copy", "pickle", "hold", "remove", "torchs remove", "stacked", "export"])
 def test_a_write_is_there_for_whoever_comes_next(write, reader):
     model = layers()
@@ -146,7 +146,7 @@ def test_a_write_is_there_for_whoever_comes_next(write, reader):
         prune.kernel_l1(model[1], amount=0.0)
         found = model[1].weight
     elif reader == "export":
-        if write is not by_setting_data:
+        if write is by_view:
             with pytest.raises(RuntimeError, match="run the model once before it is exported"):
                 torch.export.export(model, (x,))
             model(x)
@@ -156,6 +156,33 @@ def test_a_write_is_there_for_whoever_comes_next(write, reader):
         twin(x)
         found = twin[1].weight
     assert torch.equal(found, expected)
+
+
+INITIALISERS = {
+    "uniform_": (), "normal_": (), "trunc_normal_": (), "xavier_uniform_": (), "kaiming_normal_": (), "orthogonal_": (),
+    "sparse_": (0.5,), "eye_": (), "ones_": (), "zeros_": (), "constant_": (3.0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_every_initialiser_reaches_the_parameter(name):
+    def init(weight):
+        torch.manual_seed(1)
+        return getattr(nn.init, name)(weight, *INITIALISERS[name])
+
+    model = layers()
+    before = model[1].weight_orig.detach().clone()
+    init(model[1].weight)
+    assert arrived(model[1], init(torch.empty(16, 16)), before)
+
+
+def test_operators_that_assign_reach_the_parameter():
+    model = layers()
+    before = model[1].weight_orig.detach().clone()
+    with torch.no_grad():
+        model[1].weight *= 3
+        model[1].weight.clamp_(-0.5, 0.5).mul_(2)
+    assert arrived(model[1], (3 * before).clamp(-0.5, 0.5) * 2, before)
 
 
 def test_initialising_all_layers_initialises_pruned_ones():
@@ -338,7 +365,8 @@ def test_frozen_zeros_survive_conversions_and_copies(swap, twin):
         model(torch.randn(2, 16).bfloat16()).square().sum().backward()
         optimiser.step()
     assert sao_prune.report(model).sparsity == 0.75
-    assert "1.weight" in str(sao_prune.compact(model)) or sao_prune.report(model).sparsity == 0.75
+    sao_prune.compact(model)
+    assert type(model[1]).__name__ == "BlockLinear"
 
 
 @pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])

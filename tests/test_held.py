@@ -281,4 +281,4 @@ def test_held_models_are_compiled_and_exported():
     train(model, x)
     y = model(x)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), y)
-    torch.testing.assert_close(torch.export.export(model.eval(), (x,)).module()(x), y)
+    torch.testing.assert_close(torch.export.export(model.eval(), (x,), strict=False).module()(x), y)

@@ -8,11 +8,11 @@ from math import prod
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from .base import Method, register
+from .base import Method, Stage, register
 from .draw import Draw
 
 
@@ -109,6 +109,20 @@ class LMP(Method):
             for a, scores in zip(allocations, _all_scores(allocations, weights))
         ]
 
+    @property
+    def gradual(self) -> bool:
+        """Magnitudes rank at any time."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Keep the top units of each weight among those that are left."""
+        draws = []
+        for allocation, units, scores in zip(stage.allocations, stage.units, _all_scores(stage.allocations, weights)):
+            count = min(round(allocation.density * scores.numel()), int(units.sum()))
+            ranked = torch.where(units.to(scores.device), scores, -1)
+            draws.append(Draw(allocation.weight, units=keep_top(ranked, count)))
+        return draws
+
 
 @register
 @dataclass(frozen=True)
@@ -122,6 +136,18 @@ class GMP(Method):
         """Keep the top units of all weights together, until the budget of weights is spent."""
         kept = keep_global(allocations, _all_scores(allocations, weights))
         return [Draw(a.weight, units=units) for a, units in zip(allocations, kept)]
+
+    @property
+    def gradual(self) -> bool:
+        """Magnitudes rank at any time."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Keep the top units of all weights together among those that are left."""
+        scores = _all_scores(stage.allocations, weights)
+        left = [units.to(s.device) for units, s in zip(stage.units, scores)]
+        kept = keep_global(stage.allocations, scores, among=left)
+        return [Draw(a.weight, units=units) for a, units in zip(stage.allocations, kept)]
 
 
 @register
@@ -145,6 +171,15 @@ class LRP(Method):
                 one[torch.randperm(size, generator=generator, device="cpu")[:count]] = True
             draws.append(Draw(weight, units=units.view(weight.parts, *weight.matrix)))
         return draws
+
+    @property
+    def gradual(self) -> bool:
+        """The random order is the same at every density."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Keep the first units of the same random order."""
+        return self.draw(stage.allocations, weights, seed)
 
 
 def _keep_local(allocation: Allocation, scores: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from math import prod, sqrt
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from ..topology import MAKERS, SUPPORTS, BlockTopology
+from ..topology import MAKERS, SUPPORTS, BlockTopology, coarsened
 from ..weights import Blocks, normal_blocks, uniform_blocks
-from .base import Method, SupportDrawer, TopologyDrawer, choice, register
+from .base import Method, Stage, SupportDrawer, TopologyDrawer, choice, register
 from .draw import Draw
 from .sao import check_gain
 
@@ -74,6 +74,19 @@ class RG(Method):
             )
             draws.append(Draw(weight, parts, self._blocks(weight.kernel, parts, names, seed)))
         return draws
+
+    @property
+    def gradual(self) -> bool:
+        """Blocks whose values are kept can be split on the way."""
+        return self.structured and self.values == "keep"
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """The final topology with its sets joined, as many as are asked for now."""
+        final = self.draw(stage.final, weights, seed)
+        return [
+            Draw(a.weight, tuple(coarsened(t, a.groups) for t in draw.topologies))
+            for a, draw in zip(stage.allocations, final)
+        ]
 
     def _draw_irregular(self, allocations: Sequence[Allocation], seed: int) -> list[Draw]:
         drawer = SupportDrawer(self.topology, seed, unique=self.unique)

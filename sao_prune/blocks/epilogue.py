@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import operators
@@ -142,8 +143,8 @@ class Epilogue:
             self._results.append((StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), _version(y)))
         return y
 
-    def given(self, x: Tensor) -> bool:
-        """Whether an absorbed module is given a result in which it has been computed.
+    def given(self, x: Tensor, module: nn.Module) -> bool:
+        """Whether an absorbed module is given a result in which it has been computed; the last ends the owner's call.
 
         Raises:
             RuntimeError: if it is given anything else while its owner computes it.
@@ -155,6 +156,9 @@ class Epilogue:
         storage = StorageWeakRef(x.untyped_storage()).cdata
         place = int(x.storage_offset()), _version(x)
         if any(r[0].cdata == storage and (r[1:] == place or place[1] == -1) for r in self._results):
+            _, norm, activation, then, *_ = self.members()
+            if module is (then or activation or norm):
+                self.fused = False
             return True
         if self.fused:
             raise RuntimeError(
@@ -211,7 +215,11 @@ class _Absorbed:
 
     def forward(self, x: Tensor) -> Tensor:
         """The owner's result as it is, while the owner computes this module; else what the module computes."""
-        if self.absorbed.given(x):
+        if isinstance(x, Proxy):
+            if isinstance(self, NORMS):
+                # A norm stays one step of a traced graph, as torch's own does: it follows train() and eval().
+                return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore
+        elif self.absorbed.given(x, self):  # type: ignore[arg-type]
             return x
         return super().forward(x)  # type: ignore[misc,no-any-return]
 

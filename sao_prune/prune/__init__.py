@@ -2,7 +2,7 @@
 
 from torch.nn.utils.prune import global_unstructured, is_pruned, remove
 
-from .attachment import Snapshot, attach, attach_all
+from .attachment import Snapshot, attach, attach_all, written
 from .derived import MaskedWeight, current
 from .frozen import freeze
 from .functional import (
@@ -58,4 +58,5 @@ __all__ = [
     "settle_all",
     "unwatch",
     "watch",
+    "written",
 ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -84,7 +86,7 @@ class MaskedWeight(Tensor):
 
     def refill_(self, original: Tensor) -> None:
         """Take over a parameter that is zero where the mask is, without allocating; that is no write."""
-        self.copy_(original)
+        Tensor.copy_(self, original)
         self._version_then, self._origin = self._version, version(original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedWeight:
@@ -120,8 +122,10 @@ class MaskedWeight(Tensor):
         return self._origin is not None and self._origin != version(original)
 
     def forget_writes(self) -> None:
-        """Let what was written be no write; the next forward computes anew."""
-        self._assigned, self._lent, self._version_then = False, None, self._version
+        """Let what was written be no write."""
+        self._assigned, self._version_then = False, self._version
+        if self._lent is not None:
+            self._lent_version = self._lent._version
 
     def _current_owner(self) -> nn.Module | None:
         """The module whose weight this is; ``None`` if it is gone or has computed another since."""
@@ -148,6 +152,30 @@ class MaskedWeight(Tensor):
             return self
         self._successor = successor
         return successor
+
+
+def _writing(name: str) -> Callable[..., Any]:
+    """An in-place method that starts from what the module would compute with now, and reaches the parameter."""
+    method = getattr(Tensor, name)
+
+    @wraps(method)
+    def write(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
+        weight = self._renewed()
+        result = method(weight, *args, **kwargs)
+        owner = weight._current_owner()
+        if owner is not None:
+            settle(owner, weight._name)
+        return result
+
+    return write
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_NO_WRITES = ("requires_grad_", "detach_", "rename_", "share_memory_", "resize_", "resize_as_", "set_")
+for _name in (*dir(Tensor), "__setitem__", *(f"__i{name}__" for name in _OPERATORS)):
+    _in_place = _name.endswith("_") and not _name.startswith("_") and _name not in _NO_WRITES
+    if (_in_place or _name == "__setitem__" or _name[3:-2] in _OPERATORS) and hasattr(Tensor, _name):
+        setattr(MaskedWeight, _name, _writing(_name))
 
 
 def _rebuild(values: Tensor, written: bool, stale: bool) -> MaskedWeight:
@@ -219,7 +247,6 @@ def settle(module: nn.Module, name: str) -> None:
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)
-        place(module, name, derive(module, name))
 
 
 def current(module: nn.Module, name: str) -> Tensor:
@@ -234,7 +261,7 @@ def current(module: nn.Module, name: str) -> Tensor:
 
 @torch.no_grad()
 def _write_through(module: nn.Module, name: str, weight: MaskedWeight) -> None:
-    """Write a masked weight's values to its parameter, where the mask is one.
+    """Write a masked weight's values to its parameter, where the mask is one, and drop its others.
 
     Raises:
         RuntimeError: if the parameter cannot be written, or was itself changed since the weight was computed.
@@ -259,6 +286,8 @@ def _write_through(module: nn.Module, name: str, weight: MaskedWeight) -> None:
     kept = mask.to(original.device) != 0
     dropped = int(((values != 0) & ~kept).sum())
     original.copy_(torch.where(kept, values, original))
+    _DATA.__get__(weight).copy_(product(original, mask))
+    weight._origin = version(original)
     if dropped:
         warnings.warn(
             f"{whose} is pruned: of what was written to it, {dropped} non-zero values lie where its mask is zero and "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .blocks import compact, expand
     from .checkpoint import load, save
     from .discovery import PrunableWeight, Selection, walk
+    from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
     from .orthogonality import hold, release
     from .replaced import StaleOptimizerWarning
@@ -37,6 +38,7 @@ __all__ = [
     "BlockTopology",
     "Budget",
     "CheckpointError",
+    "ExportReport",
     "GraSP",
     "LayerRecord",
     "Method",
@@ -50,6 +52,7 @@ __all__ = [
     "apply",
     "compact",
     "expand",
+    "export_onnx",
     "hold",
     "load",
     "methods",
@@ -73,6 +76,7 @@ _HOMES = {
         "blocks": "compact expand",
         "checkpoint": "load save",
         "discovery": "PrunableWeight Selection walk",
+        "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",
         "replaced": "StaleOptimizerWarning",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .blocks import compact, expand
     from .checkpoint import load, save
     from .discovery import PrunableWeight, Selection, walk
+    from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
     from .orthogonality import hold, release
     from .pruner import Pruner, schedule
@@ -39,6 +40,7 @@ __all__ = [
     "BlockTopology",
     "Budget",
     "CheckpointError",
+    "ExportReport",
     "GraSP",
     "LayerRecord",
     "Method",
@@ -55,6 +57,7 @@ __all__ = [
     "apply",
     "compact",
     "expand",
+    "export_onnx",
     "hold",
     "load",
     "methods",
@@ -79,6 +82,7 @@ _HOMES = {
         "blocks": "compact expand",
         "checkpoint": "load save",
         "discovery": "PrunableWeight Selection walk",
+        "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",
         "pruner": "Pruner schedule",

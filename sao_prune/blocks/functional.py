@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from .layout import Layout
@@ -67,18 +68,50 @@ def block_linear(x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Layout,
         >>> block_linear(torch.tensor([1.0, 2.0, 3.0, 4.0]), blocks, None, layout_of_topology(interleaved(4, 4, 2)))
         tensor([4., 4., 6., 6.])
     """
-    groups, rows, cols = layout.groups, layout.rows, layout.cols
     weight = layout.pack(blocks)
-    if layout.inputs.kind is Kind.STRIDED and layout.inputs.dims == (cols, groups, 1):
-        operand = x.reshape(-1, cols, groups).permute(2, 0, 1)
-    else:
-        operand = layout.inputs.plain(x, -1).reshape(-1, groups, cols).transpose(0, 1)
-    product = torch.matmul(operand, weight.mT)
-    if layout.outputs.kind is Kind.STRIDED and layout.outputs.dims == (groups, rows, 1):
-        y = product.permute(1, 2, 0).reshape(*x.shape[:-1], groups * rows)
-    else:
-        y = layout.outputs.plain(product.transpose(0, 1).reshape(*x.shape[:-1], groups * rows), -1)
+    lead = x.shape[:-1]
+    if _is_column_major(x):
+        operand = _split(x.mT.reshape(-1, layout.sources, lead[-1]), 1, layout)
+        y = _join(torch.matmul(weight, operand), 1, 2, layout)
+        y = y if bias is None else y + bias[:, None]
+        return ACTIVATIONS[activation](y).reshape(*lead[:-1], layout.channels, lead[-1]).mT
+    operand = _split(x.reshape(-1, layout.sources), 1, layout).transpose(0, 1)
+    y = _join(torch.matmul(operand, weight.mT), 0, 2, layout).reshape(*lead, layout.channels)
     return ACTIVATIONS[activation](y if bias is None else y + bias)
+
+
+def _is_column_major(x: Tensor) -> bool:
+    """Whether each matrix ``(tokens, channels)`` of a batch lies in memory channel after channel, as that of a mixer's
+    token layer does: the permutations then move whole rows of tokens, and the result lies so again."""
+    return not isinstance(x, Proxy) and x.dim() > 2 and x.stride(-2) == 1 and x.stride(-1) != 1
+
+
+def _split(x: Tensor, dim: int, layout: Layout) -> Tensor:
+    """The channels, dimension ``dim``, as two: the matrix, and the position in it."""
+    groups, cols, strided = layout.groups, layout.cols, layout.inputs.kind is Kind.STRIDED
+    if layout.is_dealt and layout.sources < groups * cols:
+        fill = [0, 0] * (x.dim() - dim - 1) + [0, groups * cols - layout.sources]
+        x, strided = F.pad(x, fill), True
+    elif not (strided and layout.is_dealt):
+        return layout.inputs.plain(x, dim).unflatten(dim, (groups, cols))
+    return x.unflatten(dim, (cols, groups)).transpose(dim, dim + 1)
+
+
+def _join(product: Tensor, group: int, row: int, layout: Layout) -> Tensor:
+    """The channels of a product: from dimensions ``group`` and ``row`` into the later one of three or more."""
+    groups, rows = layout.groups, layout.rows
+    if layout.outputs.kind is Kind.STRIDED and layout.outputs.dims == (groups, rows, 1):
+        # Channels are dealt to the matrices in turn.
+        return product.permute(1, 2, 0).flatten(1) if group == 0 else product.transpose(1, 2).flatten(1, 2)
+    product = product.transpose(0, 1) if group == 0 else product
+    if layout.runs:
+        first, parts = 0, []
+        for count, width in layout.runs:
+            part = product.narrow(1, first, count).narrow(2, 0, width)
+            parts.append(part.flatten(1, 2))
+            first += count
+        return torch.cat(parts, 1)
+    return layout.outputs.plain(product.flatten(1, 2), 1)
 
 
 def block_linear_by_sets(

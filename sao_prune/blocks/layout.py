@@ -15,6 +15,8 @@ from .permutation import Permutation
 # A set number v is stored as 4 v + 6, no set as 2: an average of equal buffers, as EMA takes it, is off by one at worst
 # after truncation to integers, and a code is never 0, by which plain numbers are told apart.
 _STEP, _OFFSET, _NONE = 4, 6, 2
+# More slices than this cost more than one gather.
+_MOST_RUNS = 4
 
 
 def encode_sets(sets: Tensor) -> Tensor:
@@ -53,6 +55,9 @@ class Layout:
         outputs: which of the ``groups * rows`` positions holds each output channel.
         slots: position of every block value in the flattened ``(groups, rows, cols)``; ``None`` when they are the
             values in their own order.
+        is_dealt: whether channel ``i`` is read by matrix ``i % groups`` at ``i // groups``, those missing at the end
+            counted as zeros.
+        runs: where the outputs lie matrix after matrix, but not all rows are some: ``(matrices, rows)`` of equal ones.
     """
 
     topology: BlockTopology
@@ -63,6 +68,8 @@ class Layout:
     inputs: Permutation
     outputs: Permutation
     slots: Tensor | None
+    is_dealt: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
     _on: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
     @property
@@ -184,7 +191,21 @@ def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
         outputs = torch.zeros(groups * rows, dtype=torch.long)
         outputs[row_place] = torch.arange(len(row_place))
         into, out = Permutation.of(inputs, col_place), Permutation.of(row_place, outputs)
-        return Layout(topology, merge, groups, rows, cols, into, out, None if exact else slots)
+        natural = torch.arange(len(col_place))
+        dealt = torch.equal(col_place, natural % groups * cols + natural // groups)
+        runs = _runs(row_place, groups, rows)
+        return Layout(topology, merge, groups, rows, cols, into, out, None if exact else slots, dealt, runs)
+
+
+def _runs(place: Tensor, groups: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """`Layout.runs`; empty where that is no short way to tell it."""
+    counts = torch.bincount(place // rows, minlength=groups)
+    first = torch.arange(groups) * rows
+    expected = torch.cat([torch.arange(count) + start for count, start in zip(counts.tolist(), first)])
+    if len(place) == groups * rows or not torch.equal(place, expected):
+        return ()
+    widths, lengths = torch.unique_consecutive(counts, return_counts=True)
+    return tuple(zip(lengths.tolist(), widths.tolist())) if len(widths) <= _MOST_RUNS else ()
 
 
 def _spread(sets: Tensor, merge: int, groups: int) -> Tensor:

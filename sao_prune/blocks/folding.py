@@ -1,0 +1,133 @@
+"""Moving channel permutations into neighbouring layers: hidden channels get an order that their readers like better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..topology import BlockTopology
+from .layout import encode_sets, layout_of_topology
+from .modules import BlockConv, BlockLinear, BlockModule
+from .permutation import Kind
+
+
+def fold(model: nn.Module, example_input: Any) -> int:
+    """Relabel hidden channels, in place, so that permutations between block layers disappear; the function stays.
+
+    The channels between a block layer and the only block layer that takes them, through elementwise activations,
+    dropouts and batch norms, may stand in any order. They are put into that of the first layer's blocks and, within
+    each, into that of the second's: of two irregular permutations one remains at most, and none but a strided one
+    where every block of the first feeds every block of the second alike. What cannot be proven to be such a pair
+    stays as it is.
+
+    Args:
+        model: without epilogues; a copy, as parameters, statistics and sets are permuted in place.
+        example_input: what to run it on, once, to find the pairs.
+
+    Returns:
+        How many pairs were relabelled.
+
+    Raises:
+        ValueError: if the model fails on the example input.
+
+    Example:
+        >>> from sao_prune.topology import ramanujan
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(BlockLinear(ramanujan(32, 8, 4)), nn.ReLU(), BlockLinear(ramanujan(8, 32, 4)))
+        >>> x = torch.randn(3, 8)
+        >>> y = net(x)
+        >>> fold(net, x), bool(torch.allclose(net(x), y, atol=1e-6)), net[0].layout.outputs.kind.value
+        (1, True, 'identity')
+    """
+    from .following import pairs
+
+    done = 0
+    for pair in pairs(model, example_input):
+        first, then = pair.owner, pair.then
+        if not _suits(first, then):
+            continue
+        order = _order(first.topology, then.topology)
+        if order is None or not _helps(first, then, order):
+            continue
+        with torch.no_grad():
+            _relabel_rows(first, order)
+            _relabel_cols(then, order)
+            for norm in pair.norms:
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    values = getattr(norm, name)
+                    if values is not None:
+                        values.copy_(values[order])
+        done += 1
+    return done
+
+
+def _suits(first: BlockModule, then: BlockModule) -> bool:
+    """Whether both have blocks of one shape and every channel is in one of them."""
+    if first is then or type(first) not in _KINDS or type(then) not in _KINDS:
+        return False
+    rows, cols = first.topology.row_set, then.topology.col_set
+    even = len(first.layout.own) == len(then.layout.own) == 3
+    return even and len(rows) == len(cols) and first.parts == then.parts == 1
+
+
+_KINDS: set[type] = {BlockLinear, *BlockConv.__subclasses__()}
+
+
+def _order(first: BlockTopology, then: BlockTopology) -> torch.Tensor | None:
+    """The channels by the first layer's blocks, in each by their rank in the second's."""
+    rows, cols = first.row_set, then.col_set
+    if bool((rows < 0).any()) or bool((cols < 0).any()):
+        return None
+    return torch.argsort(rows * (int(cols.max()) + 1) + cols, stable=True)
+
+
+def _helps(first: BlockModule, then: BlockModule, order: torch.Tensor) -> bool:
+    """Whether fewer irregular permutations, or fewer permutations at all, are left."""
+    new = BlockTopology(first.topology.row_set[order], first.topology.col_set)
+    after = BlockTopology(then.topology.row_set, then.topology.col_set[order])
+    cost = {Kind.IDENTITY: 0, Kind.STRIDED: 1, Kind.INDEX: 10}
+
+    def total(one: BlockTopology, other: BlockTopology) -> int:
+        a, b = layout_of_topology(one), layout_of_topology(other)
+        return sum(cost[p.kind] for p in (a.inputs, a.outputs, b.inputs, b.outputs))
+
+    return total(new, after) < total(first.topology, then.topology)
+
+
+def _relabel_rows(layer: BlockModule, order: torch.Tensor) -> None:
+    old = layer.topology
+    new = BlockTopology(old.row_set[order], old.col_set)
+    _replace(layer, old, new, order, torch.arange(len(old.col_set)))
+    if layer.bias is not None:
+        layer.bias.copy_(layer.bias[order])
+
+
+def _relabel_cols(layer: BlockModule, order: torch.Tensor) -> None:
+    old = layer.topology
+    _replace(layer, old, BlockTopology(old.row_set, old.col_set[order]), torch.arange(len(old.row_set)), order)
+
+
+def _replace(
+    layer: BlockModule, old: BlockTopology, new: BlockTopology, rows: torch.Tensor, cols: torch.Tensor
+) -> None:
+    """Give a layer the topology ``new``, of which row ``i`` was row ``rows[i]`` before, and columns likewise."""
+    (before,), (after,) = old.buckets, new.buckets
+    row_place, col_place = _places(before.rows), _places(before.cols)
+    source_rows, source_cols = row_place[rows[after.rows]], col_place[cols[after.cols]]
+    width, depth = before.rows.shape[1], before.cols.shape[1]
+    block = (source_rows // width)[:, :1, None]
+    index = (block, (source_rows % width)[:, :, None], (source_cols % depth)[:, None, :])
+    layer.blocks.copy_(layer.blocks[index].contiguous())
+    layer.row_set.copy_(encode_sets(new.row_set))
+    layer.col_set.copy_(encode_sets(new.col_set))
+    _ = layer.layout
+
+
+def _places(members: torch.Tensor) -> torch.Tensor:
+    """The position of every channel in the flattened members of all blocks."""
+    flat = members.flatten()
+    place = torch.empty_like(flat)
+    place[flat] = torch.arange(len(flat))
+    return place

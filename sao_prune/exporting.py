@@ -1,0 +1,180 @@
+"""Export of compact models to ONNX: checked, and told how large the file is and what is in it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .blocks import BlockModule, Execution
+from .blocks.epilogue import detach
+from .blocks.folding import fold as fold_model
+
+_INSTALL = "pip install 'sao-prune[onnx]'"
+_LARGEST = 1 << 31
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` has written.
+
+    Attributes:
+        path: of the file.
+        size: its bytes.
+        nodes: how many nodes there are of each operator.
+        layers: block layers in the model.
+        folded: permutations that folding has moved into neighbouring layers.
+        error: largest difference of an output from the model's, relative to its largest value; ``None`` without
+            onnxruntime.
+    """
+
+    path: Path
+    size: int
+    nodes: dict[str, int]
+    layers: int
+    folded: int
+    error: float | None
+
+    def __str__(self) -> str:
+        nodes = ", ".join(f"{count} {name}" for name, count in Counter(self.nodes).most_common())
+        checked = "not run (no onnxruntime)" if self.error is None else f"outputs within {self.error:.1e}"
+        return (
+            f"{self.path}: {self.size / 1e6:.1f} MB, {self.layers} block layers, {self.folded} permutations folded, "
+            f"{checked}\n{sum(self.nodes.values())} nodes: {nodes}"
+        )
+
+
+def export_onnx(
+    model: nn.Module, example_input: Any, path: str | os.PathLike[str], *, fold: bool = True, dynamic_batch: bool = True
+) -> ExportReport:
+    """Export a model to ONNX in eval mode, its block layers as batched products and grouped convolutions.
+
+    The model itself stays as it is. Strided permutations become reshape and transpose.
+
+    Args:
+        model: any module, on the CPU, such as a compact one.
+        example_input: a tensor, or a tuple of them, as the model is called with; the first dimension is the batch.
+        path: of the file to write; its folder has to exist.
+        fold: move channel permutations into neighbouring layers (see `sao_prune.blocks.folding.fold`).
+        dynamic_batch: whether the exported model takes batches of any size.
+
+    Returns:
+        An `ExportReport`.
+
+    Raises:
+        ImportError: without the packages of the extra ``onnx``.
+        TypeError: if the model is no module or the example is not made of tensors.
+        ValueError: if the folder is missing, a layer is masked by what cannot be exported, torch cannot export the
+            model, or the exported model computes something else. Nothing is then written.
+
+    Example:
+        >>> import sao_prune, tempfile, pytest
+        >>> _ = pytest.importorskip("onnxscript")
+        >>> net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+        >>> _ = sao_prune.apply(net, groups=4, seed=0)
+        >>> _ = sao_prune.compact(net)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = sao_prune.export_onnx(net, torch.randn(3, 16), f"{folder}/net.onnx")
+        >>> report.layers, report.nodes["MatMul"]
+        (2, 2)
+    """
+    target = _check(model, example_input, path)
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    own = copy.deepcopy(model).eval()
+    detach(own)
+    layers = [m for m in own.modules() if isinstance(m, BlockModule)]
+    for layer in layers:
+        layer.run_as(Execution())
+    with torch.no_grad():
+        expected = own(*inputs)
+        folded = fold_model(own, example_input) if fold else 0
+    shapes = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch", min=1)
+        shapes = tuple(tree_map(lambda t: {0: batch}, given) for given in inputs)
+        # A batch of one would be taken for a constant.
+        inputs = tuple(tree_map(lambda t: torch.cat([t, t]) if len(t) == 1 else t, given) for given in inputs)
+    try:
+        program = torch.onnx.export(own, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    except Exception as error:
+        hint = "; dynamic_batch=False may help" if dynamic_batch else ""
+        raise ValueError(f"torch.onnx cannot export {type(model).__name__}: {_first_line(error)}{hint}") from error
+    assert program is not None
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        size = sum(p.numel() * p.element_size() for p in own.state_dict().values())
+        program.save(str(target if size >= _LARGEST else partial), external_data=size >= _LARGEST)
+        written = target if size >= _LARGEST else partial
+        difference = _error(written, example_input, expected)
+        nodes = _nodes(written)
+        if size < _LARGEST:
+            os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return ExportReport(target, target.stat().st_size, nodes, len(layers), folded, difference)
+
+
+def _check(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> Path:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    leaves = tree_leaves(example_input)
+    if not leaves or not all(isinstance(t, Tensor) and t.dim() > 0 for t in leaves):
+        raise TypeError("example_input must be a tensor or a tuple of tensors, the batch their first dimension")
+    for package in ("onnx", "onnxscript"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ImportError(f"export to ONNX needs {package}: {_INSTALL}") from error
+    target = Path(path)
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{target.absolute().parent} is no folder: make it first")
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu"}
+    if devices:
+        raise ValueError(f"the model is on {', '.join(sorted(devices))}: export a copy on the CPU, model.cpu()")
+    return target
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _nodes(path: Path) -> dict[str, int]:
+    model = import_module("onnx").load(str(path), load_external_data=False)
+    return dict(Counter(node.op_type for node in model.graph.node))
+
+
+def _error(path: Path, example_input: Any, expected: Any) -> float | None:
+    """The largest relative difference of the file's outputs.
+
+    Raises:
+        ValueError: if it is more than rounding.
+    """
+    try:
+        runtime = import_module("onnxruntime")
+    except ImportError:
+        return None
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    given = [t.detach().numpy() for t in tree_leaves(example_input)]
+    names = [i.name for i in session.get_inputs()]
+    found = session.run(None, dict(zip(names, given)))
+    wanted = [t for t in tree_leaves(expected) if isinstance(t, Tensor)]
+    worst = 0.0
+    for new, old in zip(found, wanted):
+        scale = max(float(old.detach().abs().max()), 1e-30) if old.numel() else 1.0
+        difference = float((torch.from_numpy(new).double() - old.double()).abs().max()) if old.numel() else 0.0
+        worst = max(worst, difference / scale)
+    if not worst <= 1e-3:
+        raise ValueError(
+            f"the exported model's outputs differ by {worst:.2g} of their largest value; nothing was written"
+        )
+    return worst

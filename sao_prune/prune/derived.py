@@ -13,7 +13,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -162,7 +161,6 @@ def _writing(name: str) -> Callable[..., Any]:
     """An in-place method that starts from what the module would compute with now, and reaches the parameter."""
     method = getattr(Tensor, name)
 
-    @wraps(method)
     def write(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
         weight = self._renewed()
         result = method(weight, *args, **kwargs)
@@ -171,6 +169,8 @@ def _writing(name: str) -> Callable[..., Any]:
             settle(owner, weight._name)
         return result
 
+    write.__name__, write.__qualname__ = name, f"MaskedWeight.{name}"
+    write.__doc__ = f"As `torch.Tensor.{name}`, on the weight as it is now; reaches the parameter."
     return write
 
 

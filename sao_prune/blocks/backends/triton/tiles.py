@@ -62,6 +62,11 @@ class Work:
     processors: int
     plain: bool = True
 
+    @property
+    def loads(self) -> int:
+        """Tensors that make one operand: what an activation left lies beside its gradient."""
+        return 1 if self.plain else 2
+
 
 def power(n: int) -> int:
     """The least power of two that is at least ``n``.
@@ -89,7 +94,7 @@ def product_tiles(work: Work) -> list[Tile]:
             warps = _warps(q, *sizes, work.inputs, _held(work, br, bc))
             if not warps or (bm > 16 and bm >= 2 * work.rows):
                 continue
-            stages = _stages(work.bytes * q * p * bc * (bm + p * br))
+            stages = _stages(work.bytes * q * p * bc * (bm * work.loads + p * br))
             if stages < 2:  # nothing is loaded while something is multiplied
                 continue
             near = bm * work.groups * work.c * work.bytes <= _NEAR
@@ -108,12 +113,13 @@ def weight_tiles(work: Work) -> list[Tile]:
     found = []
     for q, p, br, bc in _shapes(work):
         for bm in (16, 32, 64, 128):
-            sizes = q * p * br * p * bc, q * p * bm * max(br, bc), q * p * bm * min(br, bc)
+            loaded = q * p * bm * max(br * work.loads, bc)
+            sizes = q * p * br * p * bc, loaded, q * p * bm * min(br, bc)
             kind = "index" if work.inputs == "index" else work.outputs
             warps = _warps(q, *sizes, kind, (_HELD, _HELD))
             if not warps or (bm > 16 and bm >= 2 * work.rows):
                 continue
-            found.append(Tile(bm, br, bc, q, p, 1, warps, _stages(work.bytes * q * p * bm * (br + bc))))
+            found.append(Tile(bm, br, bc, q, p, 1, warps, _stages(work.bytes * q * p * bm * (br * work.loads + bc))))
     return sorted(found, key=lambda tile: (_weight_cost(tile, work), astuple(tile)))[:_TRIED]
 
 

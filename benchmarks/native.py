@@ -10,10 +10,10 @@ from collections.abc import Callable
 from time import perf_counter
 
 import torch
-from sao_prune.blocks.tune import default_execution
 from torch import Tensor, nn
 
 from sao_prune.blocks import BlockConv2d, BlockLinear, Execution
+from sao_prune.blocks.epilogue import Epilogue, attach, detach
 from sao_prune.topology import interleaved
 
 GROUPS = 32
@@ -65,13 +65,14 @@ def _print_mlp(name: str, inputs: list[Tensor], n: int, middle: int) -> None:
     first, second = BlockLinear(interleaved(middle, n, GROUPS)), BlockLinear(interleaved(n, middle, GROUPS))
     second.run_as(Execution(native=True))
     gradient, found = torch.randn_like(inputs[0]), []
-    for fused in (None, ("gelu",), ("gelu", "linear")):
+    first.run_as(Execution(native=True))
+    dense = nn.Sequential(nn.Linear(n, middle), nn.GELU(), nn.Linear(middle, n))
+    found.append(_both(dense, inputs, [gradient] * len(inputs)))
+    for then in (None, second):
         net = nn.Sequential(first, nn.GELU(), second)
-        if fused is None:
-            net = nn.Sequential(nn.Linear(n, middle), nn.GELU(), nn.Linear(middle, n))
-        else:
-            first.run_as(Execution(native=True, fused=fused))
+        attach(Epilogue(first, None, net[1], (), then))
         found.append(_both(net, inputs, [gradient] * len(inputs)))
+        detach(net)
     print(f"| {name} | {' | '.join(found)} |", flush=True)
 
 
@@ -82,7 +83,12 @@ def _many(floats: int) -> int:
 def _print(name: str, block: BlockLinear | BlockConv2d, dense: nn.Module, inputs: list[Tensor], like: Tensor) -> None:
     gradients = [torch.randn_like(like) for _ in inputs]
     found = [f"{_time(lambda i: gradients[i].clone(), len(inputs)):.2f}"]
-    executions = [None, default_execution(block), Execution(native=True, channels_last=like.dim() == 4)]
+    last = like.dim() == 4
+    executions = [
+        None,
+        Execution(merge=4 if last else 1, channels_last=last),
+        Execution(native=True, channels_last=last),
+    ]
     for execution in executions:
         layer: nn.Module = dense
         if execution is not None:

@@ -23,9 +23,9 @@ import memory
 import models
 import stacks
 import torch
-from sao_prune.blocks.native import library
 from timing import Row
 
+from sao_prune.blocks.backends.cpu import library
 from sao_prune.lab.work import processor_name
 
 _TIMED = {
@@ -44,6 +44,8 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "mlp-1000": stacks.thousand,
     **{f"train-{name}": partial(models.training, name) for name in models.MODELS},
     **{f"infer-{name}": partial(models.inference, name) for name in models.MODELS},
+    **{f"compile-train-{name}": partial(models.compiled, name, "train") for name in models.MODELS},
+    **{f"compile-infer-{name}": partial(models.compiled, name, "infer") for name in models.MODELS},
 }
 
 

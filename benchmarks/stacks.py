@@ -66,7 +66,7 @@ def wide(repeats: int = 5) -> Iterator[Row]:
 
 def narrow(repeats: int = 15) -> Iterator[Row]:
     """200 hidden layers of 256, batch 128, degree 4."""
-    yield from _compare(256, 128, 64, repeats, 1.5, None)
+    yield from _compare(256, 128, 64, repeats, 1.9, None)
 
 
 def thousand() -> Iterator[Row]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import prune
-    from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, SynFlow, methods
+    from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, Project, SynFlow, methods
     from .allocation import Budget
     from .blocks import compact, expand
     from .checkpoint import load, save
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
     from .orthogonality import hold, release
+    from .pruner import Pruner, schedule
     from .replaced import StaleOptimizerWarning
     from .reporting import LayerRecord, Report, SparsityWarning
+    from .scheduling import Schedule
     from .state_file import CheckpointError
     from .topology import BlockTopology, NotBlockStructuredError
 
@@ -43,8 +45,11 @@ __all__ = [
     "LayerRecord",
     "Method",
     "NotBlockStructuredError",
+    "Project",
     "PrunableWeight",
+    "Pruner",
     "Report",
+    "Schedule",
     "Selection",
     "SparsityWarning",
     "StaleOptimizerWarning",
@@ -62,6 +67,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "schedule",
     "walk",
 ]
 
@@ -71,7 +77,7 @@ _ROOMS = ("algorithms", "allocation", "analysis", "blocks", "discovery", "models
 _HOMES = {
     name: home
     for home, names in {
-        "algorithms": "EOI GMP LMP LRP RG SAO SNIP GraSP Method SynFlow methods",
+        "algorithms": "EOI GMP LMP LRP RG SAO SNIP GraSP Method Project SynFlow methods",
         "allocation": "Budget",
         "blocks": "compact expand",
         "checkpoint": "load save",
@@ -79,8 +85,10 @@ _HOMES = {
         "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",
+        "pruner": "Pruner schedule",
         "replaced": "StaleOptimizerWarning",
         "reporting": "LayerRecord Report SparsityWarning",
+        "scheduling": "Schedule",
         "state_file": "CheckpointError",
         "topology": "BlockTopology NotBlockStructuredError",
     }.items()

@@ -21,7 +21,7 @@ class Budget:
     """How sparse the pruned layers shall be.
 
     Exactly one of ``sparsity``, ``degree`` and ``groups`` is a number, or any of them are mappings from glob
-    patterns to numbers; the first pattern that matches a layer counts, a layer that none matches is left alone.
+    patterns to numbers; the first pattern that matches a layer counts, a layer that none matches is skipped.
 
     Attributes:
         sparsity: share of zeros, in [0, 1).

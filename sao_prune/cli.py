@@ -108,15 +108,19 @@ def zoo(
         bool, typer.Option("--run", help="Also train, copy, bake, save and load one of each family.")
     ] = False,
     jobs: Annotated[int, typer.Option(help="Processes at a time; with --run each may need 8 GiB.")] = 1,
+    library: Annotated[
+        list[str] | None,
+        typer.Option(help="timm, torchvision or transformers; repeatable [default: timm and torchvision]"),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="File for all records.")] = None,
     output: Annotated[Path | None, typer.Option(help="File for the result as a page of markdown.")] = None,
 ) -> None:
-    """Plan every architecture of timm and torchvision on the meta device; exit code 1 if any fails."""
+    """Plan every architecture of a library on the meta device, small ones of transformers; exit code 1 if any fails."""
     from .lab.display import make_display
     from .lab.zoo import VisitOptions, print_zoo, visit, write_json, write_markdown
 
     console = Console()
-    options = VisitOptions(pattern, sparsity, run, jobs)
+    options = VisitOptions(pattern, sparsity, run, jobs, *([tuple(library)] if library else []))  # type: ignore[arg-type]
     with make_display(console) as display:
         found = visit(options, display)
     print_zoo(found, console)

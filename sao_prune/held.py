@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,12 @@ class Held(nn.Module):
     """A weight as a function of free parameters: one `Rotation` for each bucket of blocks.
 
     Where the blocks lie, their gain and their mirroring are part of the state dict (one tensor of integers, written
-    anew each time), so that a state loaded into another held model brings its own.
+    anew each time), so that a state loaded into another held model brings its own. A stamp among the buffers, which is
+    no part of the state, tells parameters that are lent for one call (`torch.func.functional_call`) from a model held
+    in other blocks.
     """
+
+    stamp: Tensor
 
     def __init__(
         self, layout: Layout, weight: Tensor, kind: OrthogonalMap, gain: float, mirrors: Sequence[Mirror | None]
@@ -96,8 +101,11 @@ class Held(nn.Module):
         self.layout, self.gain, self.mirrors = layout, gain, tuple(mirrors)
         halves = [halve(b, m) for b, m in zip(layout.split(weight), mirrors)]
         self.maps = nn.ModuleList(Rotation(h.shape, kind, weight) for h in halves)
+        self.register_buffer("stamp", None, persistent=False)
+        self._put_stamp(weight.device)
 
     def forward(self, *free: Tensor) -> Tensor:
+        self._check_stamp()
         blocks = (rotate(x) * self.gain for rotate, x in zip(self.maps, free))
         return self.layout.join(tuple(double(b, m) for b, m in zip(blocks, self.mirrors))).to(free[0].dtype)
 
@@ -125,6 +133,35 @@ class Held(nn.Module):
         if not self.layout.fits(parts) or mirrors != self.mirrors:
             raise ValueError("the state is of a layer that is held in blocks of other shapes or mirrored otherwise")
         self.layout, self.gain = self.layout.onto(parts), gain
+        self._put_stamp(self.stamp.device)
+
+    def _digest(self) -> int:
+        return crc32(self.get_extra_state().numpy().tobytes())
+
+    def _put_stamp(self, device: torch.device) -> None:
+        self.stamp = self._own_stamp = torch.tensor(self._digest(), device=device)
+
+    def _check_stamp(self) -> None:
+        """Refuse parameters of a model that is held in other blocks, in place of this one's for a call.
+
+        Raises:
+            RuntimeError: if the stamp that came with them is not this one's.
+        """
+        lent = self.stamp
+        if lent is self._own_stamp or torch.compiler.is_compiling() or type(lent) is not Tensor or lent.is_meta:
+            return
+        while torch._C._functorch.is_functorch_wrapped_tensor(lent):
+            lent = torch._C._functorch.get_unwrapped(lent)
+        if bool((lent != self._digest()).any()):
+            raise RuntimeError(
+                "these parameters are of a model that is held in other blocks or at another gain: load_state_dict "
+                "takes the blocks over, a call with parameters of another model cannot"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._put_stamp(self.stamp.device)
+        return self
 
     def _load_from_state_dict(
         self,

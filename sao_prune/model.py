@@ -14,20 +14,32 @@ from typing_extensions import Unpack
 from .algorithms import RG, SAO, Method, ResidualRecord, resolve
 from .algorithms.isometric import Isometric, values_after
 from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
-from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
+from .discovery import (
+    ALREADY_PRUNED,
+    PrunableWeight,
+    Selection,
+    Selector,
+    initialise_,
+    initialised,
+    is_block_layer,
+    untouched,
+    walk,
+)
+from .held import held_tensors
 from .plain import why_not_plain
 from .prune import (
     MaskPruning,
     RamanujanPruning,
     SAOPruning,
     attach_all,
+    bake_standardising,
     freeze,
     pruning_hooks,
     settle_all,
     unwatch,
 )
 from .prune.attachment import check_writable, written
-from .reporting import LayerRecord, Report, SparsityWarning, compact, done, left_alone, pruned, read_back
+from .reporting import LayerRecord, Report, SparsityWarning, compact, done, pruned, read_back, skipped
 from .seeds import Seed, base_seed
 
 
@@ -56,10 +68,12 @@ def plan(
         method: a name from `methods` or an instance with options.
         **options: ``degree`` or ``groups`` in place of ``sparsity``, numbers or mappings; ``fit`` ("nearest",
             "regular", "exact"); ``distribution`` ("uniform", "erk"); ``include`` and ``exclude``, glob patterns or a
-            predicate ``(name, module) -> bool``; ``skip_first``, ``skip_last``; ``example_input`` for execution order.
+            predicate ``(name, module) -> bool``; ``skip_first``, ``skip_last``; ``example_input`` for execution order,
+            and for the shapes of lazy layers.
 
     Returns:
-        A `Report` with what each layer would get.
+        A `Report` with what each layer would get. Parameters of two or more dimensions that are in no layer to prune
+        come last, each with what it is.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -73,11 +87,12 @@ def plan(
         [None, 32, 32, None]
     """
     chosen = resolve(method)
-    _, items = _allocate(model, sparsity, options)
+    model, items = allocate_model(model, sparsity, options)
     allocations = [item for item in items if isinstance(item, Allocation)]
     bound = chosen.bind(model, options.get("example_input"))
     foretold = iter(bound.foretell(allocations))
-    records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else left_alone(i) for i in items]
+    records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else skipped(i) for i in items]
+    records += _others(model, items)
     result = _report(model, records, f"plan: {chosen.name}", bound.residuals(allocations))
     return _warn(result, layerwise=chosen.layerwise)
 
@@ -106,8 +121,9 @@ def apply(
         **options: as for `plan`.
 
     Returns:
-        A `Report`; its table says for each layer what was asked, what was done, or why it was left alone. With
-        ``SAO(residual="isometric")`` its ``residuals`` say the same of each residual block.
+        A `Report`; its table says for each layer what was asked, what was done, or why it was skipped, and of every
+        other parameter of two or more dimensions what it is. With ``SAO(residual="isometric")`` its ``residuals`` say
+        the same of each residual block.
 
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
@@ -127,7 +143,10 @@ def apply(
     chosen = resolve(method)
     if form not in ("masked", "compact"):
         raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
-    modules, items = _allocate(model, sparsity, options)
+    _, items = allocate_model(model, sparsity, options)
+    # Lazy layers have shown on a copy that the example input suits them.
+    initialise_(model, options.get("example_input"))
+    modules = dict(model.named_modules())
     allocations = [item for item in items if isinstance(item, Allocation)]
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
@@ -145,9 +164,10 @@ def apply(
     by_name = {draw.weight.name: draw for draw in draws}
     notes = settlement.notes
     records = [
-        done(i, by_name[i.weight.name], notes.get(i.weight.name, "")) if isinstance(i, Allocation) else left_alone(i)
+        done(i, by_name[i.weight.name], notes.get(i.weight.name, "")) if isinstance(i, Allocation) else skipped(i)
         for i in items
     ]
+    records += _others(model, items)
     # Before anything is changed: a warning may be an error.
     result = _report(model, records, f"applied: {chosen.name}", residuals)
     result = _warn(result, layerwise=chosen.layerwise)
@@ -165,6 +185,8 @@ def apply(
 
 def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
     """Make the pruning permanent, in place: plain weights again, with zeros where the masks had them.
+
+    A layer that standardises its weight keeps doing so: its kept weights lose their mean, so that zeros stay zeros.
 
     Args:
         model: a pruned model; masks of `torch.nn.utils.prune` are baked too.
@@ -207,6 +229,7 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
     for module, _, name in targets:
         mask = getattr(module, f"{name}_mask")
         torch_remove(module, name)
+        bake_standardising(module, name, mask, keep_support=freeze_zeros)
         if freeze_zeros:
             freeze(module, name, mask)
     for module in model.modules():
@@ -231,17 +254,25 @@ def report(model: nn.Module) -> Report:
         [None, 4, None]
     """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    weights = walk(model, Selection(skip_first=False, skip_last=False))
     records = [
-        read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else left_alone(weight)
-        for weight in walk(model, Selection(skip_first=False, skip_last=False))
+        read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else skipped(weight)
+        for weight in weights
     ]
-    records += [compact(path, module) for path, module in modules.items() if _is_block_layer(module)]
+    records += [compact(path, module) for path, module in modules.items() if is_block_layer(module)]
+    records += _others(model, weights)
     return _report(model, records, "model")
 
 
-def _allocate(
+def allocate_model(
     model: nn.Module, sparsity: Amount | None, options: PlanOptions
-) -> tuple[dict[str, nn.Module], list[Allocation | PrunableWeight]]:
+) -> tuple[nn.Module, list[Allocation | PrunableWeight]]:
+    """The model, or a copy whose lazy layers have their shapes, and what each of its weights is asked for.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError: as `apply` has it.
+    """
     known = set(PlanOptions.__annotations__)
     unknown = sorted(set(options) - known)
     if unknown:
@@ -249,6 +280,8 @@ def _allocate(
     budget_keys = ("degree", "groups", "fit", "distribution")
     budget = Budget(sparsity, **{k: v for k, v in options.items() if k in budget_keys})  # type: ignore[arg-type]
     selection = Selection(**{k: v for k, v in options.items() if k not in budget_keys})  # type: ignore[arg-type]
+    if isinstance(model, nn.Module):
+        model = initialised(model, selection.example_input)
     weights = walk(model, selection)
     pruned = [w.name for w in weights if w.reason == ALREADY_PRUNED]
     if pruned:
@@ -259,7 +292,13 @@ def _allocate(
     items = allocate(weights, budget)
     if not any(isinstance(item, Allocation) for item in items):
         raise ValueError(_nothing_to_prune(model, [i for i in items if isinstance(i, PrunableWeight)]))
-    return dict(model.named_modules()), items
+    return model, items
+
+
+def _others(model: nn.Module, items: Sequence[Allocation | PrunableWeight]) -> list[LayerRecord]:
+    """Records of the parameters of two or more dimensions that are none of the items."""
+    known = [item.weight if isinstance(item, Allocation) else item for item in items]
+    return [skipped(weight, other=True) for weight in untouched(model, known)]
 
 
 def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> str:
@@ -279,19 +318,19 @@ def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool
     return tensor.detach()
 
 
-def _is_block_layer(module: nn.Module) -> bool:
-    """Whether ``compact`` made the module: its classes are to the right of this room, so they are told by a mark."""
-    return getattr(type(module), "is_block_layer", False)
-
-
 def _report(
     model: nn.Module, records: Sequence[LayerRecord], title: str, residuals: tuple[ResidualRecord, ...] = ()
 ) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
-        if _is_block_layer(module):
+        if is_block_layer(module):
             held = compact("", module)
             total += held.total - held.nnz
+        for tensor in held_tensors(module):
+            if tensor.endswith("_orig"):
+                chains: Any = module.parametrizations
+                free = sum(p.numel() for p in chains[tensor].parameters())
+                total += getattr(module, f"{tensor.removesuffix('_orig')}_mask").numel() - free
     return Report(tuple(records), total, title, residuals)
 
 

@@ -17,7 +17,7 @@ from .held import Held, OrthogonalMap, held_tensors, precise, put, take_off
 from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, halve, mirror_of
 from .nn import ECOConv2d
 from .plain import why_not_plain
-from .prune import pruning_hooks
+from .prune import pruning_hooks, settle_all
 from .replaced import warn_replaced
 from .topology import BlockTopology, NotBlockStructuredError
 
@@ -111,6 +111,7 @@ def hold(
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if orthogonal_map not in get_args(OrthogonalMap):
         raise ValueError(f"orthogonal_map must be one of {get_args(OrthogonalMap)}, got {orthogonal_map!r}")
+    settle_all(model)
     records: list[HeldRecord] = []
     ready: list[tuple[nn.Module, str, Held]] = []
     for module, tensor, name, layout in _candidates(model, include, exclude):
@@ -203,6 +204,8 @@ _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_e
 
 def _compact_layout(module: BlockModule) -> Layout | str:
     spatial = prod(module.weight_shape[2:]) > 1
+    if getattr(module, "stacked", 1) > 1:
+        return "its blocks are of several gates, each orthogonal for itself: hold it in its masked form (expand)"
     return _SPATIAL if spatial else CompactLayout(module.topology, tuple(module.blocks.shape))
 
 

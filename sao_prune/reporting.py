@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Draw, ResidualRecord
+from .algorithms import Draw, Fidelity, ResidualRecord
 from .allocation import Allocation
 from .discovery import ALREADY_PRUNED, PrunableWeight
 from .topology import BlockTopology
@@ -34,11 +34,13 @@ class LayerRecord:
         kind: class of its module.
         shape: shape of the weight.
         groups: blocks of each of its matrices; ``None`` where it is not made of blocks.
-        requested: requested sparsity; ``None`` where it is unknown or the layer was left alone.
+        requested: requested sparsity; ``None`` where it is unknown or the layer is skipped.
         nnz: weights that stay.
         total: weights in all.
-        reason: why the layer was left alone; ``None`` if it is pruned.
+        reason: why the layer is skipped; ``None`` if it is pruned.
         note: anything else worth knowing.
+        other: whether it is a parameter in no layer of a kind that is pruned.
+        fidelity: what is left of a trained weight's work, from methods that look.
     """
 
     name: str
@@ -50,6 +52,8 @@ class LayerRecord:
     total: int
     reason: str | None = None
     note: str = ""
+    other: bool = False
+    fidelity: Fidelity | None = None
 
     @property
     def achieved(self) -> float:
@@ -67,7 +71,7 @@ class Report:
     """All layers of a model and their totals; prints as a table.
 
     Attributes:
-        layers: the records, in the order of the walk.
+        layers: the records, in the order of the walk; after them those of other parameters of two or more dimensions.
         parameters: parameters of the whole model before pruning, biases and norms included.
         title: heading of the table.
         residuals: the residual blocks in execution order and, where it was measured, the whole network, where a method
@@ -86,8 +90,13 @@ class Report:
 
     @property
     def skipped(self) -> tuple[LayerRecord, ...]:
-        """The records of the layers left alone."""
-        return tuple(layer for layer in self.layers if not layer.pruned)
+        """The records of the layers that are skipped."""
+        return tuple(layer for layer in self.layers if not layer.pruned and not layer.other)
+
+    @property
+    def others(self) -> tuple[LayerRecord, ...]:
+        """The records of parameters of two or more dimensions in no layer of a kind that is pruned."""
+        return tuple(layer for layer in self.layers if layer.other)
 
     @property
     def sparsity(self) -> float:
@@ -175,8 +184,9 @@ class Report:
         """One line of totals."""
         asked = self.requested
         wanted = f" (requested {_percent(asked)})" if asked is not None else ""
+        others = f", {len(self.others)} other parameters" if self.others else ""
         return (
-            f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense; sparsity of the pruned layers "
+            f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense{others}; sparsity of the pruned layers "
             f"{_percent(self.sparsity)}{wanted}; {self.remaining:,} of {self.parameters:,} parameters stay"
         )
 
@@ -201,10 +211,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.3f} %"
 
 
-def left_alone(weight: PrunableWeight) -> LayerRecord:
+def skipped(weight: PrunableWeight, *, other: bool = False) -> LayerRecord:
     """A weight with a reason."""
     total = weight.numel if weight.shape else 0
-    return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason)
+    return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason, other=other)
 
 
 def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecord:
@@ -220,7 +230,8 @@ def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecor
 def done(allocation: Allocation, draw: Draw, note: str = "") -> LayerRecord:
     """A weight after its draw."""
     record = pruned(allocation, draw.groups, draw.edges)
-    return replace(record, note="; ".join(filter(None, (record.note, note))))
+    said = filter(None, (record.note, str(draw.fidelity or ""), note))
+    return replace(record, note="; ".join(said), fidelity=draw.fidelity)
 
 
 def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:
@@ -261,5 +272,6 @@ def block_count(units: Tensor) -> int | None:
 
 def _note(weight: PrunableWeight) -> str:
     notes = [f"{weight.parts} matrices"] if weight.parts > 1 else []
+    notes += ["kept weights are standardised, so not isometric"] if weight.standardised else []
     notes += [f"tied to {path}.{tensor}" for path, tensor in weight.aliases]
     return "; ".join(notes)

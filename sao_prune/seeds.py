@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from numbers import Integral
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 Seed = int | torch.Generator | None
 
 
@@ -31,6 +34,25 @@ def base_seed(seed: Seed) -> int:
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}")
     return int(seed)
+
+
+def from_rank_zero(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank of a distributed run; all ranks must call. Elsewhere just the result.
+
+    For decisions that rest on data, which differ from rank to rank. An error of rank 0 is raised on all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return compute()
+    held: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            held = [compute()]
+        except Exception as error:
+            held = [error]
+    dist.broadcast_object_list(held, src=0)
+    if isinstance(held[0], Exception):
+        raise held[0]
+    return held[0]  # type: ignore[no-any-return]
 
 
 def named_generator(base: int, *name: object) -> torch.Generator:

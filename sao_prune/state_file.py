@@ -8,7 +8,7 @@ import pathlib
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _IN_FOLDERS = tuple(
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "module")
 _NESTING = 4
 # Classes without any behaviour of their own, which training scripts keep their options in.
-_HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+_HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 
 
 class CheckpointError(ValueError):
@@ -143,9 +143,16 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
 
 
-def _harmless() -> AbstractContextManager[Any]:
-    allow = getattr(torch.serialization, "safe_globals", None)
-    return nullcontext() if allow is None else allow(_HARMLESS)
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """As `torch.serialization.safe_globals`, which torch 2.4 has only the parts of."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(_HARMLESS)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _states(loaded: Any, depth: int) -> Iterator[dict[str, Tensor]]:

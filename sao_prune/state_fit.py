@@ -75,8 +75,10 @@ def check_support(name: str, values: Tensor, modules: Mapping[str, nn.Module]) -
     mask = mask_of(modules, name)
     if values.shape != mask.shape:
         return
-    units = (values != 0).flatten(2).any(2) if values.dim() > 2 else values != 0
-    kept = (mask != 0).flatten(2).any(2) if mask.dim() > 2 else mask != 0
+    # Kernels stay whole; a stack of matrices has none.
+    kernels = isinstance(modules[name.rpartition(".")[0]], nn.modules.conv._ConvNd)
+    units = (values != 0).flatten(2).any(2) if kernels else values != 0
+    kept = (mask != 0).flatten(2).any(2) if kernels else mask != 0
     if units.float().mean() < 0.9 and bool((units & ~kept.cpu()).any()):
         raise CheckpointError(
             f"{name}: the checkpoint is sparse already, with other non-zeros than the model's mask; load it into an "

@@ -79,12 +79,6 @@ def wrapped(state: dict[str, torch.Tensor], prefix: str) -> dict:
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
-needs_safe_globals = pytest.mark.skipif(
-    not hasattr(torch.serialization, "safe_globals"), reason="this torch reads no options of training scripts"
-)
-
-
-@needs_safe_globals
 @pytest.mark.parametrize("make", [mlp, pruned, compacted])
 @pytest.mark.parametrize("target", [mlp, pruned, compacted])
 def test_a_trainers_checkpoint(make, target, tmp_path):

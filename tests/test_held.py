@@ -118,8 +118,8 @@ def test_copies_may_be_parametrized_by_others():
 @pytest.mark.parametrize("name", MODELS)
 def test_averages_stay_orthogonal(name, use_buffers):
     make, shape = MODELS[name]
-    if use_buffers and name in ("compact", "eco"):
-        pytest.skip("their own sets are integers among the buffers")
+    if use_buffers and name == "eco":
+        pytest.skip("its own sets are integers among the buffers")
     x = torch.randn(shape)
     model = make()
     report = hold(model)
@@ -236,3 +236,49 @@ def test_the_eco_operator_of_a_loaded_state_is_orthogonal():
     two.load_state_dict(one.state_dict())
     values = analysis.singular_values(two[0], (8, 6, 6))
     assert (values - 1).abs().max() < 1e-4
+
+
+def called_with(model: nn.Module, other: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.func.functional_call(model, {**dict(other.named_parameters()), **dict(other.named_buffers())}, (x,))
+
+
+@pytest.mark.parametrize("make", [masked, eco])
+def test_a_call_with_parameters_of_other_blocks_is_refused(make):
+    x = torch.randn((2, 8, 6, 6) if make is eco else (3, 16))
+    one, two = make(seed=0), make(seed=1)
+    hold(one)
+    hold(two)
+    twin = copy.deepcopy(one)
+    train(twin, x)
+    torch.testing.assert_close(called_with(one, twin, x), twin(x))
+    with pytest.raises(RuntimeError, match="held in other blocks"):
+        called_with(one, two, x)
+    two.load_state_dict(one.state_dict())
+    torch.testing.assert_close(called_with(one, two, x), two(x))
+    torch.testing.assert_close(called_with(one.double(), two.double(), x.double()), two(x.double()))
+
+
+def test_ensembles_of_held_models():
+    one = masked()
+    hold(one)
+    two, three = copy.deepcopy(one), masked(seed=1)
+    hold(three)
+    x = torch.randn(3, 16)
+    train(two, x)
+
+    def outputs(*models: nn.Module) -> torch.Tensor:
+        parameters, buffers = torch.func.stack_module_state(list(models))
+        return torch.func.vmap(lambda p, b: torch.func.functional_call(one, (p, b), (x,)))(parameters, buffers)
+
+    torch.testing.assert_close(outputs(one, two), torch.stack([one(x), two(x)]))
+    with pytest.raises(RuntimeError, match="held in other blocks"):
+        outputs(one, three)
+
+
+def test_held_models_are_compiled_and_exported():
+    model, x = masked(), torch.randn(3, 16)
+    hold(model)
+    train(model, x)
+    y = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), y)
+    torch.testing.assert_close(torch.export.export(model.eval(), (x,), strict=False).module()(x), y)

@@ -9,7 +9,7 @@ import pytest
 
 import sao_prune
 
-HEAVY = ("scipy", "timm", "torchvision", "sklearn", "matplotlib", "sympy", "triton", "torch._dynamo", "typer")
+HEAVY = ("scipy", "rich", "timm", "torchvision", "sklearn", "matplotlib", "sympy", "triton", "torch._dynamo", "typer")
 
 
 def python(code: str) -> str:

@@ -65,6 +65,8 @@ STATES = {
     "compact, blocks parametrized": (compacted, parametrized("blocks")),
     "compact, blocks pruned": (compacted, pruned("blocks")),
     "compact, blocks of old weight_norm": (compacted, lambda layer: weight_norm(layer, "blocks")),
+    "compact, bias parametrized": (compacted, parametrized("bias")),
+    "compact, bias pruned": (compacted, pruned("bias")),
 }
 VERBS = {
     "apply": lambda model, _: sao_prune.apply(model, groups=2, seed=1),
@@ -84,7 +86,7 @@ VERBS = {
 }
 # These give a model other values; the rest leave its outputs alone.
 CHANGING = ("apply", "load")
-CASES = [(s, v) for s in STATES for v in VERBS if not (s.startswith("compact") and v.startswith("expand"))]
+CASES = [(s, v) for s in STATES for v in VERBS]
 
 
 def odd(state: str) -> nn.Sequential:

@@ -9,6 +9,7 @@ from torch import nn
 
 import sao_prune
 from sao_prune import StaleOptimizerWarning
+from sao_prune.nn import convert_eco
 from sao_prune.replaced import warn_replaced
 
 
@@ -35,10 +36,22 @@ def load_masked(model: nn.Module, folder) -> None:
     sao_prune.load(model, sao_prune.save(pruned(), folder / "m.safetensors"))
 
 
+def compacted() -> nn.Module:
+    model = pruned()
+    sao_prune.compact(model)
+    return model
+
+
 VERBS = {
+    "compact": (pruned, lambda model, _: sao_prune.compact(model)),
+    "expand": (compacted, lambda model, _: sao_prune.expand(model)),
     "hold": (pruned, lambda model, _: sao_prune.hold(model)),
     "release": (held, lambda model, _: sao_prune.release(model)),
     "load": (lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), load_compact),
+    "convert_eco": (
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1, bias=False)),
+        lambda model, _: convert_eco(model, torch.zeros(1, 2, 6, 6), last=1),
+    ),
 }
 KEEPERS = {
     "remove": (pruned, lambda model, _: sao_prune.remove(model)),
@@ -53,7 +66,7 @@ def test_an_optimizer_made_before_is_named(verb, make, tmp_path):
     start, act = VERBS[verb]
     model = start()
     optimizer = make(model.parameters(), lr=0.1)
-    with pytest.warns(StaleOptimizerWarning, match=rf"^{verb} replaces .*\({make.__name__}, 1 of its \d\)") as caught:
+    with pytest.warns(StaleOptimizerWarning, match=rf"^{verb} replaces .*\({make.__name__}, \d of its \d\)") as caught:
         act(model, tmp_path)
     assert caught[0].filename == __file__
     own = {id(p) for p in model.parameters()}

@@ -1,6 +1,7 @@
 """What docs/timm.md says about timm's train.py: its lines run, and each of its claims holds."""
 
 import argparse
+import copy
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ pytest.importorskip("timm.optim")
 pytest.importorskip("timm.utils")
 
 TEXT = (Path(__file__).parents[1] / "docs" / "timm.md").read_text()
-HOOK, COMPACT, AFTER, FOLDER = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+HOOK, COMPACT, AFTER, GRADUAL, POST, PROJECT, FOLDER = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 ARGS = {"model": "test_resnet", "num_classes": 10, "seed": 42}
 
 
@@ -193,6 +194,7 @@ def test_compact_holds_only_the_blocks_and_computes_the_same():
     torch.testing.assert_close(compact.eval()(images), masked.eval()(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="the page's lines need torch 2.5")
 def test_what_to_do_with_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = created()
@@ -221,6 +223,60 @@ def _one_rank(rank, folder):
         step(parallel, optimizer, images + rank, labels)
     torch.save({k: v for k, v in net.state_dict().items() if "_orig" in k or "_mask" in k}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def gradual(global_seed=0):
+    """A model that is pruned while it trains, after six steps of it, and its optimizer and pruner."""
+    torch.manual_seed(global_seed)
+    net = timm.create_model("test_resnet", num_classes=10)
+    names = {"model": net, "args": argparse.Namespace(**ARGS)}
+    exec(GRADUAL.replace("start=500, end=5000, steps=50", "start=2, end=6, steps=3"), names)
+    names["optimizer"] = optimizer_of(net)
+    exec(POST, names)
+    return net, names["optimizer"], names["pruner"]
+
+
+def test_pruning_while_it_trains():
+    net, optimizer, pruner = gradual()
+    shares = [pruner.sparsity]
+    for _ in range(6):
+        step(net, optimizer)
+        shares.append(pruner.sparsity)
+    assert shares == sorted(shares)
+    assert shares[:2] == [0, 0]
+    assert shares[-1] == pytest.approx(0.875, abs=1e-3)
+    assert masks_hold(net)
+    for module in net.modules():
+        if hasattr(module, "weight_mask"):
+            assert not bool(optimizer.state[module.weight_orig]["momentum_buffer"][module.weight_mask == 0].any())
+
+
+def test_pruning_while_it_trains_resumes():
+    net, optimizer, _ = gradual()
+    for _ in range(4):
+        step(net, optimizer)
+    again, other, pruner = gradual(1)
+    again.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    pruner.resume(4)
+    for _ in range(2):
+        step(net, optimizer)
+        step(again, other)
+    assert pruner.finished
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_from_a_trained_model_to_blocks():
+    net = timm.create_model("test_resnet", num_classes=10)
+    optimizer = optimizer_of(net)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch()), batch_size=2)
+    names = {"sao_prune": sao_prune, "model": net, "loader_eval": loader, "args": argparse.Namespace(**ARGS)}
+    exec(PROJECT, names)
+    assert names["report"].sparsity == 0.75
+    assert all(r.fidelity.error <= r.fidelity.error_kept + 1e-6 for r in names["report"].pruned)
+    step(net, optimizer)
+    assert masks_hold(net)
 
 
 def test_every_rank_has_the_same_zeros(tmp_path):

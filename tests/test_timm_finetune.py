@@ -114,7 +114,7 @@ def test_every_method_that_needs_no_data(script, method):
 
 
 def test_methods_that_need_data_are_not_offered(script):
-    assert not {"snip", "grasp"} & set(script.METHODS)
+    assert not {"snip", "grasp", "project"} & set(script.METHODS)
 
 
 def test_the_loss_at_known_logits(script):

@@ -99,9 +99,6 @@ def test_findings_see_what_must_not_be_pruned():
     everything = walk(model, Selection(skip_first=False, skip_last=False))
     assert list(findings(architecture, model, everything)) == ["conv1.weight reads the image"]
     assert list(findings(architecture, model, [everything[1], everything[1]])) == ["1 parameters are pruned twice"]
-    standardised = one("resnetv2_50x1_bit")
-    model = standardised.build_on_meta()
-    assert any("StdConv2d" in line for line in findings(standardised, model, walk(model)[1:2]))
 
 
 def test_findings_see_a_pruned_classifier(monkeypatch):
@@ -110,17 +107,31 @@ def test_findings_see_a_pruned_classifier(monkeypatch):
     assert plan.failure == "aux1.fc2.weight is a classifier; aux2.fc2.weight is a classifier"
 
 
-def test_a_model_whose_every_layer_is_left_alone_is_no_failure():
-    plan = plan_one(PlanTask(one("nf_resnet26"), 0.5))
+@pytest.mark.parametrize("name", ["nf_resnet26", "eca_nfnet_l0", "resnetv2_50x1_bit"])
+def test_architectures_that_standardise_their_weights(name):
+    plan = plan_one(PlanTask(one(name), 0.5))
+    assert plan.failure is None
+    assert plan.layers > 20
+    assert set(plan.skipped) <= {"first layer", "last layer", "depthwise", "too small"}
+
+
+def test_a_model_whose_every_layer_is_skipped_is_no_failure(monkeypatch):
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.deep, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 10)
+
+    monkeypatch.setattr(Architecture, "build_on_meta", lambda self, **options: Ends())
+    plan = plan_one(PlanTask(Architecture("timm", "ends", "ends"), 0.5))
     assert (plan.layers, plan.failure) == (0, None)
-    assert max(plan.skipped, key=plan.skipped.get).startswith("its forward standardises")
+    assert plan.skipped == {"first layer": 1, "depthwise": 1, "last layer": 1}
 
 
 def test_a_run_names_the_stage_that_fails(monkeypatch):
     monkeypatch.setattr(
-        prune.MaskPruning,
-        "apply_mask",
-        lambda hook, module: (getattr(module, f"{hook._tensor_name}_orig") + 1).as_subclass(prune.MaskedWeight),
+        sys.modules["sao_prune.prune.hooks"],
+        "derive",
+        lambda module, name: (getattr(module, f"{name}_orig") + 1).as_subclass(prune.MaskedWeight),
     )
     run = run_one(RunTask(one("test_vit"), 0.5))
     assert run.error.startswith("train: BrokenLawError")

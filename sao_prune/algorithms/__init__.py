@@ -1,10 +1,11 @@
 """The methods: each a frozen dataclass of options that combines topologies and values, found by name."""
 
-from .base import Method, ResidualRecord, Settlement, methods, register, resolve
-from .draw import Draw
+from .base import Method, ResidualRecord, Settlement, Stage, methods, register, resolve
+from .draw import Draw, Fidelity
 from .eoi import EOI
 from .grasp import GraSP
 from .magnitude import GMP, LMP, LRP
+from .project import Project
 from .rg import RG
 from .sao import SAO
 from .snip import SNIP
@@ -19,10 +20,13 @@ __all__ = [
     "SAO",
     "SNIP",
     "Draw",
+    "Fidelity",
     "GraSP",
     "Method",
+    "Project",
     "ResidualRecord",
     "Settlement",
+    "Stage",
     "SynFlow",
     "methods",
     "register",

@@ -60,6 +60,21 @@ class Settlement:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Where a schedule stands when a method is asked for its next masks.
+
+    Attributes:
+        allocations: what each weight is asked for now.
+        final: what each is asked for at the end.
+        units: what stays until now: boolean ``(parts, m, n)`` masks.
+    """
+
+    allocations: Sequence[Allocation]
+    final: Sequence[Allocation]
+    units: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to choose which entries stay and what values they get; subclasses are frozen dataclasses of options.
 
@@ -86,8 +101,9 @@ class Method:
         return self
 
     def settle(self, model: nn.Module, allocations: Sequence[Allocation], draws: Sequence[Draw]) -> Settlement:
-        """What else is to be done beside the draws; touches nothing."""
-        return Settlement()
+        """What else is to be done beside the draws; touches nothing. By default what the draws bring along."""
+        values = {name: value for draw in draws for name, value in draw.also.items()}
+        return Settlement(values, {draw.weight.name: draw.note for draw in draws if draw.note})
 
     def residuals(self, allocations: Sequence[Allocation]) -> tuple[ResidualRecord, ...]:
         """What will be made of the model's residual blocks; none by default."""
@@ -100,6 +116,8 @@ class Method:
             parts, (rows, cols) = allocation.weight.parts, allocation.weight.matrix
             if self.structured:
                 out.append((allocation.groups, allocation.edges * parts))
+            elif self.layerwise and allocation.weight.stacked:
+                out.append((None, parts * round(allocation.density * rows * cols)))
             else:
                 out.append((None, round(allocation.density * parts * rows * cols)))
         return out
@@ -119,6 +137,24 @@ class Method:
     ) -> list[Draw]:
         """As `draw`, with the whole model to look at: for methods that run it. It must stay as it is."""
         return self.draw(allocations, weights, seed)
+
+    @property
+    def gradual(self) -> bool:
+        """Whether `revise` is there, so that a schedule can prune with it over time."""
+        return False
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """The next masks of a schedule, and values where they change. Like `draw_for` it touches nothing.
+
+        Methods that prune stay inside ``stage.units``; one that moves its topology may leave them.
+
+        Args:
+            model: with the masks of ``stage.units`` on it.
+            stage: what is asked for and what there is.
+            weights: the masked weights, in the order of the allocations.
+            seed: base seed, the same at every stage.
+        """
+        raise TypeError(f"{type(self).__name__} does not prune over time")
 
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -173,17 +209,20 @@ def nearest(name: object, known: Sequence[object]) -> str:
 
 
 class TopologyDrawer:
-    """Makes block topologies for many weights; equal shapes share one unless ``unique``."""
+    """Makes block topologies for many weights; equal shapes share one unless ``unique``.
+
+    Matrices that ask for their ``own`` get it: those of a stack, experts that all read the same inputs.
+    """
 
     def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
         self._kind, self._seed, self._unique = kind, seed, unique
         self._shared: dict[tuple[object, ...], BlockTopology] = {}
 
     def __call__(
-        self, rows: int, cols: int, *, groups: int, nnz: int | None, name: tuple[object, ...]
+        self, rows: int, cols: int, *, groups: int, nnz: int | None, name: tuple[object, ...], own: bool = False
     ) -> BlockTopology:
         key: tuple[object, ...] = (self._kind, rows, cols, groups, nnz)
-        if self._unique:
+        if self._unique or own:
             key = (*key, *name)
         if key not in self._shared:
             self._shared[key] = make_topology(
@@ -198,7 +237,10 @@ class TopologyDrawer:
 
 
 class SupportDrawer:
-    """Makes supports that are plain masks; equal shapes share one unless ``unique`` or the kind minds the place."""
+    """Makes supports that are plain masks; equal shapes share one unless ``unique`` or the kind minds the place.
+
+    The matrices of a stack have each its own in any case.
+    """
 
     def __init__(self, kind: str, seed: int, *, unique: bool) -> None:
         self._kind, self._seed, self._unique = kind, seed, unique or kind == "radix"
@@ -211,7 +253,7 @@ class SupportDrawer:
         masks = []
         for part in range(weight.parts):
             key: tuple[object, ...] = (self._kind, rows, cols, allocation.density)
-            key = (*key, weight.name, part) if self._unique else key
+            key = (*key, weight.name, part) if self._unique or weight.stacked else key
             if key not in self._shared:
                 generator = named_generator(self._seed, "topology", *key)
                 try:

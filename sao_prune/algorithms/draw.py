@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +11,31 @@ from torch import Tensor
 from ..discovery import PrunableWeight
 from ..topology import BlockTopology
 from ..weights import Blocks, delta_
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How much of what a trained weight did is left.
+
+    Attributes:
+        energy: share of the input-weighted energy of its entries on those that stay.
+        error_kept: squared error of its output, relative to the output's variance, with those entries as they were.
+        error: the same with the values that it gets; ``None`` for both where no data reached it.
+        rows: rows of inputs that tell, at most as many as the method takes.
+        seconds: what it took.
+    """
+
+    energy: float
+    error_kept: float | None
+    error: float | None
+    rows: int
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{self.energy:.0%} of the energy stays"
+        if self.error_kept is not None and self.error is not None:
+            text += f", output error {self.error_kept:.3f} -> {self.error:.3f}"
+        return f"{text}, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -24,6 +50,10 @@ class Draw:
         units: for other supports, a boolean ``(parts, m, n)`` tensor.
         matrices: values for other supports, ``(parts, m, n)`` for the centre tap alone or with every tap,
             ``(parts, m, n, *kernel)``; ``None`` keeps the weight's own.
+        also: values for other parameters and buffers of the model, by their full names: a bias, say, or the
+            statistics of a batch norm behind it.
+        fidelity: how well values that came from a trained weight do its work.
+        note: anything else worth knowing.
     """
 
     weight: PrunableWeight
@@ -31,6 +61,9 @@ class Draw:
     blocks: tuple[Blocks, ...] = ()
     units: Tensor | None = None
     matrices: Tensor | None = None
+    also: Mapping[str, Tensor] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
+    note: str = ""
 
     @property
     def edges(self) -> int:

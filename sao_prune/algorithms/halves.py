@@ -12,7 +12,10 @@ def half_topologies(allocation: Allocation, mirror: Mirror | None, drawer: Topol
     """A topology for every part of a weight, between the halves of its mirrored sides."""
     rows, cols, groups, nnz = half_budget(allocation, mirror)
     weight = allocation.weight
-    return tuple(drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part)) for part in range(weight.parts))
+    return tuple(
+        drawer(rows, cols, groups=groups, nnz=nnz, name=(weight.name, part), own=weight.stacked)
+        for part in range(weight.parts)
+    )
 
 
 def half_budget(allocation: Allocation, mirror: Mirror | None) -> tuple[int, int, int, int | None]:

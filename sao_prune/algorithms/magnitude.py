@@ -8,11 +8,11 @@ from math import prod
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from .base import Method, register
+from .base import Method, Stage, register
 from .draw import Draw
 
 
@@ -91,6 +91,8 @@ def keep_global(
 class LMP(Method):
     """Local magnitude pruning: in every layer the weights (kernels, by L1 norm) of least magnitude go.
 
+    In a stack of matrices, experts ``(experts, out, in)``, every matrix counts for itself.
+
     Example:
         >>> import torch, sao_prune
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
@@ -102,10 +104,23 @@ class LMP(Method):
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Keep the top units of each weight."""
+        return [
+            Draw(a.weight, units=_keep_local(a, scores))
+            for a, scores in zip(allocations, _all_scores(allocations, weights))
+        ]
+
+    @property
+    def gradual(self) -> bool:
+        """Magnitudes rank at any time."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Keep the top units of each weight among those that are left."""
         draws = []
-        for allocation, scores in zip(allocations, _all_scores(allocations, weights)):
-            count = round(allocation.density * scores.numel())
-            draws.append(Draw(allocation.weight, units=keep_top(scores, count)))
+        for allocation, units, scores in zip(stage.allocations, stage.units, _all_scores(stage.allocations, weights)):
+            count = min(round(allocation.density * scores.numel()), int(units.sum()))
+            ranked = torch.where(units.to(scores.device), scores, -1)
+            draws.append(Draw(allocation.weight, units=keep_top(ranked, count)))
         return draws
 
 
@@ -122,11 +137,23 @@ class GMP(Method):
         kept = keep_global(allocations, _all_scores(allocations, weights))
         return [Draw(a.weight, units=units) for a, units in zip(allocations, kept)]
 
+    @property
+    def gradual(self) -> bool:
+        """Magnitudes rank at any time."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Keep the top units of all weights together among those that are left."""
+        scores = _all_scores(stage.allocations, weights)
+        left = [units.to(s.device) for units, s in zip(stage.units, scores)]
+        kept = keep_global(stage.allocations, scores, among=left)
+        return [Draw(a.weight, units=units) for a, units in zip(stage.allocations, kept)]
+
 
 @register
 @dataclass(frozen=True)
 class LRP(Method):
-    """Local random pruning: in every layer a random choice of weights (kernels) stays."""
+    """Local random pruning: in every layer (every matrix of a stack) a random choice of weights (kernels) stays."""
 
     name: ClassVar[str] = "lrp"
 
@@ -135,12 +162,31 @@ class LRP(Method):
         draws = []
         for allocation in allocations:
             weight = allocation.weight
-            units = torch.zeros(weight.parts, *weight.matrix, dtype=torch.bool, device="cpu")
-            count = round(allocation.density * units.numel())
             generator = named_generator(seed, "random", weight.name)
-            units.view(-1)[torch.randperm(units.numel(), generator=generator, device="cpu")[:count]] = True
-            draws.append(Draw(weight, units=units))
+            sets = weight.parts if weight.stacked else 1
+            size = weight.parts * weight.matrix[0] * weight.matrix[1] // sets
+            units = torch.zeros(sets, size, dtype=torch.bool, device="cpu")
+            count = round(allocation.density * size)
+            for one in units:
+                one[torch.randperm(size, generator=generator, device="cpu")[:count]] = True
+            draws.append(Draw(weight, units=units.view(weight.parts, *weight.matrix)))
         return draws
+
+    @property
+    def gradual(self) -> bool:
+        """The random order is the same at every density."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Keep the first units of the same random order."""
+        return self.draw(stage.allocations, weights, seed)
+
+
+def _keep_local(allocation: Allocation, scores: Tensor) -> Tensor:
+    """The top units of a weight, of each matrix where it is a stack."""
+    if allocation.weight.stacked:
+        return torch.stack([keep_top(one, round(allocation.density * one.numel())) for one in scores])
+    return keep_top(scores, round(allocation.density * scores.numel()))
 
 
 def _all_scores(allocations: Sequence[Allocation], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -8,13 +8,13 @@ from math import prod, sqrt
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from ..topology import MAKERS, SUPPORTS, BlockTopology
+from ..topology import MAKERS, SUPPORTS, BlockTopology, coarsened
 from ..weights import Blocks, normal_blocks, uniform_blocks
-from .base import Method, SupportDrawer, TopologyDrawer, choice, register
+from .base import Method, Stage, SupportDrawer, TopologyDrawer, choice, register
 from .draw import Draw
 from .sao import check_gain
 
@@ -32,7 +32,8 @@ class RG(Method):
         topology: ``"ramanujan"`` or ``"interleaved"``; or a support not made of blocks, ``"expander"`` (X-Net),
             ``"radix"`` (RadiX-Net) or ``"product"`` (RBGP).
         gain: factor on fresh values.
-        unique: every layer its own topology, instead of one for all layers of a shape.
+        unique: every layer its own topology, instead of one for all layers of a shape; the matrices of a stack
+            (experts) have each its own in any case.
 
     Example:
         >>> import torch, sao_prune
@@ -68,10 +69,24 @@ class RG(Method):
             weight = allocation.weight
             names = [(weight.name, part) for part in range(weight.parts)]
             parts = tuple(
-                drawer(*weight.matrix, groups=allocation.groups, nnz=allocation.nnz, name=name) for name in names
+                drawer(*weight.matrix, groups=allocation.groups, nnz=allocation.nnz, name=name, own=weight.stacked)
+                for name in names
             )
             draws.append(Draw(weight, parts, self._blocks(weight.kernel, parts, names, seed)))
         return draws
+
+    @property
+    def gradual(self) -> bool:
+        """Blocks whose values are kept can be split on the way."""
+        return self.structured and self.values == "keep"
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """The final topology with its sets joined, as many as are asked for now."""
+        final = self.draw(stage.final, weights, seed)
+        return [
+            Draw(a.weight, tuple(coarsened(t, a.groups) for t in draw.topologies))
+            for a, draw in zip(stage.allocations, final)
+        ]
 
     def _draw_irregular(self, allocations: Sequence[Allocation], seed: int) -> list[Draw]:
         drawer = SupportDrawer(self.topology, seed, unique=self.unique)

@@ -36,7 +36,8 @@ class SAO(Method):
 
     Attributes:
         variant: 1: every block its own values, layers of one shape share a topology; 2: as 1, and all blocks of a
-            layer share their values; 3: every layer its own topology (thesis section 3.4.3.1).
+            layer share their values; 3: every layer its own topology (thesis section 3.4.3.1). Of a stack of matrices,
+            experts ``(experts, out, in)``, each has its own topology in every variant.
         topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``; or a support that is not made of blocks, so
             cannot be exactly orthogonal nor run compactly: ``"expander"``, ``"radix"``, ``"product"``.
         gain: every non-zero singular value of every matrix; 1.1 in the thesis's MLP-N.

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..discovery import PrunableWeight
 from ..topology import BlockTopology
 from .autotune import default_execution
-from .eligible import Ineligible, check_state, dense_class, dense_weight
+from .forms import (
+    CompositeForm,
+    Form,
+    Given,
+    Ineligible,
+    LayerForm,
+    form_of,
+    gather,
+    given_empty,
+    parameter_of,
+    record_of,
+    weights_of,
+)
 from .layout import decode_sets
-from .modules import BlockModule, block_slots, blocks_shape
-from .swap import Changes, become, block_form, restore
+from .modules import BlockComposite, BlockLinear, BlockModule, Matrix, blocks_shape, child_name
+from .swap import Changes, become, restore
 
 
 def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
@@ -30,27 +43,27 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
         ValueError: naming the first layer that does not fit; nothing is changed then.
     """
     modules = dict(model.named_modules())
-    forms: list[tuple[nn.Module, BlockModule]] = []
+    outer: dict[str, dict[str, dict[int | None, BlockTopology]]] = {
+        path: {} for path, module in modules.items() for p in _paths(state) if _calls(module, modules.get(p))
+    }
+    forms: list[tuple[nn.Module, nn.Module]] = []
     for path in sorted(_paths(state)):
-        module = modules.get(path)
+        topology, module = _topology(state, path), modules.get(path)
         if module is None:
-            raise ValueError(f"{path or 'the model'}: the checkpoint has a compact layer, the model no such module")
-        topology = _topology(state, path)
-        shape = _matrix(module)
-        if shape != topology.shape:
-            raise ValueError(f"{path}: the checkpoint's layer is {_times(topology.shape)}, the model's {_times(shape)}")
-        kernel = _kernel(module)
-        expected = blocks_shape(topology, kernel)
-        blocks = state[_key(path, "blocks")]
-        if tuple(blocks.shape) != expected:
-            raise ValueError(f"{path}.blocks: the checkpoint has shape {tuple(blocks.shape)}, expected {expected}")
-        if isinstance(module, BlockModule) and module.topology == topology:
+            owner, tensor, part = _owner(path, modules)
+            outer.setdefault(owner, {}).setdefault(tensor, {})[part] = topology
             continue
-        forms.append((module, _form(path, module, topology, blocks)))
+        shape = _matrix(module)
+        if shape != topology.shape and not _holds(module, topology):
+            raise ValueError(f"{path}: the checkpoint's layer is {_times(topology.shape)}, the model's {_times(shape)}")
+        _check_blocks(path, state, blocks_shape(topology, _kernel(module)))
+        if not isinstance(module, BlockModule) or module.topology != topology:
+            forms.append((module, _form(path, module, topology)))
+    whole = [(modules[path], _composite(path, modules[path], tensors, state)) for path, tensors in outer.items()]
     replaced = _blocks_from_dense(modules, state)
     changes: Changes = []
     try:
-        for module, form in forms:
+        for module, form in (*whole, *forms):
             changes.append(become(module, form))
     except BaseException:
         restore(changes)
@@ -61,24 +74,112 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
     return changes
 
 
-def _form(path: str, module: nn.Module, topology: BlockTopology, blocks: Tensor) -> BlockModule:
+def _calls(module: nn.Module, inner: nn.Module | None) -> bool:
+    """Whether a dense layer has to be in its block form because a layer inside it is to be."""
+    form = None if inner is None else form_of(module)
+    return form is not None and any(inner is joined for joined in form.joins(module))
+
+
+def _owner(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str, int | None]:
+    """The layer with several weights, the weight and its part that a block layer of a checkpoint stands for."""
+    part = None
+    owner, _, name = path.rpartition(".")
+    if name.isdigit() and owner not in modules:
+        part, (owner, _, name) = int(name), owner.rpartition(".")
+    module = modules.get(owner)
+    if isinstance(module, BlockComposite):
+        raise ValueError(f"{path}: the checkpoint's {name} is compact, the model's is not: expand the model first")
+    tensors = [] if module is None else [w.tensor for w in weights_of(module) if child_name(w.tensor) == name]
+    if not tensors:
+        raise ValueError(f"{path or 'the model'}: the checkpoint has a compact layer, the model no such module")
+    return owner, tensors[0], part
+
+
+def _holds(module: nn.Module, topology: BlockTopology) -> bool:
+    """Whether a block layer for several matrices can have them apart instead of stacked, or the reverse."""
+    if not isinstance(module, BlockLinear):
+        return False
+    rows, cols = module.weight_shape
+    return topology.shape in ((rows, cols), (rows, cols * module.copies * module.stacked))
+
+
+def _form(path: str, module: nn.Module, topology: BlockTopology) -> nn.Module:
+    """A layer with one weight in its block form, without values."""
     if isinstance(module, BlockModule):
-        form = module.__class__.__new__(module.__class__)
-        form.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
-        values = torch.empty(blocks.shape, dtype=module.blocks.dtype, device=module.blocks.device)
-        form.set_topology(topology, nn.Parameter(values, module.blocks.requires_grad))
-        form.run_as(default_execution(form))
-        return form
+        block = module.__class__.__new__(module.__class__)
+        block.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+        shape = blocks_shape(topology, module.weight_shape[2:])
+        values = torch.empty(shape, dtype=module.blocks.dtype, device=module.blocks.device)
+        if isinstance(block, BlockLinear):
+            copies = topology.shape[1] // block.in_features
+            block.__dict__.update(copies=copies, stacked=block.copies * block.stacked // copies)
+        block.set_topology(topology, nn.Parameter(values, module.blocks.requires_grad))
+        block.run_as(default_execution(block))
+        return block
+    form = _checked(path, module, LayerForm)
+    parts = int(getattr(module, "groups", 1))
+    given = _given(module, weights_of(module)[0], _split(topology, parts, parts))
+    new = form.block(module, {"weight": given})
+    assert isinstance(new, BlockModule)
+    new.run_as(default_execution(new))
+    return new
+
+
+def _composite(
+    path: str, module: nn.Module, tensors: dict[str, dict[int | None, BlockTopology]], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """A layer with several weights in its block form, without values."""
+    form = _checked(path, module, CompositeForm)
+    given = {}
+    for weight in weights_of(module):
+        found = tensors.get(weight.tensor)
+        if found is None:
+            continue
+        copies = 1
+        if None in found:
+            rows, cols = found[None].shape
+            copies = cols // weight.matrix[1]
+            topologies = _split(found[None], weight.parts, copies)
+            shape = rows // weight.parts, cols // copies
+        else:
+            topologies = [topology for _, topology in sorted(found.items(), key=lambda item: item[0] or 0)]
+            shape = topologies[0].shape
+        if shape != weight.matrix or len(topologies) != weight.parts or copies not in (1, weight.parts):
+            raise ValueError(
+                f"{_key(path, weight.tensor)}: the checkpoint's has {len(topologies)} matrices of {_times(shape)}, the "
+                f"model's {weight.parts} of {_times(weight.matrix)}"
+            )
+        given[weight.tensor] = _given(module, weight, topologies)
+    block = form.block(module, given)
+    assert isinstance(block, BlockComposite)
+    for matrix in block.matrices():
+        _check_blocks(_key(path, matrix.path), state, tuple(matrix.layer.blocks.shape))
+        matrix.layer.run_as(default_execution(matrix.layer))
+    return block
+
+
+def _checked(path: str, module: nn.Module, kind: type[Form]) -> Form:
+    form = form_of(module)
     try:
-        dense_class(module)
-        check_state(module, meta=True)
+        if form is None or not isinstance(form, kind):
+            raise Ineligible(f"no block form of {type(module).__name__}")
+        form.check(module, meta=True)
     except Ineligible as reason:
         raise ValueError(f"{path}: the checkpoint's layer is compact, the model's cannot be: {reason}") from None
-    weight = dense_weight(module)
-    values = torch.empty(blocks.shape, dtype=weight.dtype, device=weight.device)
-    form = block_form(module, topology, values)
-    form.run_as(default_execution(form))
     return form
+
+
+def _given(module: nn.Module, weight: PrunableWeight, topologies: Sequence[BlockTopology]) -> Given:
+    like = parameter_of(module, weight.tensor)
+    assert like is not None
+    return given_empty(tuple(topologies), weight.kernel, like, f"{weight.tensor}_mask" in module._buffers)
+
+
+def _split(topology: BlockTopology, parts: int, copies: int) -> list[BlockTopology]:
+    """The topologies of ``parts`` matrices that stand above each other, or with ``copies`` on a diagonal."""
+    rows = topology.row_set.chunk(parts)
+    cols = topology.col_set.chunk(copies) if copies > 1 else [topology.col_set] * parts
+    return [BlockTopology(r, c) for r, c in zip(rows, cols)]
 
 
 def _blocks_from_dense(
@@ -87,32 +188,53 @@ def _blocks_from_dense(
     """For block layers whose dense weight a checkpoint holds: their entries, and the entries that those replace."""
     new: dict[str, Tensor] = {}
     old: set[str] = set()
-    for path, module in modules.items():
-        if not isinstance(module, BlockModule) or _key(path, "blocks") in state:
-            continue
-        names = [name for name in ("weight", "weight_orig") if _key(path, name) in state]
-        if not names:
+    for path, tensor, weight, layers in _stored(modules):
+        names = [name for name in (tensor, f"{tensor}_orig") if _key(path, name) in state]
+        if not names or any(_key(path, f"{m.path}.blocks".removeprefix(".")) in state for m in layers):
             continue
         key = _key(path, names[0])
-        weight = state[key]
-        if tuple(weight.shape) != module.weight_shape:
-            raise ValueError(f"{key}: the checkpoint has shape {tuple(weight.shape)}, the model {module.weight_shape}")
-        mask = state.get(_key(path, "weight_mask"))
-        entries = (weight if mask is None else mask) != 0
-        units = entries.flatten(2).any(2) if entries.dim() > 2 else entries
-        slots = block_slots(module.topology, module.parts)
-        inside = int(units.flatten()[slots].sum())
-        if float(units.float().mean()) < 0.9 and inside != int(units.sum()):
+        values, mask = state[key], state.get(_key(path, f"{tensor}_mask"))
+        if tuple(values.shape) != weight.shape:
+            raise ValueError(f"{key}: the checkpoint has shape {tuple(values.shape)}, the model {weight.shape}")
+        entries = (values if mask is None else mask) != 0
+        if weight.kernel:
+            entries = entries.flatten(2).any(2, keepdim=True).view(*entries.shape[:2], *[1] * len(weight.kernel))
+            entries = entries.expand_as(values)
+        inside = sum(int(_read(weight, entries, m).sum()) for m in layers)
+        if float(entries.float().mean()) < 0.9 and inside != int(entries.sum()):
             raise ValueError(
                 f"{path}: the checkpoint is sparse elsewhere than the model's blocks; expand the model, or load into "
                 "a dense one"
             )
-        values = weight.flatten(0, 1)[slots].reshape(module.blocks.shape)
-        new.update(
-            {_key(path, "blocks"): values, _key(path, "row_set"): module.row_set, _key(path, "col_set"): module.col_set}
-        )
-        old |= {_key(path, name) for name in ("weight", "weight_orig", "weight_mask")}
+        for m in layers:
+            prefix = _key(path, m.path) if m.path else path
+            sets = {_key(prefix, "row_set"): m.layer.row_set, _key(prefix, "col_set"): m.layer.col_set}
+            new.update({_key(prefix, "blocks"): _read(weight, values, m), **sets})
+        old |= {_key(path, name) for name in (tensor, f"{tensor}_orig", f"{tensor}_mask")}
     return new, old
+
+
+def _stored(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, PrunableWeight, list[Matrix]]]:
+    """Path, name and dense form of every weight that is blocks, and the block layers that it is in."""
+    inner: set[int] = set()
+    for path, module in modules.items():
+        if isinstance(module, BlockComposite):
+            for tensor, weight in module.compact_records.items():
+                layers = [m for m in module.matrices() if m.tensor == tensor]
+                inner |= {id(m.layer) for m in layers}
+                yield path, tensor, weight, layers
+        elif isinstance(module, BlockModule) and id(module) not in inner:
+            yield path, "weight", record_of(module), [Matrix("", "weight", None, module)]  # type: ignore[arg-type]
+
+
+def _read(weight: PrunableWeight, tensor: Tensor, matrix: Matrix) -> Tensor:
+    return gather(weight, tensor, matrix.layer.topology, matrix.part, matrix.layer.parts)
+
+
+def _check_blocks(path: str, state: Mapping[str, Tensor], expected: tuple[int, ...]) -> None:
+    given = tuple(state[_key(path, "blocks")].shape)
+    if given != expected:
+        raise ValueError(f"{path}.blocks: the checkpoint has shape {given}, expected {expected}")
 
 
 def _key(path: str, name: str) -> str:
@@ -138,16 +260,17 @@ def _topology(state: Mapping[str, Tensor], path: str) -> BlockTopology:
 def _matrix(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, BlockModule):
         return module.topology.shape
-    weight = module._parameters.get("weight")
-    weight = module._parameters.get("weight_orig") if weight is None else weight
-    if weight is None or weight.dim() < 2:
-        return ()
-    return weight.shape[0], weight.shape[1] * int(getattr(module, "groups", 1))
+    weights = weights_of(module)
+    if not isinstance(form_of(module), LayerForm) or not weights:
+        weight = parameter_of(module, "weight")
+        return () if weight is None else tuple(weight.shape[:2])
+    rows, cols = weights[0].matrix
+    return rows * weights[0].parts, cols * weights[0].parts
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    return tuple(module.weight_shape[2:] if isinstance(module, BlockModule) else dense_weight(module).shape[2:])
+    return tuple(module.weight_shape[2:] if isinstance(module, BlockModule) else weights_of(module)[0].kernel)
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def _times(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "no matrix"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .backends import cpu
 from .calls import Calls, run_model
+from .forms import dense_form
 from .fusion import Chain
 from .modules import BlockConv, BlockConv2d, BlockModule, Execution
 from .plan import Choice, Plan, Steps
-from .swap import dense_form
 
 Tune = Literal["train", "infer"] | None
 _Mode = Literal["train", "infer"]
@@ -247,6 +247,9 @@ def inputs_of(candidates: Sequence[Candidate], before: Calls, compact: Calls) ->
     transposed."""
     found = {}
     for c in candidates:
-        own = before.inputs[id(c.module)]
-        found[c.name] = own if isinstance(c.block, BlockConv) else compact.inputs.get(id(c.module), own)
+        # A layer that was read and not called is called by the block form of the layer that it is in.
+        own, later = before.inputs.get(id(c.module)), compact.inputs.get(id(c.module))
+        like = own if later is None or (own is not None and isinstance(c.block, BlockConv)) else later
+        assert like is not None
+        found[c.name] = like
     return found

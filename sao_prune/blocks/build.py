@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import sqrt
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod, sqrt
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..algorithms import Draw
 from ..prune import MaskPruning, attach_all
+from ..replaced import warn_replaced
 from ..seeds import named_generator
-from ..topology import BlockTopology
 from .autotune import default_execution
 from .calls import to_channels_last
-from .eligible import Ineligible, check_state, dense_class, read_from_outside
-from .modules import BlockModule, joined_topology, stack_blocks
-from .swap import Changes, become, block_form, restore
+from .eligible import read_from_outside
+from .forms import CompositeForm, Given, Ineligible, LayerForm, form_of, given_by, given_of
+from .modules import BlockComposite, BlockModule
+from .swap import Changes, become, restore
 
 
 def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], seed: int) -> None:
@@ -30,22 +31,12 @@ def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], se
             is then as it was.
     """
     modules = dict(model.named_modules())
-    outside = read_from_outside(model)
     _check_meta(modules, {draw.weight.module for draw in draws})
-    forms: list[tuple[nn.Module, nn.Module]] = []
-    masked: list[Draw] = []
-    for draw in draws:
-        module = modules[draw.weight.module]
-        try:
-            if draw.weight.tensor != "weight" or draw.weight.aliases or id(module) in outside:
-                raise Ineligible(outside.get(id(module), f"no block form of {draw.weight.kind}.{draw.weight.tensor}"))
-            dense_class(module)
-            check_state(module, meta=True)
-            forms.append((module, _form(module, draw, seed)))
-        except Ineligible as reason:
-            if getattr(module, draw.weight.tensor).is_meta:
-                raise ValueError(f"{draw.weight.name} is on the meta device and cannot be compact: {reason}") from None
-            masked.append(draw)
+    forms, masked = _forms(model, modules, draws, seed)
+    # A layer that becomes compact has new parameters; told before anything changes, as a warning may be an error.
+    warn_replaced(
+        [p for module, _ in forms for p in module._parameters.values() if p is not None and p.dim() > 1], "apply"
+    )
     changes: Changes = []
     try:
         for module, form in forms:
@@ -68,48 +59,87 @@ def settle(model: nn.Module) -> None:
         to_channels_last(model)
 
 
-def _form(module: nn.Module, draw: Draw, seed: int) -> nn.Module:
+def _forms(
+    model: nn.Module, modules: Mapping[str, nn.Module], draws: Sequence[Draw], seed: int
+) -> tuple[list[tuple[nn.Module, nn.Module]], list[Draw]]:
+    """The block forms to put in place, outer layers first, and the draws of what has none."""
+    outside = read_from_outside(model)
+    by_module: dict[str, list[Draw]] = {}
+    for draw in draws:
+        by_module.setdefault(draw.weight.module, []).append(draw)
+    several: list[tuple[nn.Module, nn.Module]] = []
+    # Layers that one with several weights reads: that one then becomes compact with them, and calls them.
+    for path, module in modules.items():
+        form = form_of(module)
+        if not isinstance(form, CompositeForm):
+            continue
+        inner = [
+            m for m in form.joins(module) if any(modules[p] is m and by_module[p][0].topologies for p in by_module)
+        ]
+        own = [d for d in by_module.get(path, ()) if d.topologies and not d.weight.aliases]
+        if (own or inner) and id(module) not in outside and _fits(form, module):
+            several.append((module, form.block(module, {d.weight.tensor: _given(module, d) for d in own})))
+            for m in inner:
+                outside.pop(id(m), None)
+    converted = {id(module): block for module, block in several}
+    single: list[tuple[nn.Module, nn.Module]] = []
+    masked: list[Draw] = []
+    for draw in draws:
+        module = modules[draw.weight.module]
+        form, block = form_of(module), converted.get(id(module))
+        try:
+            if isinstance(block, BlockComposite) and draw.weight.tensor in block.compact_weights:
+                continue
+            if draw.weight.aliases or id(module) in outside or not isinstance(form, LayerForm):
+                kind = f"no block form of {draw.weight.kind}.{draw.weight.tensor}"
+                raise Ineligible(outside.get(id(module), kind))
+            form.check(module, meta=True)
+            single.append((module, _layer(module, form, draw, seed)))
+        except Ineligible as reason:
+            if getattr(module, draw.weight.tensor).is_meta:
+                raise ValueError(f"{draw.weight.name} is on the meta device and cannot be compact: {reason}") from None
+            masked.append(draw)
+    for _, block in several:
+        for matrix in block.matrices() if isinstance(block, BlockComposite) else ():
+            matrix.layer.run_as(default_execution(matrix.layer))
+    return [*several, *single], masked
+
+
+def _fits(form: CompositeForm, module: nn.Module) -> bool:
+    try:
+        form.check(module, meta=True)
+    except Ineligible:
+        return False
+    return True
+
+
+def _given(module: nn.Module, draw: Draw) -> Given:
+    weight = getattr(module, draw.weight.tensor)
+    if draw.blocks:
+        return given_by(draw, torch.empty(0, dtype=weight.dtype, device="cpu" if weight.is_meta else weight.device))
+    if weight.is_meta:
+        raise ValueError(f"{draw.weight.name} is on the meta device and has no values to keep")
+    return replace(given_of(module, draw.weight, draw.topologies), masked=True)
+
+
+def _layer(module: nn.Module, form: LayerForm, draw: Draw, seed: int) -> nn.Module:
     if not draw.topologies:
         raise ValueError(
             f"{draw.weight.name}: the method chose no blocks, so there is no compact form; use form='masked'"
         )
-    topology = joined_topology(draw.topologies)
-    weight = module._parameters["weight"]
-    assert weight is not None
-    blocks = None
-    if draw.blocks:
-        device = torch.device("cpu") if weight.is_meta else weight.device
-        blocks = _blocks(topology, draw, tuple(weight.shape[2:])).to(device, weight.dtype)
-    elif weight.is_meta:
-        raise ValueError(f"{draw.weight.name} is on the meta device and has no values to keep")
-    form = block_form(module, topology, blocks)
-    form.run_as(default_execution(form))
-    form.__dict__["_masked"] = True
-    bias = form._parameters["bias"]
+    block = form.block(module, {"weight": _given(module, draw)})
+    block.run_as(default_execution(block))
+    bias = block._parameters["bias"]
     if bias is not None and bias.is_meta:
-        bound = 1 / sqrt(torch.Size(weight.shape[1:]).numel())
+        bound = 1 / sqrt(draw.weight.matrix[1] * prod(draw.weight.kernel))
         values = torch.rand(bias.shape, generator=named_generator(seed, "bias", draw.weight.name))
-        form._parameters["bias"] = nn.Parameter(((values * 2 - 1) * bound).to(bias.dtype), bias.requires_grad)
-    return form
-
-
-def _blocks(topology: BlockTopology, draw: Draw, kernel: tuple[int, ...]) -> Tensor:
-    """The draw's values in the order of the joined topology's buckets, lifted to the kernel."""
-    centre: Any = (..., *(k // 2 for k in kernel))
-    by_shape: dict[tuple[int, int], list[Tensor]] = {}
-    for values in (v for part in draw.blocks for v in part):
-        if kernel and values.dim() == 3:
-            lifted = values.new_zeros(*values.shape, *kernel)
-            lifted[centre] = values
-            values = lifted
-        values = values.reshape(*values.shape[:3], *kernel)
-        by_shape.setdefault((values.shape[1], values.shape[2]), []).append(values)
-    return stack_blocks(topology, [torch.cat(by_shape[bucket.shape[1:]]) for bucket in topology.buckets]).clone()
+        block._parameters["bias"] = nn.Parameter(((values * 2 - 1) * bound).to(bias.dtype), bias.requires_grad)
+    return block
 
 
 def _check_meta(modules: Mapping[str, nn.Module], drawn: set[str]) -> None:
     for path, module in modules.items():
-        if path in drawn or hasattr(module, "reset_parameters"):
+        if path in drawn or _initialiser(module) is not None:
             continue
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_meta:
@@ -127,4 +157,10 @@ def _materialise(modules: Mapping[str, nn.Module], seed: int) -> None:
             own = (*module._parameters.values(), *module._buffers.values())
             if any(tensor is not None and tensor.is_meta for tensor in own):
                 module.to_empty(device="cpu", recurse=False)
-                module.reset_parameters()  # type: ignore[operator]
+                initialise = _initialiser(module)
+                assert initialise is not None
+                initialise()
+
+
+def _initialiser(module: nn.Module) -> Callable[[], None] | None:
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

@@ -1,29 +1,30 @@
-"""The verbs `compact` and `expand`."""
+"""The verb `compact`."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..plain import why_not_plain
-from ..prune import RefreshAll, RefreshChildren, pruning_hooks, unwatch, watch
+from ..prune import pruning_hooks, unwatch
 from ..replaced import warn_replaced
 from .autotune import Candidate, Tune, default_plan, with_steps
 from .backends import cpu
 from .calls import Calls, record_calls, to_contiguous
-from .eligible import Ineligible, check_state, dense_class, dense_weight, layers, read_from_outside, read_topology
+from .candidates import called_in, candidate_of, composites_of, first_of, records_of, single_of
+from .eligible import candidates, layers
 from .epilogue import detach
+from .forms import Ineligible, LayerForm, parameter_of
 from .fusion import Chain, chains
-from .modules import BlockModule
+from .modules import BlockComposite, BlockModule
 from .plan import Choice, Plan, carry_out, plan_of
 from .report import CompactRecord, CompactReport
-from .swap import Changes, become, block_form, dense_form, restore
+from .swap import Changes, become, restore
 from .tuning import tuned
 
 _SMALL = 1e-30
@@ -40,8 +41,9 @@ def compact(
     """Make every block-sparse layer of a model hold and compute only its blocks, in place.
 
     The topology is read from the mask, or from the zeros of a baked or loaded weight. Outputs and gradients stay what
-    they were, within rounding. Make the optimizer afterwards: the parameters are new ones. Converted are stock
-    linear and convolutional layers; the report says why others were skipped.
+    they were, within rounding. Make the optimizer afterwards: the parameters are new ones. Converted are linear and
+    convolutional layers, attention, recurrent layers and the experts of mixtures; the report says why others were
+    skipped.
 
     Args:
         model: any module.
@@ -76,18 +78,21 @@ def compact(
     before = plan_of(model)
     found = list(layers(model))
     calls = None if example_input is None else record_calls(model, [m for _, m in found], example_input)
-    candidates, records = _candidates(model, found, calls)
-    if not candidates:
+    eligible = candidates(model, found, None if calls is None else called_in(found, calls))
+    records = records_of(found, eligible)
+    ready = [e for e in eligible if not isinstance(e.found, Ineligible)]
+    if not ready:
         raise ValueError(_nothing(model, records))
-    replaced: list[Any] = [dense_weight(c.module) for c in candidates]
-    warn_replaced(replaced, "compact")
+    whole = composites_of(eligible)
+    single = [candidate_of(e) for e in ready if isinstance(e.form, LayerForm)]
+    warn_replaced([parameter_of(e.module, e.weight.tensor) for e in ready if e.weight is not None], "compact")
     detach(model)
     try:
         follow: dict[int, Chain] = {}
         if fuse and calls is not None and plan is None and cpu.library() is not None:
-            follow = chains(model, [m for _, m in found if not _is_dense(m)], example_input)
-        chosen = _chosen(model, candidates, calls, example_input, tune, plan, follow, before)
-        undo = _convert(model, candidates, chosen)
+            follow = chains(model, single_of(found), example_input)
+        chosen = _chosen(model, whole, single, calls, example_input, tune, plan, follow, before)
+        undo = _convert(model, whole, single, chosen)
     except BaseException:
         carry_out(model, before)
         raise
@@ -102,16 +107,17 @@ def compact(
         for module in model.modules():
             unwatch(module)
     done = plan_of(model, chosen.machine)
+    left = {name: choice for name, choice in chosen.choices.items() if choice.execution is None}
+    done = replace(done, choices={**left, **done.choices})
     for name, choice in chosen.choices.items():
         record = records.get(name)
         if record is not None and record.reason is None:
-            text = _text(name, done)
-            records[name] = replace(record, execution=text, ratio=choice.ratio, reason=choice.reason)
+            records[name] = replace(record, ratio=choice.ratio, reason=choice.reason)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for e in ready:
+        if records[e.name].reason is None:
+            records[e.name] = replace(records[e.name], execution=_text(paths[id(first_of(e))], done))
     return CompactReport(tuple(records.values()), "compact", done, _note(model))
-
-
-def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, BlockModule) and module.execution.dense
 
 
 def _text(name: str, plan: Plan) -> str:
@@ -144,6 +150,7 @@ _warned = False
 
 def _chosen(
     model: nn.Module,
+    whole: Sequence[tuple[nn.Module, BlockComposite]],
     candidates: Sequence[Candidate],
     calls: Calls | None,
     example_input: Any,
@@ -165,16 +172,21 @@ def _chosen(
         whole = replace(own, choices={**kept, **own.choices}, channels_last=last)
         return with_steps(whole, [*here, *candidates], follow, paths)
 
-    if calls is None or tune is None:
+    if calls is None or tune is None or not candidates:
         return complete(default_plan(candidates))
 
     def convert(own: Plan) -> Callable[[], None]:
-        return _convert(model, candidates, complete(own))
+        return _convert(model, whole, candidates, complete(own))
 
     return complete(tuned(model, candidates, calls, example_input, tune, convert))
 
 
-def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> Callable[[], None]:
+def _convert(
+    model: nn.Module,
+    whole: Sequence[tuple[nn.Module, BlockComposite]],
+    candidates: Sequence[Candidate],
+    plan: Plan,
+) -> Callable[[], None]:
     """Make the layers compact as planned; returns what undoes it. If it fails, it is undone."""
     changes: Changes = []
     formats: list[nn.Module] = []
@@ -185,6 +197,8 @@ def _convert(model: nn.Module, candidates: Sequence[Candidate], plan: Plan) -> C
         to_contiguous(formats)
 
     try:
+        for module, form in whole:
+            changes.append(become(module, form))
         for candidate in candidates:
             if plan.choices[candidate.name].execution is not None:
                 changes.append(become(candidate.module, candidate.block))
@@ -207,43 +221,11 @@ def _check(model: nn.Module, example_input: Any, tune: Tune, plan: Plan | None) 
     if plan is not None and tune is not None:
         raise ValueError("give either tune, which makes a plan, or a plan")
     names = {name for name, _ in model.named_modules()}
-    if plan is not None and plan.choices and not names & set(plan.choices):
+    # Those of a layer with several weights stand below it, one or two names further.
+    named = {name.rsplit(".", up)[0] for name in (plan.choices if plan is not None else ()) for up in (0, 1, 2)}
+    if plan is not None and plan.choices and not names & named:
         missing = ", ".join(list(plan.choices)[:4])
         raise ValueError(f"the plan is of another model: {type(model).__name__} has none of its layers ({missing}, ..)")
-
-
-def _candidates(
-    model: nn.Module, found: list[tuple[str, nn.Module]], calls: Calls | None
-) -> tuple[list[Candidate], dict[str, CompactRecord]]:
-    """The layers that can be compact, and a record of every layer; touches nothing."""
-    outside = read_from_outside(model)
-    candidates, records = [], {}
-    for name, module in found:
-        if isinstance(module, BlockModule):
-            shape, groups = module.weight_shape, module.topology.groups
-            records[name] = CompactRecord(name, type(module).__name__, shape, groups, reason="compact already")
-            continue
-        record = CompactRecord(name, type(module).__name__, _shape(module))
-        try:
-            dense_class(module)
-            check_state(module)
-            if id(module) in outside:
-                raise Ineligible(outside[id(module)])
-            if calls is not None and id(module) not in calls.inputs:
-                raise Ineligible("the example input does not call it, so its weight is unused or read from outside")
-            topology = read_topology(module)
-            candidates.append(Candidate(name, module, block_form(module, topology)))
-            records[name] = replace(record, groups=topology.groups)
-        except Ineligible as reason:
-            records[name] = replace(record, reason=str(reason))
-    return candidates, records
-
-
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    try:
-        return tuple(dense_weight(module).shape)
-    except (AssertionError, RuntimeError):
-        return ()
 
 
 def _nothing(model: nn.Module, records: dict[str, CompactRecord]) -> str:
@@ -280,63 +262,3 @@ def _relative_error(new: Any, old: Tensor) -> float:
     difference = torch.where(finite, new, 0).double() - reference
     scale = float(reference.norm())
     return float(difference.norm()) / max(scale, _SMALL)
-
-
-def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> CompactReport:
-    """Turn every block layer back into its dense one, in place.
-
-    Args:
-        model: any module.
-        form: ``"masked"`` puts ``weight_orig`` and ``weight_mask`` back, so that training keeps the zeros;
-            ``"baked"`` plain weights; ``None`` what each layer was before.
-
-    Returns:
-        A `CompactReport` that lists the expanded layers as left.
-
-    Raises:
-        ValueError: if no layer is compact, or for an unknown form.
-
-    Example:
-        >>> import torch, sao_prune
-        >>> net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
-        >>> _ = sao_prune.apply(net, groups=4, seed=0)
-        >>> _ = sao_prune.compact(net)
-        >>> _ = sao_prune.expand(net)
-        >>> type(net[1]).__name__, sorted(net[1].state_dict())
-        ('Linear', ['bias', 'weight_mask', 'weight_orig'])
-    """
-    if form not in (None, "masked", "baked"):
-        raise ValueError(f"form must be 'masked', 'baked' or None, got {form!r}")
-    targets = [(name, m) for name, m in layers(model) if isinstance(m, BlockModule)]
-    if not targets:
-        raise ValueError("nothing to expand: no layer of the model is compact")
-    for name, module in targets:
-        _check_plain(name, module)
-    warn_replaced([p for _, module in targets for p in module._parameters.values()], "expand")
-    detach(model)
-    records = []
-    for name, module in targets:
-        dense = dense_form(module, None if form is None else form == "masked")
-        records.append(
-            CompactRecord(name, type(dense).__name__, module.weight_shape, module.topology.groups, reason="expanded")
-        )
-        become(module, dense)
-        if any(True for _ in pruning_hooks(module)):
-            watch(model, RefreshAll)
-            if name:
-                watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
-    to_contiguous(model.modules())
-    return CompactReport(tuple(records), "expanded")
-
-
-def _check_plain(name: str, module: nn.Module) -> None:
-    """Refuse a block layer whose parameters something else computes.
-
-    Raises:
-        ValueError: telling what to do first.
-    """
-    reason = why_not_plain(module)
-    if reason is not None:
-        raise ValueError(f"{name}: {reason}; nothing was expanded")
-    if "blocks" not in module._parameters:
-        raise ValueError(f"{name}: its blocks are no parameter of its own: undo what replaced them first")

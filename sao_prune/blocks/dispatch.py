@@ -18,7 +18,7 @@ from .permutation import dense
 
 _LIBRARY = torch.library.Library("sao_prune", "DEF")
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 _DEVICES = ("CPU", "CUDA")
 
 
@@ -264,7 +264,8 @@ def _second(
 ) -> list[Tensor | None]:
     """Derivatives of ``vjp(reference)(inputs)(grad)`` by ``grad`` and the inputs, given those of its results."""
     with torch.enable_grad():
-        sources = [t if t is None or t.requires_grad else t.detach() for t in (grad, *inputs)]
+        # Views of their own: the gradient may depend on the inputs itself, and that path is not to be walked here.
+        sources = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in (grad, *inputs)]
         wanted = [t for t, need in zip(sources[1:], mask) if need and t is not None]
         first = torch.autograd.grad(reference(*sources[1:]), wanted, sources[0], create_graph=True, allow_unused=True)
     asked = [o for o, need in zip(outer, mask) if need]

@@ -1,129 +1,146 @@
-"""Which layers can be made compact, and why others cannot."""
+"""Which layers of a model can be made compact, and why others cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
+from torch import nn
 
-from ..prune import RefreshAll, RefreshChildren
-from ..topology import BlockTopology, NotBlockStructuredError
-from .modules import BlockConv1d, BlockConv2d, BlockConv3d, BlockLinear, BlockModule, joined_topology
-
-BLOCK_CLASSES: dict[type[nn.Module], type[BlockModule]] = {
-    nn.Linear: BlockLinear,
-    nn.Conv1d: BlockConv1d,
-    nn.Conv2d: BlockConv2d,
-    nn.Conv3d: BlockConv3d,
-}
-_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Ineligible(ValueError):
-    """A layer that has to stay as it is; the message says why."""
+from ..discovery import PrunableWeight
+from ..topology import BlockTopology
+from .forms import CompositeForm, Form, Ineligible, LayerForm, form_of, read_topologies, weights_of
+from .modules import BlockComposite, BlockModule
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear and convolutional layer of a model, compact ones included, with its path."""
-    kinds: tuple[type[nn.Module], ...] = (*BLOCK_CLASSES, BlockModule, nn.modules.conv._ConvNd)
+    """Every layer of a model of a kind that has a block form, compact ones included, and other convolutions."""
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
+        if isinstance(module, (BlockModule, nn.modules.conv._ConvNd)) or form_of(module) is not None:
             yield name, module
 
 
-def dense_class(module: nn.Module) -> type[nn.Module]:
-    """The stock class whose forward the module runs.
+def parts_of_composites(model: nn.Module) -> set[int]:
+    """Ids of the block layers that are a composite layer's own."""
+    return {id(m.layer) for owner in model.modules() if isinstance(owner, BlockComposite) for m in owner.matrices()}
 
-    Raises:
-        Ineligible: if it runs one of its own.
+
+@dataclass(frozen=True)
+class Eligible:
+    """One weight of a dense layer.
+
+    Attributes:
+        name: path of the layer; where it has several weights, that of the weight.
+        module: the layer.
+        form: its kind; ``None`` where there is none.
+        weight: which weight; ``None`` where the layer cannot be looked into.
+        found: its topologies, or why it has to stay as it is.
     """
-    for stock in BLOCK_CLASSES:
-        if isinstance(module, stock):
-            own = "forward" in module.__dict__ or type(module).forward is not stock.forward
-            for name in ("_conv_forward",):
-                own = own or getattr(type(module), name, None) is not getattr(stock, name, None)
-            if own:
-                raise Ineligible(f"{type(module).__name__} has a forward of its own")
-            return stock
-    raise Ineligible(f"no block form of {type(module).__name__}")
+
+    name: str
+    module: nn.Module
+    form: Form | None
+    weight: PrunableWeight | None
+    found: tuple[BlockTopology, ...] | Ineligible
 
 
-def check_state(module: nn.Module, meta: bool = False) -> None:
-    """Refuse a layer with hooks or a computed weight; ``meta`` allows one on the meta device.
+def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set[int] | None = None) -> list[Eligible]:
+    """What can be said of each weight of the dense layers of a model; touches nothing.
 
-    Raises:
-        Ineligible: if its weight is more than a parameter and at most a mask.
+    Args:
+        model: any module.
+        found: its `layers`.
+        called: ids of the layers that were called in a run of the model, if it was run.
     """
-    if parametrize.is_parametrized(module):
-        raise Ineligible("its weight is parametrized")
-    hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, (RefreshAll, RefreshChildren))]
-    foreign = [h for h in hooks if not isinstance(h, BasePruningMethod)]
-    foreign += [h for field in _HOOKS for h in getattr(module, field).values()]
-    if foreign:
-        raise Ineligible(f"it has a hook: {getattr(foreign[0], '__name__', type(foreign[0]).__name__)}")
-    if any(h._tensor_name != "weight" for h in hooks if isinstance(h, BasePruningMethod)):
-        raise Ineligible("its bias is pruned")
-    weight = module._parameters.get("weight_orig" if hooks else "weight")
-    if weight is None:
-        raise Ineligible("its weight is not a parameter")
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise Ineligible("not initialised yet (lazy): run the model once first")
-    if weight.is_meta and not meta:
-        raise Ineligible("its weight is on the meta device, so it has no zeros to read")
-    if not weight.is_floating_point():
-        raise Ineligible(f"not a floating-point weight ({weight.dtype})")
+    dense = [(name, module) for name, module in found if not isinstance(module, BlockModule)]
+    outside, tied = read_from_outside(model), _tied(model)
+    reasons = {id(m): Ineligible(why) for m in model.modules() if (why := outside.get(id(m)))}
+    if called is not None:
+        why = "the example input does not call it, so its weight is unused or read from outside"
+        reasons = {**{id(m): Ineligible(why) for _, m in dense if id(m) not in called}, **reasons}
+    first = [(name, m) for name, m in dense if isinstance(form_of(m), CompositeForm)]
+    weights: dict[int, list[Eligible]] = {}
+    for name, module in first:
+        form = form_of(module)
+        assert form is not None
+        weights[id(module)] = own = _weights(name, module, form, reasons.get(id(module)))
+        joined = [_weights("", m, f, None) for m in form.joins(module) if (f := form_of(m)) is not None]
+        fits = not any(isinstance(e.found, Ineligible) and e.weight is None for e in own)
+        if fits and any(not isinstance(e.found, Ineligible) for each in (own, *joined) for e in each):
+            # In its block form it calls them.
+            for inner in form.joins(module):
+                if id(inner) not in tied:
+                    reasons.pop(id(inner), None)
+    for name, module in dense:
+        if id(module) not in weights:
+            weights[id(module)] = _weights(name, module, form_of(module), reasons.get(id(module)))
+    return [e for _, module in dense for e in weights[id(module)]]
 
 
-def read_topology(module: nn.Module) -> BlockTopology:
-    """A layer's topology, from its mask or from its zeros.
+@dataclass(frozen=True)
+class Composite:
+    """A layer with several weights that becomes compact.
 
-    Raises:
-        Ineligible: if it has none.
+    Attributes:
+        module: the layer.
+        form: its kind.
+        weights: those that become blocks, and their topologies; none where only layers inside it do, which it then
+            calls.
     """
-    mask = module._buffers.get("weight_mask")
-    source = module._parameters["weight"] if mask is None else mask
-    assert source is not None
-    entries = source.detach() != 0
-    units = entries.flatten(2).any(2) if entries.dim() > 2 else entries
-    if mask is not None and entries.dim() > 2 and not torch.equal(units, entries.flatten(2).all(2)):
-        raise Ineligible("its mask cuts inside kernels; blocks keep whole kernels")
-    if bool(units.all()):
-        raise Ineligible("dense: nothing in it is pruned")
-    parts = units.unflatten(0, (int(getattr(module, "groups", 1)), -1))
+
+    module: nn.Module
+    form: CompositeForm
+    weights: dict[str, tuple[PrunableWeight, tuple[BlockTopology, ...]]]
+
+
+def composites(eligible: list[Eligible]) -> dict[int, Composite]:
+    """The layers with several weights that become compact, by id."""
+    ready = {id(e.module) for e in eligible if not isinstance(e.found, Ineligible)}
+    out: dict[int, Composite] = {}
+    for e in eligible:
+        if isinstance(e.form, CompositeForm) and e.weight is not None:
+            inner = any(id(m) in ready for m in e.form.joins(e.module))
+            if id(e.module) in ready or inner:
+                own = out.setdefault(id(e.module), Composite(e.module, e.form, {}))
+                if not isinstance(e.found, Ineligible):
+                    own.weights[e.weight.tensor] = e.weight, e.found
+    return out
+
+
+def _weights(name: str, module: nn.Module, form: Form | None, reason: Ineligible | None) -> list[Eligible]:
+    if form is None:
+        return [Eligible(name, module, None, None, Ineligible(f"no block form of {type(module).__name__}"))]
     try:
-        topology = joined_topology([BlockTopology.from_mask(part) for part in parts])
-    except NotBlockStructuredError as error:
-        raise Ineligible(str(error)) from None
-    if topology.groups == 0:
-        raise Ineligible("nothing is left in it")
-    if topology.groups == parts.shape[0] and topology.nnz == units.numel():
-        raise Ineligible("dense: nothing in it is pruned")
-    return topology
+        form.check(module)
+        if reason is not None:
+            raise reason
+    except Ineligible as why:
+        return [Eligible(name, module, form, None, why)]
+    out = []
+    for weight in weights_of(module):
+        path = name if isinstance(form, LayerForm) else f"{name}.{weight.tensor}" if name else weight.tensor
+        try:
+            out.append(Eligible(path, module, form, weight, read_topologies(module, weight)))
+        except Ineligible as why:
+            out.append(Eligible(path, module, form, weight, why))
+    return out
 
 
 def read_from_outside(model: nn.Module) -> dict[int, str]:
     """Layers whose weight others read, by the id of the module, with the reason."""
     reasons: dict[int, str] = {}
+    for module in model.modules():
+        form = form_of(module)
+        for inner in () if form is None else form.joins(module):
+            reasons[id(inner)] = f"{type(module).__name__} reads its weight without calling it"
+    return {**reasons, **_tied(model)}
+
+
+def _tied(model: nn.Module) -> Mapping[int, str]:
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            reasons[id(module.out_proj)] = "MultiheadAttention reads its weight without calling it"
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(module)
-    for sharing in owners.values():
-        if len(sharing) > 1:
-            reasons.update({id(module): "its weight is tied to another module's" for module in sharing})
-    return reasons
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The parameter that holds a layer's values."""
-    parameters: Mapping[str, nn.Parameter | None] = module._parameters
-    weight = parameters.get("weight_orig")
-    weight = parameters.get("weight") if weight is None else weight
-    assert weight is not None
-    return weight
+    sharing = [modules for modules in owners.values() if len(modules) > 1]
+    return {id(module): "its weight is tied to another module's" for modules in sharing for module in modules}

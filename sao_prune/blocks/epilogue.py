@@ -8,11 +8,12 @@ given, if that is the owner's result, and raise an error if it is not.
 from __future__ import annotations
 
 import weakref
-from threading import get_ident
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import operators
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+# Storage, offset and version of a result; and how many are remembered, for passes that run again.
+_Result = tuple[StorageWeakRef, int, int]
+Homes = Mapping[int, Sequence[tuple[nn.Module, str]]]
+_MOST = 16
 
 
 class Epilogue:
@@ -49,12 +56,18 @@ class Epilogue:
         then: BlockLinear | None = None,
     ) -> None:
         self._present = norm is not None, activation is not None, then is not None
-        self._refer([owner, norm, activation, then, *between])
+        self._refer([owner, norm, activation, then, *between], [])
         self.fused = False
-        self._result: tuple[StorageWeakRef, int, int, int] | None = None
+        self._results: list[_Result] = []
 
-    def _refer(self, modules: list[nn.Module | None]) -> None:
+    def _refer(self, modules: list[nn.Module | None], homes: list[tuple[nn.Module, str, nn.Module]]) -> None:
         self._modules = [None if m is None else weakref.ref(m) for m in modules]
+        self._homes = [(weakref.ref(parent), name, weakref.ref(member)) for parent, name, member in homes]
+
+    def settle(self, homes: Homes) -> None:
+        """Note where in a model the members are: once one is somewhere else, or in a wrapper, the owner runs alone."""
+        members = self.members()
+        self._refer(members, [(*home, m) for m in members if m is not None for home in homes.get(id(m), ())])
 
     def members(self) -> list[nn.Module | None]:
         """Owner, norm, activation, next layer, and what is between; ``None`` for what is not there (any more)."""
@@ -96,6 +109,8 @@ class Epilogue:
             return False
         if torch.is_autocast_enabled(x.device.type) or _has_global_hooks():
             return False
+        if not torch.compiler.is_compiling() and not self._is_at_home():
+            return False
         if any(_is_watched(m) for m in members if m is not None):
             return False
         if any(m is None or (m.training and getattr(m, "p", 1) > 0) for m in between):
@@ -113,31 +128,45 @@ class Epilogue:
             return False
         return torch.compiler.is_compiling() or not x.is_cpu or cpu.ready(*tensors)
 
+    def _is_at_home(self) -> bool:
+        for home, name, ref in self._homes:
+            parent = home()
+            if parent is None or parent._modules.get(name) is not ref():
+                return False
+        return True
+
     def done(self, y: Tensor) -> Tensor:
         """Note the result that the absorbed modules are to be given."""
         if not torch.compiler.is_compiling():
-            self._result = StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), _version(y), get_ident()
+            if len(self._results) >= _MOST:
+                self._results = [r for r in self._results if not r[0].expired()][-_MOST + 1 :]
+            self._results.append((StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), _version(y)))
         return y
 
-    def given(self, x: Tensor) -> Tensor:
-        """What an absorbed module gives back for the owner's result.
+    def given(self, x: Tensor, module: nn.Module) -> bool:
+        """Whether an absorbed module is given a result in which it has been computed; the last ends the owner's call.
 
         Raises:
-            RuntimeError: for anything else.
+            RuntimeError: if it is given anything else while its owner computes it.
         """
-        if torch.compiler.is_compiling() or self._result is None:
-            return x
-        storage, offset, version, thread = self._result
-        if thread != get_ident():
-            return x  # another thread's result has been noted since
-        same = StorageWeakRef(x.untyped_storage()).cdata == storage.cdata and x.storage_offset() == offset
-        if not same or _version(x) not in (version, -1):
+        if torch.compiler.is_compiling():
+            return self.fused
+        if not self._results:
+            return False
+        storage = StorageWeakRef(x.untyped_storage()).cdata
+        place = int(x.storage_offset()), _version(x)
+        if any(r[0].cdata == storage and (r[1:] == place or place[1] == -1) for r in self._results):
+            _, norm, activation, then, *_ = self.members()
+            if module is (then or activation or norm):
+                self.fused = False
+            return True
+        if self.fused:
             raise RuntimeError(
                 "this module is computed by the block layer before it, and was given something else than that layer's "
                 "result: the model runs otherwise than when it was made compact. Make it compact anew (expand, then "
                 "compact) for the way it runs now, or with fuse=False"
             )
-        return x
+        return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Epilogue:
         from copy import deepcopy
@@ -146,6 +175,9 @@ class Epilogue:
         memo[id(self)] = new
         copies = [None if m is None else deepcopy(m, memo) for m in self.members()]
         new.__setstate__({"present": self._present, "modules": copies})
+        homes = [(memo.get(id(parent())), name, memo.get(id(member()))) for parent, name, member in self._homes]
+        # Of a layer that is copied alone nobody holds the copies of the others, so that it runs alone.
+        new._refer(copies, [(p, name, m) for p, name, m in homes if p is not None and m is not None])
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,8 +185,8 @@ class Epilogue:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._present = state["present"]
-        self._refer(state["modules"])
-        self.fused, self._result = False, None
+        self._refer(state["modules"], [])
+        self.fused, self._results = False, []
 
 
 def _version(t: Tensor) -> int:
@@ -177,15 +209,18 @@ def _has_global_hooks() -> bool:
 
 
 class _Absorbed:
-    """A module that a block layer may compute along with itself; ``epilogue_of`` tells which."""
+    """A module that a block layer may compute along with itself; ``absorbed`` tells which."""
 
     absorbed: Epilogue
 
     def forward(self, x: Tensor) -> Tensor:
         """The owner's result as it is, while the owner computes this module; else what the module computes."""
-        epilogue = self.absorbed
-        if epilogue.fused:
-            return epilogue.given(x)
+        if isinstance(x, Proxy):
+            if isinstance(self, NORMS):
+                # A norm stays one step of a traced graph, as torch's own does: it follows train() and eval().
+                return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore
+        elif self.absorbed.given(x, self):  # type: ignore[arg-type]
+            return x
         return super().forward(x)  # type: ignore[misc,no-any-return]
 
 
@@ -223,8 +258,18 @@ _ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def attach(epilogue: Epilogue) -> None:
-    """Make a layer compute its epilogue from now on."""
+def homes_of(model: nn.Module) -> Homes:
+    """Parent and name of every module of a model, by the id of the module."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            homes.setdefault(id(child), []).append((parent, name))
+    return homes
+
+
+def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
+    """Make a layer compute its epilogue from now on, as long as its members stay where they are in the model."""
+    epilogue.settle(homes or {})
     owner, norm, activation, then, *_ = epilogue.members()
     assert owner is not None
     owner.__dict__["epilogue"] = epilogue

@@ -154,6 +154,18 @@ def block_conv(
     return ACTIVATIONS[activation](y)
 
 
+def block_conv_by_sets(
+    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, geometry: Geometry
+) -> Tensor:
+    """`block_conv` for even sets that are known as tensors only, as `block_linear_by_sets`."""
+    index = torch.argsort(col_set, stable=True)
+    place = torch.argsort(torch.argsort(row_set, stable=True))
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.stride) - 1]
+    options = geometry.stride, geometry.padding, geometry.dilation, blocks.shape[0]
+    y = convolve(x[:, index], blocks.flatten(0, 1), None, *options)[:, place]
+    return y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))
+
+
 def block_conv_norm(
     x: Tensor,
     blocks: Tensor,

@@ -98,6 +98,8 @@ class _Watch(TorchFunctionMode):
     def left(self, module: nn.Module, args: Any, output: Any) -> None:
         """A module is done."""
         self.stack.pop()
+        if not self.inside and args and output is args[0] and type(module) not in _SEES_THROUGH:
+            self.used(output)  # what gives back its input now, as stochastic depth does, may not always
         if self.inside and self.inside[-1][0] is module:
             _, source = self.inside.pop()
             if isinstance(output, Tensor) and id(module) not in self.layers:

@@ -44,8 +44,16 @@ def _saves_result(activation: str, *_: Any) -> bool:
     return activation in ("relu", "tanh")
 
 
+def _check_memory(*tensors: Tensor | None) -> None:
+    """Refuse tensors whose memory has been freed, as that of sharded parameters is: torch itself would read it."""
+    for t in tensors:
+        if t is not None and t.numel() and not t.untyped_storage().nbytes():
+            raise RuntimeError(f"the memory of an operand of shape {tuple(t.shape)} has been freed")
+
+
 def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry | None = None) -> Tensor:
     """The blocks as matrices, once it is sure that the operands are those of one layer."""
+    _check_memory(x, blocks, bias)
     weight = layout.pack(blocks)
     space = weight.dim() - 3
     dims = {space} if where is None else {len(where.stride), len(where.padding), len(where.dilation), x.dim() - 2}
@@ -69,6 +77,7 @@ def _check_results(
         shape = *x.shape[:-1], channels
     else:
         shape = x.shape[0], channels, *where.output(x.shape[2:], kernel)
+    _check_memory(*like)
     for t in like:
         if t is not None and t.shape != shape:
             raise RuntimeError(f"expected a gradient of the result's shape {tuple(shape)}, got {tuple(t.shape)}")
@@ -192,6 +201,7 @@ def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     activation, backend, eps, *geometry, merge = attributes
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
     weight = _packed(layout, x, blocks, bias, where)
+    _check_memory(gain, offset, mean, variance)
     for numbers in (gain, offset, mean, variance):
         layout.check_bias(numbers)
     native = _suited(backend, x, weight, where, bias, gain, offset, mean, variance)
@@ -224,6 +234,7 @@ def _norm_backward(
     layout, where = layout_of(sets[0], sets[1], merge), Geometry.of(*geometry)
     weight, training = _packed(layout, x, blocks, bias, where), constants[2] is None
     _check_results(x, layout.channels, where, weight.shape[3:], grad, z)
+    _check_memory(gain, offset, mean, variance)
     for numbers in (gain, offset, mean, variance):
         layout.check_bias(numbers)
     if _suited(backend, x, weight, where, grad, bias, gain, offset, z, mean, variance):
@@ -279,6 +290,7 @@ def _two(inputs: Any, sets: Any) -> tuple[Layout, Tensor, Layout, Tensor]:
     layout1, layout2 = layout_of(*sets[:2]), layout_of(*sets[2:])
     if layout1.channels != len(layout2.inputs.inverse):
         raise RuntimeError(f"{layout2.topology} does not take the {layout1.channels} results of {layout1.topology}")
+    _check_memory(blocks2, bias2)
     layout2.check_bias(bias2)
     w2 = layout2.pack(blocks2)
     if w2.dim() != 3:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .backends import cpu
 from .calls import to_channels_last
-from .epilogue import Epilogue, attach, detach
+from .epilogue import Epilogue, Homes, attach, detach, homes_of
 from .modules import BlockLinear, BlockModule, Execution
 
 _VERSION = 1
@@ -127,10 +127,11 @@ def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
         if isinstance(layer, BlockModule) and choice.execution is not None and fits(layer, choice.execution):
             layer.run_as(choice.execution)
     taken: set[int] = set()
+    homes = homes_of(model)
     for path, choice in plan.choices.items():
         layer = modules.get(path)
         if isinstance(layer, BlockModule) and layer.execution.native and choice.execution == layer.execution:
-            _join(layer, choice.steps, modules, taken)
+            _join(layer, choice.steps, modules, homes, taken)
     return to_channels_last(model) if plan.channels_last else []
 
 
@@ -139,7 +140,7 @@ def fits(layer: BlockModule, execution: Execution) -> bool:
     return execution.merge <= max(1, layer.topology.groups) and not (execution.native and execution.dense)
 
 
-def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], taken: set[int]) -> None:
+def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], homes: Homes, taken: set[int]) -> None:
     names = [n for n in (steps.norm, steps.activation, steps.then, *steps.between) if n is not None]
     if steps == Steps() or any(n not in modules or id(modules[n]) in taken for n in names):
         return
@@ -150,7 +151,7 @@ def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], ta
         return
     between = tuple(modules[n] for n in steps.between) if then is not None else ()
     taken.update(id(modules[n]) for n in names)
-    attach(Epilogue(layer, norm, activation, between, then))
+    attach(Epilogue(layer, norm, activation, between, then), homes)
 
 
 def machine() -> str:

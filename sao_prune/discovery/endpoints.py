@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+
+from .kinds import is_experts, stored_weights
 
 # torchvision names no output layers, and has models with several: auxiliary classifiers, detectors, segmentation.
 _TORCHVISION_OUTPUTS = (
@@ -28,15 +31,19 @@ _TORCHVISION_OUTPUTS = (
 )
 
 
-def first_and_last(model: nn.Module, layers: Sequence[tuple[str, int | None]]) -> tuple[frozenset[str], frozenset[str]]:
+def first_and_last(
+    model: nn.Module, layers: Sequence[tuple[str, int | None]], *, embedded: bool = False
+) -> tuple[frozenset[str], frozenset[str]]:
     """Paths of the modules that count as first and as last.
 
     Where the first in order is a convolution that reads the image, all that read as many channels are first: a
-    model may have several encoders or scales.
+    model may have several encoders or scales. Where an embedding comes before all layers, it is the first layer, and
+    of the others only convolutions that read an image are first.
 
     Args:
         model: any module; timm models name their ends in ``pretrained_cfg`` and ``get_classifier``.
         layers: ``(module path, image channels)`` of every candidate, in order; ``None`` for one that reads no image.
+        embedded: whether the model begins with an embedding.
 
     Example:
         >>> first_and_last(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [("0", None), ("1", None)])
@@ -53,9 +60,43 @@ def first_and_last(model: nn.Module, layers: Sequence[tuple[str, int | None]]) -
         ends = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in _TORCHVISION_OUTPUTS)]
         last = list({*last, *ends, paths[-1]})
     if not first:
-        read = channels[paths[0]]
-        first = paths[:1] if read is None else [path for path in paths if channels[path] == read]
+        read = next((c for c in channels.values() if c is not None), None) if embedded else channels[paths[0]]
+        images = [path for path in paths if read is not None and channels[path] == read]
+        first = images if images or embedded else paths[:1]
     return frozenset(first), frozenset(last or paths[-1:])
+
+
+def token_embeddings(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The embeddings of a model that read its input; those of positions are none."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {path: m for path, m in modules.items() if isinstance(m, kinds) and not is_positional(path)}
+
+
+def is_positional(name: str) -> bool:
+    """Whether the last part of a name speaks of positions: ``pos_embed``, ``embed_positions``, ``wpe``, ``rel_h``."""
+    pattern = r"(^|_)pos|^wpe$|(^|_)rel(ative)?_(pos|attention_bias|bias|emb|[hw]$)"
+    return re.search(pattern, name.rpartition(".")[2].lower()) is not None
+
+
+def image_channels(module: nn.Module) -> int | None:
+    """Input channels of a convolution that can read an image: up to four, for colour and depth, made into more."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.groups > 1:
+        return None
+    return module.in_channels if module.in_channels <= 4 and module.in_channels < module.out_channels else None
+
+
+def reads_input(module: nn.Module, tensor: str) -> bool:
+    """Of a recurrent module's weights those that read its input, of experts the first; of others all."""
+    if is_experts(module):
+        return tensor == next(stored.tensor for stored in stored_weights(module))
+    return not isinstance(module, nn.RNNBase) or tensor.startswith("weight_ih_l0")
+
+
+def gives_output(module: nn.Module, tensor: str) -> bool:
+    """Of a recurrent module's weights those of its top layer, of experts the last; of others all."""
+    if is_experts(module):
+        return tensor == [stored.tensor for stored in stored_weights(module)][-1]
+    return not isinstance(module, nn.RNNBase) or tensor.removesuffix("_reverse").endswith(f"_l{module.num_layers - 1}")
 
 
 def _entry(config: Any, key: str) -> Any:

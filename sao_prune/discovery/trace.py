@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,35 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-class _UseRecorder(TorchFunctionMode):
-    """Notes the first use of each watched tensor in any torch function, whoever calls it."""
+class Use(NamedTuple):
+    """The first use of a tensor: its id, and whether as the table of an embedding."""
 
-    def __init__(self, watched: Iterable[Tensor]) -> None:
+    key: int
+    embedding: bool
+
+
+class _UseRecorder(TorchFunctionMode):
+    """Notes the first use of each watched tensor in any torch function, whoever calls it.
+
+    A tensor that is both, a layer's weight and tied to an embedding, is noted once in either role.
+    """
+
+    def __init__(self, layers: Iterable[Tensor], embeddings: Iterable[Tensor]) -> None:
         super().__init__()
-        self._watched = {id(t) for t in watched}
-        self.order: list[int] = []
+        self._layers = {id(t) for t in layers}
+        self._embeddings = {id(t) for t in embeddings}
+        self._only_embeddings = self._embeddings - self._layers
+        self.uses: list[Use] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":
+        name = getattr(func, "__name__", "")
+        if name != "__get__":
             for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self._watched:
-                    self._watched.discard(id(leaf))
-                    self.order.append(id(leaf))
+                looked_up = name.startswith("embedding") or id(leaf) in self._only_embeddings
+                watched = self._embeddings if looked_up else self._layers
+                if id(leaf) in watched:
+                    watched.discard(id(leaf))
+                    self.uses.append(Use(id(leaf), looked_up))
         return func(*args, **(kwargs or {}))
 
 
@@ -37,23 +53,42 @@ def call(model: nn.Module, example_input: Any) -> Any:
     return model(*moved) if isinstance(moved, (tuple, list)) else model(moved)
 
 
-def first_use_order(model: nn.Module, parameters: list[nn.Parameter], example_input: Any) -> list[int]:
-    """The ids of ``parameters`` in the order of their first use; unused ones are missing.
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module has its own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def run(model: nn.Module, example_input: Any) -> Any:
+    """`call`, with an error that says that the input is at fault.
+
+    Raises:
+        ValueError: if the model fails on the example input.
+    """
+    try:
+        return call(model, example_input)
+    except Exception as error:
+        raise ValueError(f"the model does not run on the example input: {error}") from error
+
+
+def first_uses(
+    model: nn.Module, parameters: Sequence[nn.Parameter], embeddings: Sequence[nn.Parameter], example_input: Any
+) -> list[Use]:
+    """The first uses of layers' weights and of embeddings, in their order; unused ones are missing.
 
     Runs the model once in eval mode without gradients and restores every module's mode.
 
     Raises:
         ValueError: if the model fails on the example input.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _UseRecorder(parameters) as recorder:
-            call(model, example_input)
-    except Exception as error:
-        raise ValueError(f"the model does not run on the example input: {error}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return recorder.order
+    devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
+    recorder = _UseRecorder(parameters, embeddings)
+    with evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
+        run(model, example_input)
+    return recorder.uses

@@ -1,4 +1,4 @@
-"""Sparse training with Lightning: `SparseTraining`, in place of its own ``ModelPruning``.
+"""Sparse training with Lightning: `SparseTraining` at once and `PrunerCallback` over time, not its ``ModelPruning``.
 
 ``ModelPruning`` ranks single weights over all layers together, which is no way to choose a topology.
 """
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.prune import is_pruned
 
 from ..model import apply, remove
+from ..pruner import Pruner
 from ..reporting import Report
 
 try:
@@ -53,3 +54,36 @@ class SparseTraining(Callback):  # type: ignore[misc]
         """Make the pruning permanent, if asked to."""
         if self._permanent:
             remove(pl_module)
+
+
+class PrunerCallback(Callback):  # type: ignore[misc]
+    """Steps a `Pruner` after every optimizer step: ``Trainer(.., callbacks=[PrunerCallback(pruner)])``.
+
+    Its place in the schedule is in the trainer's checkpoints, the masks are in the module's state.
+
+    Args:
+        pruner: from `sao_prune.schedule`, on the lightning module or a part of it.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        super().__init__()
+        self.pruner = pruner
+        self._seen = 0
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Steps are counted from here."""
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Prune, if the batch ended with a step of the optimizer and it is time."""
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.pruner.step(trainer.optimizers[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the schedule."""
+        return self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.pruner.load_state_dict(state_dict)

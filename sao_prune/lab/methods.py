@@ -33,7 +33,8 @@ class LabMethod:
         pruner: a method class of the library; none for dense and structured.
         preset: the options that the name fixes.
         trained: prune what a dense training left (the suffix -T), instead of the initial weights.
-        needs_data: its scores need examples from the training set.
+        needs_data: it decides by examples from the training set.
+        per_class: how many of each class; ten is what GraSP takes, and with ten classes about one batch for SNIP.
         structured: whole channels go, as many as leave the multiply-adds that SAO would leave at the same amount.
     """
 
@@ -42,6 +43,7 @@ class LabMethod:
     preset: Mapping[str, Scalar] = field(default_factory=dict)
     trained: bool = False
     needs_data: bool = False
+    per_class: int = 10
     structured: bool = False
 
 
@@ -64,6 +66,10 @@ METHODS: dict[str, LabMethod] = {
     "snip": LabMethod("SNIP", "SNIP", needs_data=True),
     "grasp": LabMethod("GraSP", "GraSP", needs_data=True),
     "synflow": LabMethod("SynFlow", "SynFlow", needs_data=True),
+    "project": LabMethod("Project", "Project", trained=True, needs_data=True, per_class=50),
+    "project-random": LabMethod(
+        "Project, random sets", "Project", {"topology": "ramanujan"}, trained=True, needs_data=True, per_class=50
+    ),
     "structured-s": LabMethod("Structured-S", None, structured=True),
     "structured-t": LabMethod("Structured-T", None, structured=True, trained=True),
 }
@@ -119,6 +125,11 @@ class MethodSpec:
     def needs_data(self) -> bool:
         """It cannot decide without examples."""
         return METHODS[self.name].needs_data
+
+    @property
+    def per_class(self) -> int:
+        """Examples of each class that it takes."""
+        return METHODS[self.name].per_class
 
     def build(self, gain: float, examples: Examples | None = None) -> Any:
         """The library's method object; None for dense and structured.

@@ -28,9 +28,6 @@ from .network import initial_network
 from .recipe import Arm
 from .train import History, TensorBoardWriter, from_first, rank, train, world
 
-# What GraSP takes, and SNIP with ten classes about as many as one batch.
-EXAMPLES_PER_CLASS = 10
-
 OnEpoch = Callable[[History], None]
 
 
@@ -92,7 +89,7 @@ class Worker:
         if cell.start is not None:
             model.load_state_dict(self._start_weights(cell.start))
         data = self._data_of(cell)
-        chosen = examples(data, cell.seed) if arm.method.needs_data else None
+        chosen = examples(data, cell.seed, arm.method.per_class) if arm.method.needs_data else None
         return model, prune_network(model, arm, cell.seed, data.image_shape, chosen)
 
     def _train(self, cell: Cell, on_epoch: OnEpoch | None) -> dict[str, Any]:
@@ -179,7 +176,7 @@ class Worker:
         return initial_network(network, dict(options), len(images.classes), images.image_shape, gain, init, seed)
 
 
-def examples(data: Dataset, seed: int, per_class: int = EXAMPLES_PER_CLASS) -> tuple[torch.Tensor, torch.Tensor]:
+def examples(data: Dataset, seed: int, per_class: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
     """Training images of every class, standardised, on the CPU where networks are pruned, and their labels."""
     generator = named_generator(seed, "pruning examples")
     labels = data.train_y.cpu()

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..discovery import Selector
 from ..prune import current
+from ..replaced import warn_replaced
 from ..seeds import Seed, base_seed, named_generator
 from ..topology import BlockTopology, NotBlockStructuredError
 from ..weights import frequencies_from_kernel
@@ -75,7 +76,8 @@ def convert_eco(
 
     Dense convolutions become dense, pruned ones keep their block topology (with a stride: the number of blocks) and,
     if they hold an ECO kernel (``SAO(conv="eco")``), its values; otherwise values are fresh. A bias stays. The thesis
-    does this to the last block of its ResNets and the last six convolutions of VGG (section 3.5.3).
+    does this to the last block of its ResNets and the last six convolutions of VGG (section 3.5.3). Make the optimizer
+    afterwards: the parameters are new ones.
 
     Args:
         model: a network; its convolutions are found by running it once.
@@ -93,6 +95,9 @@ def convert_eco(
     Raises:
         TypeError: if ``model`` is no module.
         ValueError: if no convolution can be converted, or ``last`` is not positive. The model is then as it was.
+
+    Warns:
+        StaleOptimizerWarning: if an optimizer that was made before holds the parameters that are replaced.
 
     Example:
         >>> import torch
@@ -122,6 +127,7 @@ def convert_eco(
         raise ValueError(f"no convolution of {type(model).__name__} can be converted ({reasons})")
     base = base_seed(seed)
     made = [(call, _eco_form(call, gain, int(named_generator(base, call.name).initial_seed()))) for call in chosen]
+    warn_replaced([p for call, _ in made for p in call.module._parameters.values()], "convert_eco")
     for call, layer in made:
         records[call.name] = ConvertRecord(call.name, call.size, layer.groups, layer.exact_at(call.size))
         parent, _, child = call.name.rpartition(".")

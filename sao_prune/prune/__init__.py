@@ -2,7 +2,7 @@
 
 from torch.nn.utils.prune import global_unstructured, is_pruned, remove
 
-from .attachment import Snapshot, attach, attach_all
+from .attachment import Snapshot, attach, attach_all, written
 from .derived import MaskedWeight, current
 from .frozen import freeze
 from .functional import (
@@ -27,6 +27,7 @@ from .hooks import (
     unwatch,
     watch,
 )
+from .standardised import bake_standardising
 
 __all__ = [
     "KernelL1Pruning",
@@ -40,6 +41,7 @@ __all__ = [
     "Snapshot",
     "attach",
     "attach_all",
+    "bake_standardising",
     "current",
     "freeze",
     "global_kernel_l1",
@@ -56,4 +58,5 @@ __all__ = [
     "settle_all",
     "unwatch",
     "watch",
+    "written",
 ]

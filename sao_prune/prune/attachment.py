@@ -23,6 +23,7 @@ class Snapshot:
         "_buffers",
         "_forward_pre_hooks",
         "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks",
         "_state_dict_pre_hooks",
         "_load_state_dict_post_hooks",
     )

@@ -2,7 +2,9 @@
 
 It is computed anew for every forward, from what the parameter and the mask hold then. It is a plain tensor wherever
 tensors cannot be subclassed (fake, functional and distributed tensors); elsewhere it can be copied and pickled, and it
-knows whether anybody wrote to it: such a write reaches the parameter where the mask is one, or raises.
+knows whether anybody wrote to it: such a write reaches the parameter where the mask is one, or raises. In-place
+methods and assignments to ``data`` do so at once; writes through views and aliases (``weight.data.copy_``) at the next
+forward, copy, state dict or verb. Compiled code does not look for those: run the model once without it in between.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,11 +21,13 @@ from torch import Tensor, nn
 from torch._C import _disabled_torch_function_impl
 
 from .offload import offloaded
+from .operands import PLAIN, operands, product, version
 
 _DATA: Any = Tensor.data
 _STALE = -1
-_PLAIN = (nn.Parameter, Tensor)
-_INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig"
+# Older compilers know no subclasses of tensors: there a compiled forward leaves a plain one, which cannot be copied.
+_COMPILES = torch.__version__ >= "2.8"
+_INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig; nothing was written"
 
 
 class MaskedWeight(Tensor):
@@ -34,6 +40,8 @@ class MaskedWeight(Tensor):
     __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
 
     _owner: weakref.ref[nn.Module] | None = None
+    #: The owner, where compiled code computed this: it makes no weak references.
+    _module: nn.Module | None = None
     _name = ""
     #: Version of the parameter that this was computed from; `None` if unknown.
     _origin: int | None = None
@@ -42,6 +50,8 @@ class MaskedWeight(Tensor):
     _assigned = False
     _lent: Tensor | None = None
     _lent_version = 0
+    #: What the module computes with since this was found to be out of date.
+    _successor: MaskedWeight | None = None
 
     @property
     def written(self) -> bool:
@@ -64,59 +74,112 @@ class MaskedWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if self._successor is not None:
+            self._successor.data = value
+            return
+        owner = self._module if self._owner is None else self._owner()
+        if owner is not None and owner.__dict__.get(self._name) is not self:
+            raise RuntimeError(
+                f"this {self._name} was computed for an earlier forward of a pruned {type(owner).__name__}: take it "
+                "from the module again before writing to it"
+            )
         _DATA.__set__(self, value)
         self._assigned, self._lent = True, None
-        owner = self._current_owner()
         if owner is not None:
             settle(owner, self._name)
 
     def refill_(self, original: Tensor) -> None:
         """Take over a parameter that is zero where the mask is, without allocating; that is no write."""
-        self.copy_(original)
+        Tensor.copy_(self, original)
         self._version_then, self._origin = self._version, version(original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedWeight:
         if id(self) not in memo:
-            twin = self.detach().clone().as_subclass(MaskedWeight)
-            twin._assigned, twin._name = self.written, self._name
+            twin = _rebuild(*self._state())
+            twin._name = self._name
             owner = self._current_owner()
-            original = None if owner is None else getattr(owner, f"{self._name}_orig", None)
-            if owner is not None and original is not None:
-                copied, parameter = memo.get(id(owner)), memo.get(id(original))
-                twin._owner = None if copied is None else weakref.ref(copied)
-                twin._origin = _STALE if self._stale(original) else None if parameter is None else version(parameter)
+            copied = None if owner is None else memo.get(id(owner))
+            if copied is not None:
+                twin._owner = weakref.ref(copied)
+                parameter = memo.get(id(getattr(owner, f"{self._name}_orig", None)))
+                if parameter is not None and twin._origin is None:
+                    twin._origin = version(parameter)
             memo[id(self)] = twin
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        owner = self._current_owner()
-        original = None if owner is None else getattr(owner, f"{self._name}_orig", None)
-        stale = original is not None and self._stale(original)
-        return _rebuild, (self.detach().as_subclass(Tensor), self.written, stale)
+        return _rebuild, self._state()
+
+    def _state(self) -> tuple[Tensor, bool, bool]:
+        """What a copy holds, whether somebody wrote to it, and whether that was after the parameter had changed."""
+        written, owner = self.written, self._current_owner()
+        if owner is not None and f"{self._name}_orig" in owner._parameters and f"{self._name}_mask" in owner._buffers:
+            original, mask = operands(owner, self._name)
+            stale = self._stale(original) and type(original) in PLAIN and original.shape == mask.shape
+            if stale and not written:
+                with torch.no_grad():
+                    return product(original, mask), False, False
+            return self.detach().as_subclass(Tensor).clone(), written, stale
+        return self.detach().as_subclass(Tensor).clone(), written, False
 
     def _stale(self, original: Tensor) -> bool:
         return self._origin is not None and self._origin != version(original)
 
+    def forget_writes(self) -> None:
+        """Let what was written be no write."""
+        self._assigned, self._version_then = False, self._version
+        if self._lent is not None:
+            self._lent_version = self._lent._version
+
     def _current_owner(self) -> nn.Module | None:
         """The module whose weight this is; ``None`` if it is gone or has computed another since."""
-        owner = None if self._owner is None else self._owner()
+        owner = self._module if self._owner is None else self._owner()
         return owner if owner is not None and owner.__dict__.get(self._name) is self else None
 
     def _renewed(self) -> MaskedWeight:
         """What the module would compute with now: this, unless the parameter or the mask have changed since."""
+        if self._successor is not None:
+            return self._successor._renewed()
         owner = self._current_owner()
         if owner is None or self.written:
             return self
         original, mask = operands(owner, self._name)
-        if original.device != self.device or type(original) not in _PLAIN:
+        if original.device != self.device or type(original) not in PLAIN:
             return self
         with torch.no_grad():
             now = product(original, mask)
         if now.shape == self.shape and now.dtype == self.dtype and torch.equal(now, self.detach()):
             return self
         place(owner, self._name, derive(owner, self._name))
-        current = owner.__dict__.get(self._name)
-        return current if type(current) is MaskedWeight else self
+        successor = owner.__dict__.get(self._name)
+        if type(successor) is not MaskedWeight:
+            return self
+        self._successor = successor
+        return successor
+
+
+def _writing(name: str) -> Callable[..., Any]:
+    """An in-place method that starts from what the module would compute with now, and reaches the parameter."""
+    method = getattr(Tensor, name)
+
+    @wraps(method)
+    def write(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
+        weight = self._renewed()
+        result = method(weight, *args, **kwargs)
+        owner = weight._current_owner()
+        if owner is not None:
+            settle(owner, weight._name)
+        return result
+
+    return write
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_NO_WRITES = ("requires_grad_", "detach_", "rename_", "share_memory_", "resize_", "resize_as_", "set_")
+for _name in (*dir(Tensor), "__setitem__", *(f"__i{name}__" for name in _OPERATORS)):
+    _in_place = _name.endswith("_") and not _name.startswith("_") and _name not in _NO_WRITES
+    if (_in_place or _name == "__setitem__" or _name[3:-2] in _OPERATORS) and hasattr(Tensor, _name):
+        setattr(MaskedWeight, _name, _writing(_name))
 
 
 def _rebuild(values: Tensor, written: bool, stale: bool) -> MaskedWeight:
@@ -125,80 +188,60 @@ def _rebuild(values: Tensor, written: bool, stale: bool) -> MaskedWeight:
     return weight
 
 
-def version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to in place; ``None`` where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def operands(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """Parameter and mask of a pruned tensor.
-
-    Raises:
-        RuntimeError: if the tensor was replaced, or the module is no longer the one that was pruned.
-    """
-    if name in module._parameters:
-        raise RuntimeError(
-            f"{type(module).__name__}.{name} is pruned ({name}_orig * {name}_mask), and another parameter was put in "
-            f"its place: call sao_prune.remove(model) or sao_prune.compact(model) before weights are replaced or "
-            f"quantized (`del module.{name}` undoes the replacement)"
-        )
-    original = module._parameters.get(f"{name}_orig")
-    mask = module._buffers.get(f"{name}_mask")
-    if original is None or mask is None:
-        # Sharding, replicas and parametrizations keep them as attributes.
-        original, mask = getattr(module, f"{name}_orig", None), getattr(module, f"{name}_mask", None)
-    if original is None or mask is None:
-        missing = f"{name}_mask" if mask is None else f"{name}_orig"
-        raise RuntimeError(
-            f"{type(module).__name__} has the pruning hook of {name!r} but no {missing}: it was converted while it was "
-            f"pruned; call sao_prune.remove(model) or sao_prune.compact(model) before converting or quantizing"
-        )
-    return original, mask
-
-
-def product(original: Tensor, mask: Tensor) -> Tensor:
-    """``original * mask``; where the parameter is distributed, its mask is taken to be the same on all ranks."""
-    if type(original) not in _PLAIN and hasattr(original, "device_mesh") and not hasattr(mask, "device_mesh"):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh: Any = original.device_mesh
-        mask = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return (mask if mask.dtype == original.dtype else mask.to(dtype=original.dtype)) * original
-
-
 def derive(module: nn.Module, name: str) -> Tensor:
     """Compute the weight of a pruned tensor, once what was written to the last one has reached its parameter."""
     if torch.compiler.is_compiling():
-        return _mark(product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")))
+        if not torch.compiler.is_dynamo_compiling() and getattr(module.__dict__.get(name), "written", False):
+            raise RuntimeError(
+                f"{type(module).__name__}.{name} is pruned and was written to: run the model once before it is "
+                f"exported, so that {name}_orig has the values"
+            )
+        weight = product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
+        if type(weight) is not Tensor or not _COMPILES:
+            return weight
+        compiled = weight.as_subclass(MaskedWeight)
+        compiled._module, compiled._name = module, name
+        return compiled
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)
     original, mask = operands(module, name)
     if original.is_meta:
         original, mask = offloaded(module, f"{name}_orig", original), offloaded(module, f"{name}_mask", mask)
-    if torch.is_grad_enabled() or threading.active_count() == 1 or type(original) not in _PLAIN:
+    if torch.is_grad_enabled() or type(original) not in PLAIN:
         weight = _mark(product(original, mask))
-    else:
+    elif torch.is_inference_mode_enabled():
+        weight = _mark_after_inference(original, mask)
+    elif threading.active_count() > 1:
         weight = _mark_in_graph(original, mask)
+    else:
+        weight = _mark(product(original, mask))
     if type(weight) is MaskedWeight:
         weight._owner, weight._name, weight._origin = weakref.ref(module), name, version(original)
     return weight
 
 
 def _mark(weight: Tensor) -> Tensor:
-    return weight.as_subclass(MaskedWeight) if type(weight) is Tensor else weight
+    if type(weight) is not Tensor or weight.is_inference() or (torch.compiler.is_compiling() and not _COMPILES):
+        return weight
+    return weight.as_subclass(MaskedWeight)
 
 
 def _mark_in_graph(original: Tensor, mask: Tensor) -> Tensor:
     """The product with its graph, where gradients are off: another thread may be training this module, and find it."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.enable_grad():
-            return _mark(product(original, mask))
     torch._C._set_grad_enabled(True)
     try:
         return _mark(product(original, mask))
     finally:
         torch._C._set_grad_enabled(False)
+
+
+def _mark_after_inference(original: Tensor, mask: Tensor) -> Tensor:
+    """The product as an ordinary tensor: one of inference mode knows of no writes, and no thread can train with it."""
+    if original.is_inference() or mask.is_inference():
+        return product(original, mask)
+    with torch.inference_mode(False), torch.enable_grad():
+        return _mark(product(original, mask))
 
 
 def place(module: nn.Module, name: str, weight: Tensor) -> None:
@@ -214,7 +257,6 @@ def settle(module: nn.Module, name: str) -> None:
     last = module.__dict__.get(name)
     if type(last) is MaskedWeight and last.written:
         _write_through(module, name, last)
-        place(module, name, derive(module, name))
 
 
 def current(module: nn.Module, name: str) -> Tensor:
@@ -229,7 +271,7 @@ def current(module: nn.Module, name: str) -> Tensor:
 
 @torch.no_grad()
 def _write_through(module: nn.Module, name: str, weight: MaskedWeight) -> None:
-    """Write a masked weight's values to its parameter, where the mask is one.
+    """Write a masked weight's values to its parameter, where the mask is one, and drop its others.
 
     Raises:
         RuntimeError: if the parameter cannot be written, or was itself changed since the weight was computed.
@@ -237,22 +279,25 @@ def _write_through(module: nn.Module, name: str, weight: MaskedWeight) -> None:
     original, mask = operands(module, name)
     whose = f"{type(module).__name__}.{name}"
     instead = _INSTEAD.format(name)
-    if f"{name}_orig" not in module._parameters or type(original) not in _PLAIN:
+    values, stale = weight.detach().clone(), weight._stale(original)
+    weight.forget_writes()
+    if f"{name}_orig" not in module._parameters or type(original) not in PLAIN:
         raise RuntimeError(f"{whose} is pruned and was written to, but {name}_orig is computed or sharded: {instead}")
     if weight.shape != original.shape:
         raise RuntimeError(
             f"{whose} is pruned and was given data of shape {tuple(weight.shape)}, expected "
             f"{tuple(original.shape)}: {instead}"
         )
-    if weight._stale(original):
+    if stale:
         raise RuntimeError(
             f"{whose} is pruned and was written to after {name}_orig had changed, so that it was out of date: {instead}"
         )
-    values = weight.detach().to(original)
+    values = values.to(original)
     kept = mask.to(original.device) != 0
     dropped = int(((values != 0) & ~kept).sum())
     original.copy_(torch.where(kept, values, original))
-    weight._assigned, weight._origin = False, None
+    _DATA.__get__(weight).copy_(product(original, mask))
+    weight._origin = version(original)
     if dropped:
         warnings.warn(
             f"{whose} is pruned: of what was written to it, {dropped} non-zero values lie where its mask is zero and "

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
-from .derived import derive, operands, place, settle
+from .derived import derive, place, settle
 from .offload import Unload, is_offloaded
+from .operands import operands
+from .standardised import follow_standardising
 
 
 class _LayerByLayer(str):
@@ -74,6 +75,7 @@ class MaskPruning(BasePruningMethod):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
             follow_state(module)
+            follow_standardising(module, name)
             return
         method = cls()
         method._tensor_name = name
@@ -83,6 +85,7 @@ class MaskPruning(BasePruningMethod):
         setattr(module, name, original.detach())
         module.register_forward_pre_hook(method)
         follow_state(module)
+        follow_standardising(module, name)
 
 
 class MaskContainer(PruningContainer):
@@ -108,9 +111,13 @@ def is_pruned_tensor(module: nn.Module, name: str) -> bool:
 def refresh(module: nn.Module) -> None:
     """Recompute the masked weights of one module from its parameters and masks."""
     for hook in pruning_hooks(module):
-        if type(hook) is PruningContainer:
-            hook.__class__ = MaskContainer
-        place(module, hook._tensor_name, hook.apply_mask(module))
+        _recompute(module, hook)
+
+
+def _recompute(module: nn.Module, hook: BasePruningMethod) -> None:
+    if type(hook) is PruningContainer:
+        hook.__class__ = MaskContainer
+    place(module, hook._tensor_name, hook.apply_mask(module))
 
 
 def settle_all(model: nn.Module) -> None:
@@ -133,10 +140,9 @@ def refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
         if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
             original, mask = operands(module, name)
             if _is_local(module, original, mask):
-                with torch.no_grad():
-                    # A plain tensor: what was written before the state was loaded is none of it.
-                    place(module, name, original.detach())
-                place(module, name, hook.apply_mask(module))
+                # A plain tensor: what was written before the state was loaded is none of it.
+                place(module, name, original.detach())
+                _recompute(module, hook)
 
 
 def follow_state(module: nn.Module) -> None:
@@ -212,7 +218,7 @@ def _refresh_or_leave(module: nn.Module, hook: BasePruningMethod) -> None:
         if hook.settled is not settled:
             hook.settled = settled
     if ready or parametrize.is_parametrized(module, f"{name}_orig"):
-        place(module, name, hook.apply_mask(module))
+        _recompute(module, hook)
 
 
 _REFRESHERS = (RefreshAll, RefreshChildren)

@@ -1,6 +1,8 @@
 """Which edges exist: block topologies and their makers, and other supports."""
 
+from .assignment import balanced_assignment
 from .block import BlockTopology, Bucket, NotBlockStructuredError
+from .clustering import chain, clustered, coarsened, kept_energy, split
 from .expanders import expander
 from .makers import MAKERS, interleaved, make_topology, ramanujan
 from .mixed_radix import radix
@@ -14,13 +16,19 @@ __all__ = [
     "BlockTopology",
     "Bucket",
     "NotBlockStructuredError",
+    "balanced_assignment",
+    "chain",
+    "clustered",
+    "coarsened",
     "even_sizes",
     "exact_sizes",
     "expander",
     "interleaved",
+    "kept_energy",
     "make_support",
     "make_topology",
     "product",
     "radix",
     "ramanujan",
+    "split",
 ]

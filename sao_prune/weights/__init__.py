@@ -4,11 +4,13 @@ from .approximate import ApproximateIsometry, approximate_isometry
 from .blocks import Blocks, delta_, normal_blocks, orthogonal_blocks, uniform_blocks
 from .eco import eco_blocks, frequencies_from_kernel, kernel_from_frequencies
 from .givens import givens_matrix
+from .least_squares import BlockFit
 from .mirrored import Mirror, mirror_blocks, mirror_topology
 from .orthogonal import haar
 
 __all__ = [
     "ApproximateIsometry",
+    "BlockFit",
     "Blocks",
     "Mirror",
     "approximate_isometry",

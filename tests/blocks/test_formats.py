@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sao_prune
-from sao_prune.blocks import convert, tune
+from sao_prune.blocks import autotune, tuning
+from sao_prune.blocks.plan import Choice
 
 
 class _Mixed(nn.Module):
@@ -51,16 +53,18 @@ def eager_for_channels_last(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
 
     def time_model(model: nn.Module, *args: Any) -> float:
-        seconds = tune.time_model(model, *args)
+        seconds = autotune.time_model(model, *args)
         last = model.conv.weight.is_contiguous(memory_format=torch.channels_last)
         seen.append(last)
         return seconds / 1e6 if last else seconds
 
-    def choice(timings: tune._Timings, channels_last: bool, native: bool) -> tune.Choice:
-        return tune.Choice(timings.best(channels_last, native)[0], 1.0)
+    choose = autotune.Timings.choice
 
-    monkeypatch.setattr(convert, "time_model", time_model)
-    monkeypatch.setattr(tune._Timings, "choice", choice)
+    def choice(timings: autotune.Timings, channels_last: bool) -> Choice:
+        return choose(replace(timings, current=float("inf")), channels_last)
+
+    monkeypatch.setattr(tuning, "time_model", time_model)
+    monkeypatch.setattr(autotune.Timings, "choice", choice)
     return seen
 
 
@@ -113,7 +117,7 @@ def test_shared_weights_stay_shared(eager_for_channels_last):
 
 
 def test_a_model_in_which_nothing_gains_stays_as_it_is(eager_for_channels_last, monkeypatch):
-    monkeypatch.setattr(tune._Timings, "choice", lambda *_: tune.Choice(None, 1.0, "faster as it is"))
+    monkeypatch.setattr(autotune.Timings, "choice", lambda *_: Choice(None, 1.0, "faster as it is"))
     model, x = _made(nn.Identity())
     report = sao_prune.compact(model, example_input=x, tune="infer")
     assert report.compact == ()

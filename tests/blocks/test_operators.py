@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sao_prune.blocks import operators
 from sao_prune.blocks.backends import cpu
+from sao_prune.blocks.flops import register_flops
 
 from .calls import ACTS, COLS, GROUPS, IMAGES, NAMES, ROWS, TOKENS, Call, make
 from .cases import LAYOUTS, assert_all_close, needs_compiler
@@ -109,19 +110,29 @@ _CHECKED += [(name, "strided", "rows", "gelu", "cpu") for name in ("linear", "ml
 def test_registration(name, layout, operand, act, backend):
     call = make(name, layout, operand, act, backend).to(torch.float32 if backend else torch.float64)
     given = tuple(None if t is None else t.detach().requires_grad_() for t in call.inputs)
-    torch.library.opcheck(call.operator, (*given, *call.rest))
+    torch.library.opcheck(call.operator.overload, (*given, *call.rest))
 
 
 def test_backward_operators_are_registered_too():
     for name, act in (("linear", "gelu"), ("conv2", "tanh"), ("norm2", "relu"), ("mlp", "silu")):
         call = make(name, "irregular", "rows", act, "").to(torch.float32)
-        found = call.operator(*call.inputs, *call.rest, True)
+        found = call.operator.overload(*call.inputs, *call.rest, True)
         y, *kept = (found,) if isinstance(found, Tensor) else found
         kept = [k if k.numel() else None for k in kept]
-        backward = getattr(torch.ops.sao_prune, call.operator._schema.name.partition("::")[2] + "_backward").default
+        backward = getattr(torch.ops.sao_prune, call.operator.name + "_backward").default
         count = sum(isinstance(r, Tensor) or r is None for r in call.rest)
         own = *call.inputs, *call.rest[:count], y, *kept, *call.rest[count:], [True] * len(call.inputs)
         torch.library.opcheck(backward, (torch.randn_like(y), *own), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "conv2", "norm2"])
+def test_second_derivatives_where_the_gradient_depends_on_the_result(name):
+    call, found = make(name, "irregular", "rows", "tanh", ""), []
+    for how in (None, call.dense):
+        leaves = call.leaves()
+        first = torch.autograd.grad(call.run(leaves, how).sin().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(f.square().sum() for f in first), leaves))
+    assert_all_close(list(found[0]), list(found[1]), 1e-7)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "conv2", "norm2"])
@@ -172,17 +183,17 @@ def test_operands_that_do_not_fit_are_refused(name, backend):
     call = make(name, "strided", "rows", "gelu", backend).to(torch.float32)
     for what, (inputs, rest) in _spoilt(call).items():
         with pytest.raises((RuntimeError, ValueError, TypeError)):
-            pytest.fail(f"{what}: {call.operator(*inputs, *rest)}")
+            pytest.fail(f"{what}: {call.operator.overload(*inputs, *rest)}")
 
 
 @pytest.mark.parametrize("backend", ["", "cpu"])
 @pytest.mark.parametrize("name", ["linear", "mlp", "conv1", "conv2", "norm2"])
 def test_gradients_of_another_shape_are_refused(name, backend):
     call = make(name, "strided", "rows", "relu", backend).to(torch.float32)
-    found = call.operator(*call.inputs, *call.rest, True)
+    found = call.operator.overload(*call.inputs, *call.rest, True)
     y, *kept = (found,) if isinstance(found, Tensor) else found
     kept = [k if k.numel() else None for k in kept]
-    backward = getattr(torch.ops.sao_prune, call.operator._schema.name.partition("::")[2] + "_backward").default
+    backward = getattr(torch.ops.sao_prune, call.operator.name + "_backward").default
     count = sum(isinstance(r, Tensor) or r is None for r in call.rest)
     own = *call.inputs, *call.rest[:count], y, *kept, *call.rest[count:], [True] * len(call.inputs)
     assert backward(torch.ones_like(y), *own)[0].shape == call.inputs[0].shape
@@ -205,6 +216,7 @@ def test_kernels_take_only_what_they_can_read():
 
 @pytest.mark.parametrize("name", ["linear", "conv2", "norm2", "mlp"])
 def test_costs_are_those_of_the_blocks(name):
+    register_flops()
     call = make(name, "strided", "rows", "gelu", "")
     counts = []
     for how in (None, call.dense):

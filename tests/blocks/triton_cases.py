@@ -6,9 +6,11 @@ The interpreter must be chosen before Triton is imported, so these run in a proc
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from sao_prune.blocks.backends.triton import launch, steps, tiles, tuning
 from sao_prune.blocks.backends.triton.tiles import Tile
 
 ACTIVATIONS = {"": lambda h: h, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
-NOTHING, EVERYTHING = (False, False, False), (True, True, True)
+EVERYTHING = (True, True, True)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def any_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(0)
     monkeypatch.setattr(tiles, "_TRIED", 10_000)
 
-    def choose(key: Hashable, found: Sequence[Tile], run: Callable[[Tile], None], device: torch.device) -> Tile:
+    def choose(key: Hashable, found: Sequence[Tile], run: Callable[[Tile], int], device: torch.device) -> Tile:
         return min(chance.sample(found, min(len(found), 8)), key=lambda t: (products(key, t), chance.random()))
 
     monkeypatch.setattr(tuning, "choose", choose)
@@ -144,7 +146,7 @@ def check_linear(
 @pytest.mark.parametrize("kinds", list(product(("identity", "strided", "index"), repeat=2)))
 def test_linear_of_every_order(kinds: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
-    check_linear(70, 8, 16, 32, kinds=kinds)
+    check_linear(40, 8, 16, 32, kinds=kinds)
     check_linear(33, 5, 12, 7, kinds=kinds, activation="relu")
 
 
@@ -156,12 +158,11 @@ def test_linear_with_every_epilogue(activation: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("needs", list(product((True, False), repeat=3)))
-@pytest.mark.parametrize("activation", ["", "gelu"])
-def test_linear_gives_the_gradients_that_are_asked_for(needs: tuple[bool, bool, bool], activation: str) -> None:
-    check_linear(17, 3, 4, 5, activation=activation, needs=needs, spare=(0, 2))
+def test_linear_gives_the_gradients_that_are_asked_for(needs: tuple[bool, bool, bool]) -> None:
+    check_linear(13, 3, 4, 5, activation="gelu", needs=needs, spare=(0, 2))
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([0, 1, 2, 15, 64, 130]),
     groups=st.integers(1, 9),
@@ -204,11 +205,11 @@ def test_gradients_summed_in_parts_repeat_bit_for_bit(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(launch, "parts", several)
     monkeypatch.setattr(tuning, "choose", lambda key, tiles, run, device: min(tiles, key=lambda t: t.BM))
-    check_linear(150, 2, 16, 16, spare=(2, 2), activation="tanh")
+    check_linear(80, 2, 16, 16, spare=(2, 2), activation="tanh")
     assert counts == [5]
-    x, weight = torch.randn(150, 32), torch.randn(2, 16, 16)
+    x, weight = torch.randn(80, 32), torch.randn(2, 16, 16)
     channels = torch.arange(32, dtype=torch.int32)
-    grad = torch.randn(150, 32)
+    grad = torch.randn(80, 32)
     first, second = (backend.linear_backward(grad, x, weight, channels, channels, EVERYTHING) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))  # type: ignore[arg-type]
 
@@ -270,7 +271,7 @@ def test_conv_of_every_geometry(geometry: str, monkeypatch: pytest.MonkeyPatch) 
     check_conv(1, 4, 16, 16, (5, 8), geometry, kinds=("strided", "identity"))
 
 
-@settings(max_examples=9, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     batch=st.sampled_from([0, 1, 3]),
     groups=st.sampled_from([1, 2, 5]),
@@ -364,3 +365,14 @@ def test_float32_is_multiplied_as_torch_is_told() -> None:
     torch.backends.cuda.matmul.allow_tf32 = before
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert launch.precision(torch.float32, conv=True) == "ieee"
+
+
+def test_the_benchmark_of_layers_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--only", "Linear"])
+    import gpu
+
+    gpu.main()
+    said = capsys.readouterr().out
+    assert "training step | ours |" in said
+    assert "failed" not in said

@@ -1,19 +1,47 @@
 """Layers that hold and compute only their blocks."""
 
+from .attention import BlockAttention
 from .base import BlockModule, Execution, block_slots, blocks_shape, joined_topology, stack_blocks
+from .composite import BlockComposite, Matrix, child_name
 from .conv import BlockConv, BlockConv1d, BlockConv2d, BlockConv3d
+from .experts import BlockExperts
 from .linear import BlockLinear
+from .recurrent import (
+    BlockCell,
+    BlockGRU,
+    BlockGRUCell,
+    BlockLSTM,
+    BlockLSTMCell,
+    BlockRNN,
+    BlockRNNBase,
+    BlockRNNCell,
+)
+from .standardised import BlockStdConv2d
 
 __all__ = [
+    "BlockAttention",
+    "BlockCell",
+    "BlockComposite",
     "BlockConv",
     "BlockConv1d",
     "BlockConv2d",
     "BlockConv3d",
+    "BlockExperts",
+    "BlockGRU",
+    "BlockGRUCell",
+    "BlockLSTM",
+    "BlockLSTMCell",
     "BlockLinear",
     "BlockModule",
+    "BlockRNN",
+    "BlockRNNBase",
+    "BlockRNNCell",
+    "BlockStdConv2d",
     "Execution",
+    "Matrix",
     "block_slots",
     "blocks_shape",
+    "child_name",
     "joined_topology",
     "stack_blocks",
 ]

@@ -131,9 +131,9 @@ class BlockModule(nn.Module):
     def layout(self) -> Layout:
         """How the blocks are laid out for execution, by what the buffers hold; while traced as last known."""
         rows, cols = self.row_set, self.col_set
-        if type(rows) is not Tensor or rows.is_meta or torch.compiler.is_compiling() or is_wrapped(rows):
+        if type(rows) is not Tensor or rows.is_meta or torch.compiler.is_compiling():
             return self._layout
-        layout = layout_of(rows, cols, self.execution.merge)
+        layout = layout_of(_unwrapped(rows), _unwrapped(cols), self.execution.merge)
         if layout is not self._layout:
             self.__dict__["_layout"] = layout
         return layout
@@ -147,7 +147,11 @@ class BlockModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, zeros included; computed anew each time, differentiable, not a parameter."""
-        shape, blocks = self.weight_shape, self.blocks
+        return self.dense(self.blocks)
+
+    def dense(self, blocks: Tensor) -> Tensor:
+        """Values shaped as the blocks in a dense weight, zeros elsewhere."""
+        shape = self.weight_shape
         slots = block_slots(self.topology, self.parts).to(blocks.device)
         values = blocks.reshape(-1, *shape[2:])
         return values.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, slots, values).view(shape)
@@ -189,9 +193,35 @@ class BlockModule(nn.Module):
         _ = self.layout
 
 
-def is_wrapped(t: Tensor) -> bool:
-    """Whether a function transform holds the tensor, so that it cannot be read."""
-    return torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t)
+def is_batched(t: Tensor) -> bool:
+    """Whether `torch.vmap` runs over several of these tensors, so that no single one can be read."""
+    functorch = torch._C._functorch
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    """What function transforms hold.
+
+    Raises:
+        RuntimeError: if those are several that differ.
+    """
+    functorch = torch._C._functorch
+    while torch._C._are_functorch_transforms_active() and functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            each = functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)
+            with torch._C._DisableFuncTorch():
+                if len(each) == 0 or bool((each != each[:1]).any()):
+                    raise RuntimeError("torch.vmap over layers whose sets are uneven and differ: run them one by one")
+                t = each[0]
+        else:
+            t = functorch.get_unwrapped(t)
+    return t
 
 
 def stack_blocks(topology: BlockTopology, values: Sequence[Tensor]) -> Tensor:

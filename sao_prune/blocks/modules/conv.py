@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
+from torch.fx import Proxy, wrap
 from torch.nn import functional as F
 
 from ...topology import BlockTopology
@@ -15,7 +15,34 @@ from ...weights import orthogonal_blocks
 from .. import functional, operators
 from ..backends import cpu
 from ..epilogue import Epilogue, normed
-from .base import BlockModule, Execution, is_plain, stack_blocks
+from .base import BlockModule, Execution, is_batched, is_plain, stack_blocks
+
+
+@wrap
+def run_conv(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    row_set: Tensor,
+    col_set: Tensor,
+    backend: str,
+    channels_last: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    merge: int,
+) -> Tensor:
+    """The layer's operator, a single step of a traced graph, so that the graph follows what is loaded into it."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    options = "", backend, stride, padding, dilation, merge
+    if x.dim() == len(stride) + 1:
+        return operators.block_conv(x.unsqueeze(0), blocks, bias, row_set, col_set, *options)[0].squeeze(0)
+    y: Tensor = operators.block_conv(x, blocks, bias, row_set, col_set, *options)[0]
+    return y
 
 
 class BlockConv(BlockModule):
@@ -83,13 +110,21 @@ class BlockConv(BlockModule):
             return epilogue.done(self._fused(self._formatted(x), epilogue))
         return self._run(x, plain)
 
+    def values(self) -> Tensor:
+        """The blocks that the layer computes with."""
+        return self.blocks
+
     def _formatted(self, x: Tensor) -> Tensor:
         """The input in the memory format of the execution, with a padding that zeros on both sides are not."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         elif self.padding == "same" and not self._is_even():
             x = F.pad(x, self._reversed_padding_repeated_twice)
-        if self.execution.channels_last and not isinstance(x, Proxy):
+        if (
+            self.execution.channels_last
+            and not isinstance(x, Proxy)
+            and not torch._C._are_functorch_transforms_active()
+        ):
             x = x.contiguous(memory_format=torch.channels_last)
         return x
 
@@ -108,26 +143,25 @@ class BlockConv(BlockModule):
 
     def _run(self, x: Tensor, plain: bool) -> Tensor:
         run, geometry = self.execution, self.geometry
-        blocks: Tensor = self.blocks
+        blocks = self.values()
         bias: Tensor | None = self.bias
         x = self._formatted(x)
-        if run.dense:
+        if run.dense and not isinstance(x, Proxy):
             options = geometry.stride, geometry.padding, geometry.dilation, self.groups
-            return type(self).convolve(x, self.weight, bias, *options)
-        if plain:
+            return type(self).convolve(x, self.dense(blocks), bias, *options)
+        if plain and not isinstance(x, Proxy):
+            if is_batched(self.row_set) and blocks.dim() == 3 + len(self.kernel_size):
+                return functional.block_conv_by_sets(x, blocks, bias, self.row_set, self.col_set, geometry)
             return functional.block_conv(x, blocks, bias, self.layout, geometry)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
-        own, sets = (x, blocks, bias), (self.row_set, self.col_set)
-        y: Tensor = operators.block_conv(*own, *sets, "", run.backend, *self._options(geometry))[0]
-        return y
+        stride, padding, dilation, merge = self._options(geometry)
+        sets = self.row_set, self.col_set
+        return run_conv(x, blocks, bias, *sets, run.backend, run.channels_last, stride, padding, dilation, merge)
 
     def _options(self, geometry: functional.Geometry) -> tuple[list[int], list[int], list[int], int]:
         return list(geometry.stride), list(geometry.padding), list(geometry.dilation), self.execution.merge
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)
+        own, sets = (x, self.values(), self.bias), (self.row_set, self.col_set)
         norm, activation, _ = epilogue.parts()
         options = self._options(self.geometry)
         if norm is not None:

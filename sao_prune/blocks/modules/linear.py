@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, wrap
 from torch.nn import functional as F
 
 from ...topology import BlockTopology
 from ...weights import orthogonal_blocks
 from .. import functional, operators
 from ..epilogue import Epilogue, normed
-from .base import BlockModule, Execution, is_plain, is_wrapped, stack_blocks
+from .base import BlockModule, Execution, is_batched, is_plain, stack_blocks
+
+
+@wrap
+def run_linear(
+    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, backend: str
+) -> Tensor:
+    """The layer's operator, a single step of a traced graph, so that the graph follows what is loaded into it."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    y: Tensor = operators.block_linear(x, blocks, bias, row_set, col_set, "", backend)[0]
+    return y
 
 
 class BlockLinear(BlockModule):
@@ -22,6 +35,8 @@ class BlockLinear(BlockModule):
     Args:
         topology: which outputs see which inputs, shape ``(m, n)``.
         bias: whether to add one.
+        copies: how often the topology has every input: the gates of a recurrent layer, each with sets of its own,
+            stand on the diagonal of one ``(m, n * copies)`` topology, so that one call computes them all.
         seed: a generator for the orthogonal initial values.
 
     Example:
@@ -35,10 +50,19 @@ class BlockLinear(BlockModule):
     in_features: int
     out_features: int
     execution = Execution()
+    # Parts of the outputs that each have sets of inputs of their own; the topology then has the inputs once a part.
+    copies = 1
+    # Matrices that each block is of, one above the other, where they have the same sets of inputs.
+    stacked = 1
 
-    def __init__(self, topology: BlockTopology, bias: bool = True, *, seed: torch.Generator | None = None) -> None:
+    def __init__(
+        self, topology: BlockTopology, bias: bool = True, *, copies: int = 1, seed: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = topology.shape
+        self.out_features, inputs = topology.shape
+        if copies < 1 or inputs % copies or self.out_features % copies:
+            raise ValueError(f"copies={copies} does not divide the topology's {self.out_features} x {inputs}")
+        self.in_features, self.copies = inputs // copies, copies
         generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         blocks = orthogonal_blocks([topology], [generator])[0]
         self.set_topology(topology, nn.Parameter(stack_blocks(topology, blocks)))
@@ -49,28 +73,33 @@ class BlockLinear(BlockModule):
         """``(m, n)``."""
         return self.out_features, self.in_features
 
+    @property
+    def parts(self) -> int:
+        """How often the topology has every input."""
+        return self.copies
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., n)`` to ``(..., m)``."""
-        if self.absorbed is not None and self.absorbed.fused:
-            return self.absorbed.given(x)
+        if self.absorbed is not None and not isinstance(x, Proxy) and self.absorbed.given(x, self):
+            return x
         run = self.execution
         blocks: Tensor = self.blocks
         bias: Tensor | None = self.bias
         plain = is_plain(x)
-        epilogue = self.epilogue
+        epilogue = self.epilogue if self.copies == 1 else None
         if epilogue is not None and epilogue.begin(x, plain):
             return epilogue.done(self._fused(x, epilogue))
+        if isinstance(x, Proxy):
+            return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
         if run.dense:
             return F.linear(x, self.weight, bias)
+        if self.copies > 1:
+            x = torch.cat([x] * self.copies, -1)
         if plain:
-            if is_wrapped(self.row_set) and blocks.dim() == 3:
+            if is_batched(self.row_set) and blocks.dim() == 3:
                 return functional.block_linear_by_sets(x, blocks, bias, self.row_set, self.col_set)
             return functional.block_linear(x, blocks, bias, self.layout)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
-        y: Tensor = operators.block_linear(x, blocks, bias, self.row_set, self.col_set, "", run.backend)[0]
-        return y
+        return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)

@@ -25,13 +25,15 @@ def make_scheduler(optimizer: torch.optim.Optimizer, spec: TrainSpec, lr: float)
     The rate of an epoch depends on its number alone, so a resumed training needs no state of the schedule.
     """
     schedule = spec.schedule
+    # Older versions of timm have no constant schedule with a warm-up: steps that change nothing are one.
+    constant = schedule.name == "constant"
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer,
-        sched=schedule.name,
+        sched="step" if constant else schedule.name,
         num_epochs=spec.epochs,
         # timm counts one epoch ahead of torch's MultiStepLR, whose meaning recipes and papers have.
         decay_milestones=[milestone + 1 for milestone in schedule.milestones or ()],
-        decay_rate=schedule.factor,
+        decay_rate=1.0 if constant else schedule.factor,
         min_lr=schedule.final_lr,
         warmup_epochs=schedule.warmup_epochs,
         warmup_lr=lr / 100,

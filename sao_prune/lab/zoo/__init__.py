@@ -1,4 +1,4 @@
-"""The zoo: every architecture of timm and torchvision, planned and put to work."""
+"""The zoo: every architecture of timm and torchvision, and small ones of transformers, planned and put to work."""
 
 from .architecture import LIBRARIES, Architecture, Library, ZooError, architectures
 from .plans import PlanTask, ZooPlan, plan_one, plan_zoo

@@ -1,4 +1,4 @@
-"""The architectures of timm and torchvision: their names, and how to build them."""
+"""The architectures of timm, torchvision and transformers: their names, and how to build them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LabError
+from .families import families, small_model
 
-Library = Literal["timm", "torchvision"]
-LIBRARIES: tuple[Library, ...] = get_args(Library)
+Library = Literal["timm", "torchvision", "transformers"]
+KNOWN: tuple[Library, ...] = get_args(Library)
+# What is looked at unless others are named.
+LIBRARIES: tuple[Library, ...] = ("timm", "torchvision")
 # What every process of the zoo starts with.
-PRELOAD = ("sao_prune.lab.zoo", "timm", "torchvision")
+PRELOAD = ("sao_prune.lab.zoo", *LIBRARIES)
+_TRANSFORMERS = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
 
 
 class ZooError(LabError, ValueError):
@@ -30,9 +34,9 @@ class Architecture:
     """One name of a model zoo.
 
     Attributes:
-        library: "timm" or "torchvision".
-        family: the module of the library that defines it.
-        name: what the library's factory takes.
+        library: "timm", "torchvision" or "transformers".
+        family: the module of the library that defines it; the model type, of transformers.
+        name: what the library's factory takes; the class, of transformers.
     """
 
     library: Library
@@ -43,6 +47,8 @@ class Architecture:
         """The untrained model, by the library's factory with the given keyword options."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if self.library == "transformers":
+                return small_model(self.family, self.name, **options)
             if self.library == "timm":
                 import timm
 
@@ -78,16 +84,24 @@ class _WeightsOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def preload(chosen: Sequence[Architecture]) -> tuple[str, ...]:
+    """What a process that works on one of these starts with."""
+    return (*PRELOAD, *_TRANSFORMERS) if any(a.library == "transformers" for a in chosen) else PRELOAD
+
+
 def architectures(pattern: str = "*", libraries: Sequence[Library] = LIBRARIES) -> list[Architecture]:
-    """All architectures whose name matches a glob pattern, sorted.
+    """All architectures whose name (of transformers the model type) matches a glob pattern, sorted.
 
     Raises:
-        ZooError: if none matches, or a library is missing.
+        ZooError: if none matches, a library is missing, or there is no such library.
 
     Example:
         >>> [a.name for a in architectures("resnet18*", ["timm"])]
         ['resnet18', 'resnet18d']
     """
+    unknown = [library for library in libraries if library not in KNOWN]
+    if unknown or not libraries:
+        raise ZooError(f"unknown library {', '.join(unknown) or 'none'}; known: {', '.join(KNOWN)}")
     found: list[Architecture] = []
     try:
         if "timm" in libraries:
@@ -101,9 +115,13 @@ def architectures(pattern: str = "*", libraries: Sequence[Library] = LIBRARIES) 
             for name in list_models():
                 family = get_model_builder(name).__module__.removeprefix("torchvision.models.")
                 found.append(Architecture("torchvision", family, name))
+        if "transformers" in libraries:
+            found += [Architecture("transformers", family, name) for family, name in families()]
     except ImportError as error:
-        raise ZooError(f"the zoo needs timm and torchvision ({error}): pip install 'sao-prune[vision]'") from error
-    chosen = sorted(a for a in found if fnmatchcase(a.name, pattern))
+        raise ZooError(
+            f"the zoo needs {' and '.join(libraries)} ({error}): pip install {' '.join(libraries)}"
+        ) from error
+    chosen = sorted(a for a in found if fnmatchcase(a.family if a.library == "transformers" else a.name, pattern))
     if not chosen:
         raise ZooError(f"--filter {pattern!r} matches none of the {len(found)} architectures of {', '.join(libraries)}")
     return chosen

@@ -15,7 +15,8 @@ from ...discovery import PrunableWeight, walk
 from ...model import plan
 from ...reporting import LayerRecord
 from ..isolate import Outcome, isolated, one_line
-from .architecture import PRELOAD, Architecture
+from .architecture import Architecture, preload
+from .families import LeftOutError, small_inputs
 
 _UNUSUAL = 997
 _ENDS = ("first layer", "last layer")
@@ -36,6 +37,7 @@ class ZooPlan:
         outside: entries of other tensors with two or more dimensions (embeddings, raw parameters).
         findings: what is not as it must be, one line each.
         seconds: wall-clock time to build and plan.
+        left_out: why it is none of the zoo: no small model of a transformers family can be made, or none that runs.
         error: why there is no plan. An architecture whose every layer but first and last is left alone for a
             reason has no error and no ``layers``.
     """
@@ -52,6 +54,7 @@ class ZooPlan:
     outside: int = 0
     findings: tuple[str, ...] = ()
     seconds: float = 0.0
+    left_out: str | None = None
     error: str | None = None
 
     @property
@@ -85,7 +88,7 @@ def plan_zoo(chosen: Sequence[Architecture], sparsity: float = 0.96875, *, jobs:
         One `ZooPlan` an architecture, in the order of completion; failures are in it, not raised.
     """
     tasks = [PlanTask(architecture, sparsity) for architecture in chosen]
-    for outcome in isolated(plan_one, tasks, jobs=jobs, preload=PRELOAD):
+    for outcome in isolated(plan_one, tasks, jobs=jobs, preload=preload(chosen)):
         yield _planned(outcome)
 
 
@@ -99,7 +102,11 @@ def plan_one(task: PlanTask) -> ZooPlan:
     start = time.perf_counter()
     result = ZooPlan(task.architecture)
     try:
-        model = task.architecture.build_on_meta()
+        if task.architecture.library == "transformers":
+            model = task.architecture.build()
+            small_inputs(model)
+        else:
+            model = task.architecture.build_on_meta()
         result = replace(result, parameters=sum(p.numel() for p in model.parameters()))
         weights = {weight.name: weight for weight in walk(model)}
         reasons = Counter(_reason(weight.reason) for weight in weights.values() if weight.reason)
@@ -114,6 +121,8 @@ def plan_one(task: PlanTask) -> ZooPlan:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = plan(model, sparsity=task.sparsity)
+    except LeftOutError as reason:
+        return replace(result, left_out=str(reason), seconds=time.perf_counter() - start)
     except Exception as error:
         return replace(result, error=one_line(error), seconds=time.perf_counter() - start)
     pruned = report.pruned
@@ -135,15 +144,15 @@ def _is_even(layer: LayerRecord, weight: PrunableWeight) -> bool:
 
 
 def _reason(reason: str) -> str:
-    """A reason without the numbers that would make each layer its own."""
-    return reason.partition(":")[0]
+    """A reason without the numbers and names that would make each layer its own."""
+    return "tied to what is no layer to prune" if reason.startswith("tied to") else reason.partition(":")[0]
 
 
 def findings(architecture: Architecture, model: nn.Module, pruned: Sequence[PrunableWeight]) -> Iterator[str]:
     """What must not be in a plan, told from the model alone and not from the walk that made the plan.
 
     A parameter pruned twice; a classifier that is pruned, known by its number of outputs; a convolution that reads
-    the image; a weight whose module standardises it.
+    the image.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
@@ -157,8 +166,6 @@ def findings(architecture: Architecture, model: nn.Module, pruned: Sequence[Prun
         module = modules[weight.module]
         if isinstance(module, nn.modules.conv._ConvNd) and module.in_channels == 3:
             yield f"{weight.name} reads the image"
-        if "Std" in type(module).__name__:
-            yield f"{weight.name} belongs to a {type(module).__name__}"
 
 
 def _pruned_classifiers(architecture: Architecture) -> list[str]:

@@ -16,9 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .architecture import KNOWN
 from .images import BATCH
 from .plans import ZooPlan
 from .runs import MEMORY, too_large
+from .texts import FAMILIES, PLANNED, RUN, RUN_TITLES
 from .trial import ZooRun
 
 Row = Sequence[str]
@@ -34,6 +36,7 @@ class Zoo:
         sparsity: what was requested.
         command: the command that made it.
         seconds: wall-clock time.
+        left_out: families of transformers without a small model that runs; in none of the others.
     """
 
     plans: tuple[ZooPlan, ...]
@@ -41,6 +44,12 @@ class Zoo:
     sparsity: float
     command: str
     seconds: float = 0.0
+    left_out: tuple[ZooPlan, ...] = ()
+
+    @property
+    def libraries(self) -> list[str]:
+        """Names of the libraries that were looked at."""
+        return sorted({p.architecture.library for p in (*self.plans, *self.left_out)})
 
     @property
     def failures(self) -> list[tuple[str, str, str]]:
@@ -57,7 +66,7 @@ class Zoo:
 def versions() -> dict[str, str]:
     """Versions of what a visit depends on."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "timm", "torchvision", "sao-prune"):
+    for package in ("torch", *KNOWN, "sao-prune"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -71,6 +80,7 @@ def print_zoo(zoo: Zoo, console: Console) -> None:
         (f"The zoo at {_percent(zoo.sparsity)} sparsity", *plan_totals(zoo)),
         ("Layers left alone", *reasons(zoo)),
         *([("Architectures left alone", *untouched(zoo))] if zoo.untouched else []),
+        *([("Families left out", *left_out(zoo))] if zoo.left_out else []),
         *([("At work", *run_totals(zoo))] if zoo.runs else []),
         *([("Failures", *failures(zoo))] if zoo.failures else []),
     ]
@@ -87,7 +97,9 @@ def print_zoo(zoo: Zoo, console: Console) -> None:
 
 def write_markdown(zoo: Zoo, path: Path) -> None:
     """The page ``docs/zoo.md``."""
-    parts = [_intro(zoo, path), "## Planned", _PLANNED, _markdown(*plan_totals(zoo)), _markdown(*reasons(zoo))]
+    parts = [_intro(zoo, path), "## Planned", PLANNED, FAMILIES if "transformers" in zoo.libraries else ""]
+    parts += [_markdown(*plan_totals(zoo)), _markdown(*reasons(zoo))]
+    parts += [_markdown(*left_out(zoo))] if zoo.left_out else []
     if zoo.untouched:
         parts += [
             "Left alone as a whole, because every layer but the first and the last is:",
@@ -96,7 +108,7 @@ def write_markdown(zoo: Zoo, path: Path) -> None:
     parts += ["## Failures", _markdown(*failures(zoo)) if zoo.failures else "None."]
     if zoo.runs:
         parts += ["## At work", _at_work(zoo), _markdown(*run_totals(zoo)), _not_run(zoo)]
-        for library, title in _RUN_TITLES.items():
+        for library, title in RUN_TITLES.items():
             head, rows = runs(zoo, library)
             parts += [f"### {title}", _markdown(head, rows)] if rows else []
     parts += ["## Families", _markdown(*families(zoo))]
@@ -151,6 +163,12 @@ def untouched(zoo: Zoo) -> tuple[Row, list[Row]]:
     for key, group in groupby(sorted(told), key=lambda row: row[:3]):
         rows.append((*key, ", ".join(row[3] for row in group)))
     return ("library", "family", "reason", "architectures"), rows
+
+
+def left_out(zoo: Zoo) -> tuple[Row, list[Row]]:
+    """How many families of transformers are left out for which reason."""
+    counts = Counter(str(p.left_out) for p in zoo.left_out)
+    return ("left out, because", "families"), [(reason, f"{count:,}") for reason, count in counts.most_common()]
 
 
 def failures(zoo: Zoo) -> tuple[Row, list[Row]]:
@@ -213,46 +231,18 @@ def families(zoo: Zoo) -> tuple[Row, list[Row]]:
     return head, rows
 
 
-_RUN_TITLES = {
-    "timm": "One model of each timm family, and timm's test models",
-    "torchvision": "torchvision's classification models",
-}
-_PLANNED = """Each architecture is built on the meta device, without memory for its weights, and given to
-`sao_prune.plan`. Beside an exception these count as failures: a parameter that is pruned twice, a pruned classifier
-(found by building the model for 997 classes), a pruned convolution with three input channels, and a pruned weight that
-its layer standardises. Sets are even where the number of groups divides both sides of the weight. A layer narrower than
-the number of groups gets as many groups as it can have, and so misses the requested sparsity. Weights in no known layer
-are tables of positions, tokens and scales, and the experts of `efficientnet_cc_*`'s conditional convolutions."""
-
-_RUN = """Each model runs in a process of its own, on one CPU thread, with {batch} random images of the smallest size
-of 64, 96, .. 256 that the architecture takes, else of its own size. The stages:
-
-1. a forward and backward pass of the dense model: which weights get a gradient;
-2. `sao_prune.apply`;
-3. two training steps (SGD, weight decay 0.1): every pruned weight that had a gradient has one, and changes; masked
-   entries of the weight in use are zero; masks have the reported number of ones; nothing but a linear, convolution,
-   attention or recurrent function reads a masked weight, so none is transformed on the way;
-4. `copy.deepcopy`: equal outputs; training the copy leaves the original as it is;
-5. `sao_prune.compact` on a copy: equal outputs, and gradients that agree to 5 % of their norm;
-6. `sao_prune.remove`: zeros stay, equal outputs;
-7. `sao_prune.save` before and after `remove`; `sao_prune.load` of the one after into a fresh dense model, then of the
-   one before into that: equal outputs each time.
-
-Outputs are equal if they differ by no more than 1e-5 of the largest. Memory is the peak of the whole process, of
-which Python and the libraries take about 0.4 GiB."""
-
-
 def _intro(zoo: Zoo, path: Path) -> str:
     measured = ", ".join(f"{name} {number}" for name, number in versions().items())
     return (
-        f"# The zoo\n\nWhich architectures of timm and torchvision `sao_prune` can prune, at {_percent(zoo.sparsity)} "
+        f"# The zoo\n\nWhich architectures of {' and '.join(zoo.libraries)} `sao_prune` can prune, at "
+        f"{_percent(zoo.sparsity)} "
         f"sparsity. This page was written by\n\n```\n{zoo.command} --output {path}\n```\n\n"
         f"in {zoo.seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores, with {measured}."
     )
 
 
 def _at_work(zoo: Zoo) -> str:
-    return _RUN.format(batch=BATCH)
+    return RUN.format(batch=BATCH)
 
 
 def _not_run(zoo: Zoo) -> str:
@@ -260,6 +250,8 @@ def _not_run(zoo: Zoo) -> str:
     planned = {p.architecture.family for p in zoo.plans if p.architecture.library == "timm"}
     seen = {r.architecture.family for r in zoo.runs if r.architecture.library == "timm"}
     large = too_large(zoo.plans)
+    if not planned and not large:
+        return ""
     lines = [f"Families without a run, having no layer to prune: {', '.join(sorted(planned - seen)) or 'none'}."]
     if large:
         lines.append(f"torchvision's models too large for {MEMORY / 2**30:.0f} GiB, not run: {', '.join(large)}.")

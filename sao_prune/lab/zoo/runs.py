@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..isolate import Outcome, isolated
-from .architecture import PRELOAD, Architecture
+from .architecture import Architecture, preload
 from .plans import ZooPlan
 from .trial import RunTask, ZooRun, run_one
 
@@ -18,7 +18,7 @@ _BYTES_PER_PARAMETER = 8 * 4
 
 def representatives(plans: Sequence[ZooPlan]) -> list[Architecture]:
     """What a run takes: of each timm family the smallest model that has layers to prune, timm's tiny ``test_*``
-    models, and torchvision's classification models that fit in `MEMORY`.
+    models, torchvision's classification models that fit in `MEMORY`, and all of transformers that are not left out.
 
     Args:
         plans: from `plan_zoo`.
@@ -27,6 +27,8 @@ def representatives(plans: Sequence[ZooPlan]) -> list[Architecture]:
     chosen = [p.architecture for p in _classification(plans) if p.layers and not is_large(p)]
     for one in plans:
         architecture = one.architecture
+        if architecture.library == "transformers" and one.layers:
+            chosen.append(architecture)
         if architecture.library != "timm" or not one.layers:
             continue
         if architecture.name.startswith("test_"):
@@ -42,6 +44,8 @@ def too_large(plans: Sequence[ZooPlan]) -> list[str]:
 
 
 def _classification(plans: Sequence[ZooPlan]) -> list[ZooPlan]:
+    if not any(p.architecture.library == "torchvision" for p in plans):
+        return []
     from torchvision import models
 
     names = set(models.list_models(module=models))
@@ -71,12 +75,12 @@ def run_zoo(
     """
     tasks = [RunTask(architecture, sparsity) for architecture in chosen]
     died: list[RunTask] = []
-    for outcome in isolated(run_one, tasks, jobs=jobs, timeout=timeout, preload=PRELOAD):
+    for outcome in isolated(run_one, tasks, jobs=jobs, timeout=timeout, preload=preload(chosen)):
         if outcome.died:
             died.append(outcome.item)
         else:
             yield _ran(outcome)
-    for outcome in isolated(run_one, died, timeout=timeout, preload=PRELOAD):
+    for outcome in isolated(run_one, died, timeout=timeout, preload=preload(chosen)):
         yield _ran(outcome)
 
 

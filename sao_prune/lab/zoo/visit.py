@@ -8,7 +8,7 @@ from itertools import chain
 
 from ...allocation import Budget
 from ..display import Display
-from .architecture import ZooError, architectures
+from .architecture import KNOWN, LIBRARIES, Library, ZooError, architectures
 from .plans import ZooPlan, plan_zoo
 from .report import Zoo
 from .runs import is_large, representatives, run_zoo
@@ -23,6 +23,7 @@ class VisitOptions:
         pattern: glob pattern on the names of architectures.
         sparsity: share of zeros.
         run: also put some of them to work.
+        libraries: of which libraries.
         jobs: processes at a time; with ``run`` each may need 8 GiB, and a larger model runs alone.
 
     Raises:
@@ -33,10 +34,13 @@ class VisitOptions:
     sparsity: float = 0.96875
     run: bool = False
     jobs: int = 1
+    libraries: tuple[Library, ...] = LIBRARIES
 
     def __post_init__(self) -> None:
         if not self.pattern:
             raise ZooError("the filter is empty; give a glob pattern such as 'resnet*'")
+        if not set(self.libraries) <= set(KNOWN) or not self.libraries:
+            raise ZooError(f"the zoo knows {', '.join(KNOWN)}, got {', '.join(self.libraries) or 'no library'}")
         if self.jobs < 1:
             raise ZooError(f"jobs must be at least 1, got {self.jobs}")
         try:
@@ -47,7 +51,9 @@ class VisitOptions:
     @property
     def command(self) -> str:
         """The command line with these options."""
+        others = self.libraries if self.libraries != LIBRARIES else ()
         given = [
+            *(f"--library {library}" for library in others),
             f"--filter '{self.pattern}'" * (self.pattern != "*"),
             f"--sparsity {self.sparsity}" * (self.sparsity != VisitOptions.sparsity),
             "--run" * self.run,
@@ -63,13 +69,15 @@ def visit(options: VisitOptions, display: Display) -> Zoo:
         ZooError: if no architecture matches, or timm or torchvision is missing.
     """
     start = time.perf_counter()
-    chosen = architectures(options.pattern)
+    chosen = architectures(options.pattern, options.libraries)
     display.start(len(chosen), 0)
     plans: list[ZooPlan] = []
     for plan in plan_zoo(chosen, options.sparsity, jobs=options.jobs):
         plans.append(plan)
         _step(display, "plan", plan)
     plans.sort(key=lambda plan: plan.architecture)
+    left_out = tuple(plan for plan in plans if plan.left_out)
+    plans = [plan for plan in plans if not plan.left_out]
     runs: list[ZooRun] = []
     if options.run:
         workers = representatives(plans)
@@ -82,7 +90,7 @@ def visit(options: VisitOptions, display: Display) -> Zoo:
             runs.append(run)
             _step(display, "run", run)
     runs.sort(key=lambda run: run.architecture)
-    return Zoo(tuple(plans), tuple(runs), options.sparsity, options.command, time.perf_counter() - start)
+    return Zoo(tuple(plans), tuple(runs), options.sparsity, options.command, time.perf_counter() - start, left_out)
 
 
 def _step(display: Display, stage: str, record: ZooPlan | ZooRun) -> None:

@@ -46,7 +46,7 @@ def resources(kernel: str, arguments: Arguments, tile: Tile, capability: int) ->
     function = getattr(kernels, kernel)
     run_time, constants, _ = arguments
     options = tile_options(tile, sweep=kernel == "product")
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     given = {**run_time, **constants, **options}
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
@@ -63,27 +63,35 @@ def resources(kernel: str, arguments: Arguments, tile: Tile, capability: int) ->
             constexprs[(i,)] = value
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-    registers, spills = _assembled(done.asm["ptx"], capability)
     ptx = done.asm["ptx"]
+    registers, stack = _usage(done.asm["cubin"])
+    # Only spills need a stack here; how many, the assembler says when it is asked again.
+    spills = _spills(ptx, capability) if stack else 0
     instruction = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "fma"
     return Resources(registers, spills, done.metadata.shared, instruction)
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {what: max(map(int, re.findall(rf"{what}:(\d+)", log))) for what in ("REG", "STACK", "LOCAL")}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _spills(ptx: str, capability: int) -> int:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [
-            knobs.nvidia.ptxas.path,
-            "-v",
-            f"--gpu-name={arch}",
-            str(path),
-            "-o",
-            str(path.with_suffix(".cubin")),
-        ]
+        to = str(path.with_suffix(".cubin"))
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(path), "-o", to]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    return int(re.findall(r"Used (\d+) registers", log)[-1]), spills
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))

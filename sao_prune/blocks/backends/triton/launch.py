@@ -141,9 +141,10 @@ def launch_product(
 
     run_time, constants, work = product_arguments(source, weight, y, ins, outs, window, after, transposed)
 
-    def run(tile: Tile) -> None:
+    def run(tile: Tile) -> int:
         grid = (product_programs(tile, work),)
-        kernels.product[grid](**run_time, **constants, **tile_options(tile, sweep=True))
+        done = kernels.product[grid](**run_time, **constants, **tile_options(tile, sweep=True))
+        return getattr(done, "n_spills", 0) or 0
 
     with _on(y):
         run(tuning.choose(_key("product", constants, work), product_tiles(work), run, y.device))
@@ -202,7 +203,7 @@ def launch_weight_gradient(
 
     run_time, constants, work = weight_arguments(x, grad, weight, bias, ins, outs, window)
 
-    def run(tile: Tile) -> None:
+    def run(tile: Tile) -> int:
         count = parts(tile, work)
         each = -(-work.rows // (count * tile.BM)) * tile.BM
         count = -(-work.rows // each)
@@ -212,12 +213,13 @@ def launch_weight_gradient(
             # Zeros, for channels that no position is.
             to[name] = gradient if count == 1 else gradient.new_zeros((count, *gradient.shape), dtype=torch.float32)
         grid = (weight_programs(tile, work), count)
-        kernels.weight_gradient[grid](**{**run_time, **to}, **constants, **tile_options(tile, sweep=False))
+        done = kernels.weight_gradient[grid](**{**run_time, **to}, **constants, **tile_options(tile, sweep=False))
         if count > 1:
             for gradient, name in sums:
                 apart = to[name]
                 assert isinstance(apart, Tensor)
                 gradient.copy_(apart.sum(0))
+        return getattr(done, "n_spills", 0) or 0
 
     with _on(weight):
         run(tuning.choose(_key("weight", constants, work), weight_tiles(work), run, weight.device))
@@ -263,7 +265,8 @@ def tile_options(tile: Tile, sweep: bool) -> dict[str, int]:
     sizes = {f.name: getattr(tile, f.name) for f in fields(tile) if f.name.isupper()}
     if not sweep:
         del sizes["SWEEP"]
-    return {**sizes, "num_warps": tile.warps, "num_stages": tile.stages}
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return {**sizes, "num_warps": tile.warps, "num_stages": tile.stages, **limit}
 
 
 @contextmanager

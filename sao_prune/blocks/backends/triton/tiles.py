@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 
 # Elements that a thread may hold: accumulators, and loads of an operand. Loads by a table pass through registers, one
 # address each; others are copied to shared memory as they are.
-_ACCUMULATORS = 64
+_HELD = 64
 _LOADED = {"identity": 64, "strided": 64, "index": 16}
 # Bytes in flight of one operand tile; shared memory holds both operands, once a stage.
 _SHARED = 96 * 1024
@@ -16,12 +16,15 @@ _SHARED = 96 * 1024
 _NEAR = 64 * 1024
 # Bytes a microsecond from the second-level cache, products a microsecond: a model's, to rank by.
 _BYTES, _PRODUCTS, _SECTOR = 4e6, 2e8, 32
-_TRIED = 6
+_TRIED = 4
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``BM`` rows; ``Q`` products of ``P`` groups; ``BR`` outputs and ``BC`` inputs of each group."""
+    """``BM`` rows; ``Q`` products of ``P`` groups; ``BR`` outputs and ``BC`` inputs of each group.
+
+    ``registers`` is how many a thread may use; 0 leaves it to the assembler, which may spill for more programs at once.
+    """
 
     BM: int
     BR: int
@@ -31,11 +34,17 @@ class Tile:
     SWEEP: int
     warps: int
     stages: int
+    registers: int = 0
 
     @property
     def packed(self) -> int:
         """Groups."""
         return self.Q * self.P
+
+    @property
+    def roomy(self) -> Tile:
+        """The same with all registers there are, for one that spills."""
+        return replace(self, registers=255)
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ def product_tiles(work: Work) -> list[Tile]:
     for q, p, br, bc in _shapes(work):
         columns = -(-work.groups // (q * p)) * -(-work.r // br)
         for bm in (16, 32, 64, 128):
-            # What is left of the registers when nothing but products happens, and no block is cut short.
-            roomy = work.plain and work.inputs != "index" and bc == 16 and power(work.r) == work.r >= br
-            roomy = roomy and power(work.c) == work.c
-            warps = _warps(q, q * bm * p * br, q * p * bm * bc, work.inputs, roomy)
+            sizes = q * bm * p * br, q * p * bm * bc, q * p * bc * p * br
+            warps = _warps(q, *sizes, work.inputs, _held(work, br, bc))
             if not warps or (bm > 16 and bm >= 2 * work.rows):
                 continue
             stages = _stages(work.bytes * q * p * bc * (bm + p * br))
+            if stages < 2:  # nothing is loaded while something is multiplied
+                continue
             near = bm * work.groups * work.c * work.bytes <= _NEAR
             sweeps = {1, columns} if work.inputs == "index" and near else {1}
             found += [Tile(bm, br, bc, q, p, sweep, warps, stages) for sweep in sorted(sweeps)]
@@ -99,9 +108,9 @@ def weight_tiles(work: Work) -> list[Tile]:
     found = []
     for q, p, br, bc in _shapes(work):
         for bm in (16, 32, 64, 128):
-            loaded = q * p * bm * max(br, bc)
+            sizes = q * p * br * p * bc, q * p * bm * max(br, bc), q * p * bm * min(br, bc)
             kind = "index" if work.inputs == "index" else work.outputs
-            warps = _warps(q, q * p * br * p * bc, loaded, kind, False)
+            warps = _warps(q, *sizes, kind, (_HELD, _HELD))
             if not warps or (bm > 16 and bm >= 2 * work.rows):
                 continue
             found.append(Tile(bm, br, bc, q, p, 1, warps, _stages(work.bytes * q * p * bm * (br + bc))))
@@ -135,13 +144,24 @@ def _shapes(work: Work) -> Iterator[tuple[int, int, int, int]]:
             yield q, p, br, bc
 
 
-def _warps(q: int, accumulators: int, loaded: int, kind: str, roomy: bool) -> int:
-    """Warps that hold the accumulators and the loads; 0 if none do."""
-    for warps in (4, 8):
-        # Each product of a batch has a warp of its own. Two programs of four warps are better than one of eight that
-        # holds twice as much, so more accumulators are only for those.
-        limit = _ACCUMULATORS * (2 if roomy and warps == 8 else 1)
-        if (q == 1 or warps <= q) and accumulators <= 32 * warps * limit and loaded <= 32 * warps * _LOADED[kind]:
+def _held(work: Work, br: int, bc: int) -> tuple[int, int]:
+    """Accumulators a thread may hold, of 4 warps and of 8; by what the assembler reported of spills."""
+    whole = work.r == power(work.r) and work.c == power(work.c)
+    if not whole and br < 32:
+        return _HELD // 2, _HELD // 2  # masks take registers, too
+    # More only where nothing but products happens. Two programs of four warps are better than one of eight that holds
+    # twice as much, so the smaller ones hold as much as before.
+    roomy = whole and work.plain and work.inputs != "index" and bc == 16
+    return _HELD, _HELD * (2 if roomy else 1)
+
+
+def _warps(q: int, accumulators: int, loaded: int, other: int, kind: str, held: tuple[int, int]) -> int:
+    """Warps that hold the accumulators and what is loaded of both operands; 0 if none do."""
+    for warps, limit in zip((4, 8), held):
+        threads = 32 * warps
+        fits = loaded <= threads * _LOADED[kind] and other <= threads * _LOADED["identity"]
+        # Each product of a batch has a warp of its own.
+        if (q == 1 or warps <= q) and accumulators <= threads * limit and fits:
             return warps
     return 0
 

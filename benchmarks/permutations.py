@@ -1,7 +1,7 @@
-"""Ways to reorder channels and to multiply blocks, each beside the plain copy or the product it could at best be.
+"""Ways to permute channels and to multiply blocks, each beside the plain copy or the product it could at best be.
 
-`python benchmarks/orders.py` prints milliseconds: what `sao_prune.blocks.order` and `sao_prune.blocks.matmul` choose
-from these.
+`python benchmarks/permutations.py` prints milliseconds: what `sao_prune.blocks.permutation` and
+`sao_prune.blocks.backends.torch` choose from these.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from sao_prune.blocks.order import Order
 from timing import race
+
+from sao_prune.blocks.permutation import Permutation
 
 GROUPS = 32
 SIZES = {"vit_small rows": (1576, 384), "vit_small hidden": (1576, 1536), "mixer_b16 rows": (784, 768)}
 PRODUCTS = {"vit_small fc1": (1576, 384, 1536), "vit_small fc2": (1576, 1536, 384), "mixer_b16 fc2": (784, 3072, 768)}
 
 
-def orders(rows: int, channels: int) -> dict[str, Callable[[], object]]:
-    """Take the interleaved order of 32 sets along the contiguous dimension."""
+def permutations(rows: int, channels: int) -> dict[str, Callable[[], object]]:
+    """Permute by the interleaved order of 32 sets along the contiguous dimension."""
     x = torch.randn(rows, channels)
     index = torch.arange(channels).view(-1, GROUPS).t().flatten()
-    order = Order.of(index, index.argsort())
+    order = Permutation.of(index, index.argsort())
     return {
         "copy": lambda: x.clone(),
         "shuffle (used)": lambda: order.rows(x),
@@ -34,7 +35,7 @@ def orders(rows: int, channels: int) -> dict[str, Callable[[], object]]:
 
 
 def products(batch: int, inputs: int, outputs: int) -> dict[str, Callable[[], object]]:
-    """Multiply 32 blocks: from and to rows or columns ("features first")."""
+    """Multiply 32 blocks: from and to rows or columns (column-major)."""
     weight = torch.randn(GROUPS, outputs // GROUPS, inputs // GROUPS)
     rows = torch.randn(batch, inputs).view(batch, GROUPS, -1).permute(1, 2, 0)
     columns = torch.randn(inputs, batch).view(-1, GROUPS, batch).transpose(0, 1)
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
     torch.manual_seed(0)
-    for make, sizes in ((orders, SIZES), (products, PRODUCTS)):
+    for make, sizes in ((permutations, SIZES), (products, PRODUCTS)):
         for name, size in sizes.items():
             ways = make(*size)
             times = race(ways, 30, warm_up=3)

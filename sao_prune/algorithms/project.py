@@ -1,0 +1,119 @@
+"""Project: from trained weights to blocks that do the same on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from ..allocation import Allocation
+from ..seeds import from_rank_zero
+from ..topology import MAKERS
+from .base import Method, Stage, choice, register
+from .conversion import convert
+from .draw import Draw
+from .saliency import check_count
+
+
+@register
+@dataclass(frozen=True, eq=False)
+class Project(Method):
+    """Blocks for a trained model: sets that keep most of its energy, values that keep what its layers compute.
+
+    A single forward pass of the calibration data visits the layers in the order of their execution. Each is converted
+    when all data have reached it, so its inputs come from the layers that are converted already. *Where*: balanced
+    co-clustering of the input-weighted energy ``|W|^2 diag(S)`` with ``S`` the covariance of the inputs. *What*: least
+    squares block by block, ``B = W_C + E[(W x - W_C x_C) x_C^T] (S_CC + lambda I)^-1``, which on these data is never
+    worse than the values kept. Biases take up the difference of the outputs' means to those of the trained model, batch
+    norms in the converted part new statistics. Linear layers, convolutions (grouped too) and attention; recurrent
+    layers and transposed convolutions keep their values on sets of their own energy, and the report says so.
+
+    Of no use to a model that is not trained: there `SAO` draws values that train.
+
+    Attributes:
+        inputs: calibration data, a few hundred examples without labels: a tensor, a mapping of keyword arguments, or an
+            iterable of batches, each one of these or a tuple that begins with one. In a distributed run those of rank 0
+            count.
+        topology: ``"clustered"``; ``"ramanujan"`` or ``"interleaved"``, which do not look at the weight.
+        values: ``"least_squares"``; ``"keep"``; ``"orthogonal"``, the polar factors of the least-squares blocks with
+            one gain a matrix.
+        ridge: added to the diagonal of the inputs' covariance, as a share of its mean; pulls towards the values kept.
+        samples: examples that are read from ``inputs``. The pass holds all of them, as one large batch would.
+        rows: rows of inputs a layer takes of them, a random choice where there are more (tokens, image positions).
+        correct: correct biases and take the statistics of batch norms anew.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> net = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+        >>> x = torch.randn(256, 16)
+        >>> report = sao_prune.apply(net, groups=4, method=sao_prune.Project(inputs=x), seed=0)
+        >>> fidelity = report.layers[1].fidelity
+        >>> fidelity.error <= fidelity.error_kept
+        True
+    """
+
+    name: ClassVar[str] = "project"
+
+    inputs: Any = field(default=None, repr=False)
+    topology: str = "clustered"
+    values: Literal["least_squares", "keep", "orthogonal"] = "least_squares"
+    ridge: float = 0.01
+    samples: int = 512
+    rows: int = 16384
+    correct: bool = True
+
+    # The inputs may be tensors, whose equality is no single answer.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        choice("topology", self.topology, ("clustered", *MAKERS))
+        choice("values", self.values, ("least_squares", "keep", "orthogonal"))
+        check_count("samples", self.samples)
+        check_count("rows", self.rows)
+        if (
+            isinstance(self.ridge, bool)
+            or not isinstance(self.ridge, Real)
+            or not self.ridge > 0
+            or not isfinite(self.ridge)
+        ):
+            raise ValueError(f"ridge must be a positive finite number, got {self.ridge!r}")
+
+    @property
+    def structured(self) -> bool:
+        """Whether supports are block topologies."""
+        return True
+
+    def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Refused: weights alone do not tell what they are used for."""
+        raise TypeError(
+            "Project needs the whole model: use sao_prune.apply(model, method=sao_prune.Project(inputs=..))"
+        )
+
+    def draw_for(
+        self, model: nn.Module, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int
+    ) -> list[Draw]:
+        """Convert a copy of the model, layer by layer, and tell what came of it.
+
+        Raises:
+            TypeError: for data of a kind that `Project` does not take.
+            ValueError: without data, for data that are not finite or on which the model does not run, or if the model
+                cannot be copied.
+        """
+        return from_rank_zero(lambda: convert(self, model, allocations, seed))
+
+    @property
+    def gradual(self) -> bool:
+        """Sets can be split on the way, inside those that there are."""
+        return True
+
+    def revise(self, model: nn.Module, stage: Stage, weights: Sequence[Tensor], seed: int) -> list[Draw]:
+        """Split the sets that there are, and fit values on what the model computes now."""
+        return convert(self, model, stage.allocations, seed, stage)

@@ -1,0 +1,64 @@
+"""The copy of a model that is converted in its place, and a first run of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.prune import remove as torch_remove
+from torch.utils._pytree import tree_map
+
+from ..discovery import call
+from .stations import Stations
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, at least in single precision, earlier masks baked in.
+
+    Raises:
+        ValueError: if the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied, and layers are converted on a copy: {error}"
+        ) from error
+    for module in copied.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, BasePruningMethod):
+                torch_remove(module, hook._tensor_name)
+    if any(p.is_floating_point() and p.element_size() < 4 for p in copied.parameters()):
+        copied.float()
+    return copied.eval().requires_grad_(False)
+
+
+def trial(model: nn.Module, batch: object, watched: frozenset[int]) -> set[int]:
+    """Run two examples: does it work, and which weights have their output go straight into a batch norm?"""
+    few = tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, batch)
+    fed: set[int] = set()
+    try:
+        with Stations(watched, lambda use: None, fed):
+            call(model, few)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} does not run on the calibration data: {error}") from error
+    return fed
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar, if somebody is there to see it."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("converting layers", total=total)
+        yield lambda: progress.advance(task)

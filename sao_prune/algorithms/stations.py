@@ -1,0 +1,224 @@
+"""Running a model on calibration data with a stop at every layer, whoever calls it and however it reads its weight."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..discovery import call
+
+_CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+_NORM = inspect.signature(F.batch_norm)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One tensor of the model at work: a weight with its inputs, or the running mean of a batch norm.
+
+    Attributes:
+        key: id of the weight or of the running mean.
+        inputs: one tensor for each of the weight's parts, or one for all of them.
+        bias: what is added to the output, from entry ``bias_at`` on.
+        conv: of a convolution ``kernel``, ``stride``, ``padding`` and ``dilation``.
+        variance: of a batch norm the running variance.
+    """
+
+    key: int
+    inputs: tuple[Tensor, ...]
+    bias: Tensor | None = None
+    bias_at: int = 0
+    conv: Mapping[str, Any] | None = None
+    variance: Tensor | None = None
+
+
+Stop = Callable[[Use], None]
+
+
+class Stations(TorchFunctionMode):
+    """Calls ``stop`` before a watched weight or batch norm is used, so that it may change it; inside, nothing is.
+
+    Args:
+        watched: ids of weights and of running means.
+        stop: what to call.
+        fed_norms: collects the ids of weights whose output goes straight into a batch norm.
+    """
+
+    def __init__(self, watched: frozenset[int], stop: Stop, fed_norms: set[int] | None = None) -> None:
+        super().__init__()
+        self._watched, self._stop, self._fed = watched, stop, fed_norms
+        self._outputs: list[tuple[int, Any]] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._attention(func, args, kwargs)
+        use = _use(func, args, kwargs)
+        if use is None or use.key not in self._watched:
+            return func(*args, **kwargs)
+        if use.variance is not None and self._fed is not None:
+            self._fed.update(key for key, output in self._outputs if output() is use.inputs[0])
+        self._stop(use)
+        output = func(*args, **kwargs)
+        if self._fed is not None and use.variance is None:
+            self._outputs = [*self._outputs[-7:], (use.key, weakref.ref(output))]
+        return output
+
+    def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Attention is one call that uses up to four weights: stop before the inner ones and before the last."""
+        bound = _ATTENTION.bind(*args, **kwargs)
+        given = bound.arguments
+        sources = tuple(given[name] for name in ("query", "key", "value"))
+        for key, inputs, bias_at in _projections(given, sources):
+            if key in self._watched:
+                self._stop(Use(key, inputs, given.get("in_proj_bias"), bias_at))
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        if id(weight) not in self._watched:
+            return func(*args, **kwargs)
+        given["out_proj_weight"] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        given["out_proj_bias"] = None
+        mixed, scores = func(*bound.args, **bound.kwargs)
+        self._stop(Use(id(weight), (mixed,), bias))
+        return F.linear(mixed, weight, bias), scores
+
+
+def _projections(given: Mapping[str, Any], sources: tuple[Tensor, ...]) -> list[tuple[int, tuple[Tensor, ...], int]]:
+    """Key and inputs of each input projection, and where its bias begins in the one that they share."""
+    if not given.get("use_separate_proj_weight"):
+        return [(id(given["in_proj_weight"]), sources, 0)]
+    weights = [given[f"{letter}_proj_weight"] for letter in "qkv"]
+    width = weights[0].shape[0]
+    return [(id(w), (source,), place * width) for place, (w, source) in enumerate(zip(weights, sources))]
+
+
+def _use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Use | None:
+    if func is F.linear:
+        given = dict(zip(("input", "weight", "bias"), args), **kwargs)
+        return Use(id(given["weight"]), (given["input"],), given.get("bias"))
+    if func is torch.addmm and len(args) == 3:
+        return Use(id(args[2]), (args[1],), args[0])
+    if func in _CONVS:
+        given, dims = dict(zip(_CONV_ARGUMENTS, args), **kwargs), _CONVS[func]
+        weight = given["weight"]
+        conv: dict[str, Any] = {"kernel": tuple(weight.shape[2:])}
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            conv[name] = _each(given.get(name, default), dims)
+        return Use(id(weight), (given["input"],), given.get("bias"), conv=conv)
+    if func is F.batch_norm:
+        given = _NORM.bind(*args, **kwargs).arguments
+        if given.get("running_mean") is None or given.get("running_var") is None:
+            return None
+        return Use(id(given["running_mean"]), (given["input"],), variance=given["running_var"])
+    return None
+
+
+def _each(value: Any, dims: int) -> Any:
+    """One number a dimension; words such as ``"same"`` as they are."""
+    if isinstance(value, str):
+        return value
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+def run(
+    model: nn.Module,
+    batches: Sequence[Any],
+    watched: frozenset[int],
+    stop: Callable[[Use, list[tuple[Tensor, ...]]], None],
+) -> None:
+    """Run a model on all batches at once, in step: ``stop`` is called once a key, with the inputs of every batch.
+
+    So each layer can be changed when all data have reached it and none has passed it, in a single forward pass. What
+    waits is kept: memory grows with the number of examples, as for one large batch. A key that comes again, as that
+    of a tied weight does, is passed by; batches that take different ways wait only for those on their own way.
+    """
+    done: set[int] = set()
+    if len(batches) == 1:
+
+        def alone(use: Use) -> None:
+            if use.key not in done:
+                done.add(use.key)
+                stop(use, [use.inputs])
+
+        with torch.no_grad(), Stations(watched, alone):
+            call(model, batches[0])
+        return
+    runners = [_Runner(model, batch, watched, done) for batch in batches]
+    try:
+        for runner in runners:
+            runner.go()
+        while waiting := [r for r in runners if r.use is not None]:
+            use = waiting[0].use
+            assert use is not None
+            here = [r for r in waiting if r.use is not None and r.use.key == use.key]
+            stop(use, [r.use.inputs for r in here if r.use is not None])
+            done.add(use.key)
+            for runner in here:
+                runner.go()
+    finally:
+        for runner in runners:
+            runner.quit()
+
+
+class _Quit(BaseException):
+    """Ends a runner's forward pass."""
+
+
+class _Runner:
+    """A forward pass in a thread of its own; one at a time runs, the others wait at their stations."""
+
+    def __init__(self, model: nn.Module, batch: Any, watched: frozenset[int], done: set[int]) -> None:
+        self._model, self._batch, self._watched, self._done = model, batch, watched, done
+        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._error: BaseException | None = None
+        self._quit = self._ended = False
+        self.use: Use | None = None
+        self._thread.start()
+
+    def go(self) -> None:
+        """Run until the next station or the end; raises what the model raised."""
+        self.use = None
+        self._mine.release()
+        self._theirs.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def quit(self) -> None:
+        """End the pass where it is."""
+        if not self._ended:
+            self._quit = True
+            self._mine.release()
+        self._thread.join()
+
+    def _stop(self, use: Use) -> None:
+        if use.key in self._done:
+            return
+        self.use = use
+        self._theirs.release()
+        self._mine.acquire()
+        if self._quit:
+            raise _Quit
+
+    def _work(self) -> None:
+        self._mine.acquire()
+        try:
+            if not self._quit:
+                with torch.no_grad(), Stations(self._watched, self._stop):
+                    call(self._model, self._batch)
+        except _Quit:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._ended, self.use = True, None
+        self._theirs.release()

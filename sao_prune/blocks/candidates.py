@@ -1,0 +1,81 @@
+"""The layers that `compact` is about to convert: their block forms, and a record of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .autotune import Candidate, default_execution
+from .calls import Calls
+from .eligible import Eligible, composites
+from .forms import CompositeForm, Ineligible, LayerForm, form_of, given_of, parameter_of
+from .modules import BlockComposite, BlockModule
+from .report import CompactRecord
+
+
+def called_in(found: Sequence[tuple[str, nn.Module]], calls: Calls) -> set[int]:
+    """Ids of the layers that a run has called, those with one weight with a tensor."""
+    several = {id(m) for _, m in found if isinstance(form_of(m), CompositeForm) and id(m) in calls.count}
+    return several | set(calls.inputs)
+
+
+def single_of(found: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """The layers with one weight that do not run as dense ones."""
+    own = [m for _, m in found if isinstance(form_of(m), LayerForm) or isinstance(m, BlockModule)]
+    return [m for m in own if not (isinstance(m, BlockModule) and m.execution.dense)]
+
+
+def first_of(e: Eligible) -> nn.Module:
+    """The block layer that stands for a weight, or the first of those that do."""
+    if isinstance(e.module, BlockComposite) and e.weight is not None:
+        return next(m.layer for m in e.module.matrices() if m.tensor == e.weight.tensor)
+    return e.module
+
+
+def records_of(found: list[tuple[str, nn.Module]], eligible: list[Eligible]) -> dict[str, CompactRecord]:
+    """A record of every weight, in the order of registration."""
+    records: dict[str, CompactRecord] = {}
+    by_module: dict[int, list[Eligible]] = {}
+    for e in eligible:
+        by_module.setdefault(id(e.module), []).append(e)
+    for name, module in found:
+        kind = type(module).__name__
+        if isinstance(module, BlockModule):
+            own = module.weight_shape, module.topology.groups
+            records[name] = CompactRecord(name, kind, *own, reason="compact already")
+        for e in by_module.get(id(module), ()):
+            shape = _shape(module) if e.weight is None else e.weight.shape
+            if isinstance(e.found, Ineligible):
+                records[e.name] = CompactRecord(e.name, kind, shape, reason=str(e.found))
+            else:
+                records[e.name] = CompactRecord(e.name, kind, shape, sum(t.groups for t in e.found))
+    return records
+
+
+def composites_of(eligible: list[Eligible]) -> list[tuple[nn.Module, BlockComposite]]:
+    """The layers with several weights that become compact, and their block forms, not yet put in place."""
+    out = []
+    for own in composites(eligible).values():
+        module, form = own.module, own.form
+        given = {tensor: given_of(module, weight, topologies) for tensor, (weight, topologies) in own.weights.items()}
+        block = form.block(module, given)
+        for matrix in block.matrices():
+            matrix.layer.run_as(default_execution(matrix.layer))
+        out.append((module, block))
+    return out
+
+
+def candidate_of(e: Eligible) -> Candidate:
+    assert e.form is not None
+    assert e.weight is not None
+    assert not isinstance(e.found, Ineligible)
+    block = e.form.block(e.module, {"weight": given_of(e.module, e.weight, e.found)})
+    assert isinstance(block, BlockModule)
+    return Candidate(e.name, e.module, block)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of the weight of a layer that cannot be looked into."""
+    weight = parameter_of(module, "weight")
+    return () if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else tuple(weight.shape)

@@ -1,0 +1,98 @@
+"""The verb `expand`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from ..plain import why_not_plain
+from ..prune import RefreshAll, RefreshChildren, pruning_hooks, watch
+from ..replaced import warn_replaced
+from .calls import to_contiguous
+from .eligible import parts_of_composites
+from .epilogue import detach
+from .forms import dense_form, parameter_of
+from .modules import BlockComposite, BlockModule
+from .report import CompactRecord, CompactReport
+from .swap import become
+
+
+def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> CompactReport:
+    """Turn every block layer back into its dense one, in place.
+
+    Args:
+        model: any module.
+        form: ``"masked"`` puts ``weight_orig`` and ``weight_mask`` back, so that training keeps the zeros;
+            ``"baked"`` plain weights; ``None`` what each layer was before.
+
+    Returns:
+        A `CompactReport` that lists the expanded layers as left.
+
+    Raises:
+        ValueError: if no layer is compact, or for an unknown form.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+        >>> _ = sao_prune.apply(net, groups=4, seed=0)
+        >>> _ = sao_prune.compact(net)
+        >>> _ = sao_prune.expand(net)
+        >>> type(net[1]).__name__, sorted(net[1].state_dict())
+        ('Linear', ['bias', 'weight_mask', 'weight_orig'])
+    """
+    if form not in (None, "masked", "baked"):
+        raise ValueError(f"form must be 'masked', 'baked' or None, got {form!r}")
+    inner = parts_of_composites(model)
+    kinds = (BlockModule, BlockComposite)
+    targets = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inner]
+    if not targets:
+        raise ValueError("nothing to expand: no layer of the model is compact")
+    for name, module in targets:
+        _check_plain(name, module)
+    blocks = [m for _, m in model.named_modules() if isinstance(m, BlockModule)]
+    warn_replaced([module._parameters.get("blocks") for module in blocks], "expand")
+    # All of them first: if one fails, for want of memory say, the model is as it was.
+    forms = [dense_form(module, None if form is None else form == "masked") for _, module in targets]
+    detach(model)
+    records: list[CompactRecord] = []
+    for (name, module), dense in zip(targets, forms):
+        records += _expanded(name, module, dense)
+        become(module, dense)
+        if any(True for _ in pruning_hooks(module)):
+            watch(model, RefreshAll)
+            if name:
+                watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
+    to_contiguous(model.modules())
+    return CompactReport(tuple(records), "expanded")
+
+
+def _expanded(name: str, module: nn.Module, dense: nn.Module) -> list[CompactRecord]:
+    kind, reason = type(dense).__name__, "expanded"
+    if isinstance(module, BlockModule):
+        return [CompactRecord(name, kind, module.weight_shape, module.topology.groups, reason=reason)]
+    assert isinstance(module, BlockComposite)
+    out = []
+    for tensor in module.compact_weights:
+        groups = sum(m.layer.topology.groups for m in module.matrices() if m.tensor == tensor)
+        weight = parameter_of(dense, tensor)
+        assert weight is not None
+        path = f"{name}.{tensor}" if name else tensor
+        out.append(CompactRecord(path, kind, tuple(weight.shape), groups, reason=reason))
+    return out
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Refuse a block layer whose parameters something else computes.
+
+    Raises:
+        ValueError: telling what to do first.
+    """
+    for matrix in module.matrices() if isinstance(module, BlockComposite) else ():
+        _check_plain(f"{name}.{matrix.path}" if name else matrix.path, matrix.layer)
+    # Weights of a layer with several may be masked beside those that are blocks.
+    reason = why_not_plain(module, masked=isinstance(module, BlockComposite))
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}; nothing was expanded")
+    if isinstance(module, BlockModule) and "blocks" not in module._parameters:
+        raise ValueError(f"{name}: its blocks are no parameter of its own: undo what replaced them first")

@@ -1,0 +1,30 @@
+"""transformers: a callback for ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..pruner import Pruner
+
+
+class PrunerCallback(TrainerCallback):
+    """Steps a `Pruner` after every optimizer step: ``Trainer(.., callbacks=[PrunerCallback(pruner)])``.
+
+    Checkpoints of the trainer hold the masks; a resumed training finds the place in the schedule by its global step.
+
+    Args:
+        pruner: from `sao_prune.schedule`, on the trainer's model.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner = pruner
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on where the trainer does."""
+        self.pruner.resume(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prune, if it is time."""
+        self.pruner.step(kwargs.get("optimizer"))

@@ -1,0 +1,403 @@
+"""From trained weights to blocks: what is recovered, what is never worse, and what stays as it was."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import sao_prune
+from sao_prune import Project
+from sao_prune.topology import BlockTopology, interleaved, ramanujan
+
+from .cases import ALL, digits, mlp
+from .test_untouched import Mixed, images, same, snapshot
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sao_prune.SparsityWarning"),
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 16, (3, 1), padding="same", dilation=2, groups=2)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.grouped(x)).mean((2, 3)))
+
+
+def correlated(n=200, seed=0, *shape):
+    """Examples whose entries have means, and say much about each other."""
+    generator = torch.Generator().manual_seed(seed)
+    width = torch.Size(shape).numel()
+    hidden = torch.randn(n, max(width // 3, 1), generator=generator) @ torch.randn(
+        max(width // 3, 1), width, generator=generator
+    )
+    return (hidden + 0.1 * torch.randn(n, width, generator=generator) + 1).view(n, *shape)
+
+
+def applied(model, x, groups=4, seed=0, **options):
+    model = copy.deepcopy(model)
+    chosen = {key: options.pop(key) for key in ("skip_first", "skip_last", "exclude") if key in options}
+    report = sao_prune.apply(model, groups=groups, method=Project(inputs=x, **options), seed=seed, **{**ALL, **chosen})
+    return model, report
+
+
+@pytest.mark.parametrize("values", ["keep", "least_squares"])
+def test_a_weight_that_is_made_of_blocks_is_recovered_without_error(values):
+    net = mlp(24, 24, 32, act=nn.ReLU)
+    with torch.no_grad():
+        net[0].weight.mul_(ramanujan(24, 24, 4, torch.Generator().manual_seed(1)).mask())
+        net[2].weight.mul_(ramanujan(32, 24, 4, torch.Generator().manual_seed(2)).mask())
+    x = correlated(100, 0, 24)
+    model, report = applied(net, x, values=values)
+    assert [(r.fidelity.energy, r.fidelity.error) for r in report.pruned] == [(1.0, 0.0)] * 2
+    assert torch.equal(model(x), net(x))
+
+
+def test_a_convolution_that_is_made_of_blocks_is_recovered_too():
+    net = ConvNet().eval()
+    with torch.no_grad():
+        net.conv.weight.mul_(ramanujan(16, 8, 4, torch.Generator().manual_seed(1)).mask()[..., None, None])
+    x = torch.randn(20, 3, 8, 8)
+    model, _ = applied(net, x, exclude=["stem", "grouped", "head"], correct=False)
+    assert torch.equal(model.eval()(x), net(x))
+
+
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(2, 6), st.integers(1, 60), st.booleans(), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_least_squares_is_never_worse_than_the_values_kept(rows, cols, groups, samples, bias, seed):
+    torch.manual_seed(seed)
+    net, x = nn.Sequential(nn.Linear(cols, rows, bias=bias)), correlated(samples, seed, cols)
+    errors = {}
+    for values in ("keep", "least_squares"):
+        model, report = applied(net, x, groups, values=values, topology="ramanujan", ridge=0.03)
+        errors[values] = float((model(x) - net(x)).detach().square().sum())
+        size = (net(x) - net(x).mean(0) if bias else net(x)).square().sum()
+        assert report.layers[0].fidelity.error == pytest.approx(errors[values] / float(size), rel=1e-2, abs=1e-5)
+    assert errors["least_squares"] <= errors["keep"] * (1 + 1e-4) + 1e-6
+
+
+def test_least_squares_is_the_solution_of_the_normal_equations():
+    """By hand: block by block ``B = W S[:, C] S[C, C]^-1`` on the centred inputs, and the bias makes up the means."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4)).double(), correlated(50, 0, 6).double()
+    model, _ = applied(net, x, 2, topology="interleaved", ridge=1e-9)
+    centred, mask = x - x.mean(0), interleaved(4, 6, 2).mask()
+    for row in range(4):
+        columns = mask[row].nonzero().flatten()
+        wanted = torch.linalg.lstsq(centred[:, columns], centred @ net[0].weight[row, :, None]).solution.flatten()
+        assert torch.allclose(model[0].weight[row, columns], wanted, atol=1e-5)
+    assert torch.allclose(model(x).mean(0), net(x).mean(0), atol=1e-6)
+
+
+def test_the_mean_of_every_biased_layer_is_kept():
+    net, x = ConvNet().eval(), correlated(60, 0, 3, 8, 8)
+    model, _ = applied(net, x, exclude=["conv", "grouped", "head"], skip_first=False)
+    assert torch.allclose(model.stem(x).mean((0, 2, 3)), net.stem(x).mean((0, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("values", ["keep", "least_squares"])
+def test_no_layer_drifts_from_the_mean_that_it_had(values):
+    """Activations of less spread have other means; the bias of the next layer makes up for them."""
+    torch.manual_seed(0)
+    net, x = mlp(12, 24, 24, 24, 5, act=nn.ReLU), correlated(200, 0, 12)
+    model, _ = applied(net, x, values=values)
+    assert not torch.allclose(torch.relu(model[0](x)).mean(0), torch.relu(net[0](x)).mean(0), atol=1e-2)
+    for depth in (1, 3, 5, 7):
+        assert torch.allclose(model[:depth](x).mean(0), net[:depth](x).mean(0), atol=1e-4)
+
+
+def test_batch_norm_statistics_are_those_of_the_converted_part():
+    net, x = ConvNet().eval(), correlated(60, 0, 3, 8, 8)
+    net.norm.running_mean.add_(5)
+    model, _ = applied(net, x)
+    model.eval()
+    out = model.conv(torch.relu(model.stem(x)))
+    assert torch.allclose(model.norm.running_mean, out.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(model.norm.running_var, out.var((0, 2, 3)), rtol=1e-3)
+
+
+def test_statistics_before_the_first_converted_layer_stay():
+    net, x = ConvNet(), correlated(30, 0, 3, 8, 8)
+    model, _ = applied(net, x, exclude=["stem", "conv"])
+    assert torch.equal(model.norm.running_mean, net.norm.running_mean)
+    model, _ = applied(net, x, correct=False)
+    assert torch.equal(model.norm.running_var, net.norm.running_var)
+    assert torch.equal(model.stem.bias, net.stem.bias)
+
+
+def test_each_layer_is_fitted_on_what_the_converted_ones_before_it_give():
+    """Of three layers the last alone: its report is the same if the first two come converted already."""
+    net, x = mlp(12, 12, 12, 12, act=nn.ReLU), correlated(80, 0, 12)
+    whole, report = applied(net, x, topology="interleaved")
+    first, _ = applied(net, x, topology="interleaved", exclude=["4"])
+    sao_prune.remove(first)
+    _, last = applied(first, x, topology="interleaved", exclude=["0", "2"])
+    assert last.pruned[0].fidelity.error == pytest.approx(report.pruned[2].fidelity.error, abs=1e-6)
+    assert whole(x).shape == net(x).shape
+
+
+def test_orthogonal_blocks_have_one_gain_a_matrix():
+    model, _ = applied(mlp(16, 16), correlated(80, 0, 16), values="orthogonal")
+    values = torch.linalg.svdvals(model[0].weight)
+    assert torch.allclose(values, values.mean().expand(16), rtol=1e-4)
+
+
+def test_patches_are_what_the_convolution_multiplies():
+    """The error that the report tells is that of the layer's own outputs, whatever its geometry."""
+    for conv in (
+        nn.Conv1d(4, 8, 3, stride=2, padding=2, dilation=2, bias=False),
+        nn.Conv2d(4, 8, (2, 3), stride=(1, 2), padding=(1, 0), groups=2, bias=False),
+        nn.Conv3d(4, 8, 2, padding="same", bias=False),
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular", bias=False),
+    ):
+        x = torch.randn(6, 4, *[6] * len(conv.kernel_size))
+        model, report = applied(nn.Sequential(conv), x, 2)
+        error = (model(x) - conv(x)).square().sum() / conv(x).square().sum()
+        assert report.layers[0].fidelity.error == pytest.approx(float(error), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("separate", [False, True])
+def test_attention_is_fitted_matrix_by_matrix(separate):
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, kdim=6 if separate else 8)
+
+        def forward(self, x):
+            return self.attention(x, x[..., :6] if separate else x, x, need_weights=False)[0]
+
+    net, x = Net(), correlated(300, 0, 8).view(50, 6, 8)
+    nn.init.normal_(net.attention.in_proj_bias)
+    model, report = applied(net.eval(), x, 2)
+    assert len(report.pruned) == (4 if separate else 2)
+    for record in report.pruned:
+        assert record.fidelity.error < record.fidelity.error_kept
+    assert F.mse_loss(model.eval()(x), net(x)) < net(x).var()
+    kept, _ = applied(net, x, 2, values="keep", correct=False)
+    assert F.mse_loss(model.eval()(x), net(x)) < F.mse_loss(kept.eval()(x), net(x))
+
+
+def test_all_kinds_of_layers_and_only_what_the_report_names_changes():
+    torch.manual_seed(0)
+    model, (x, y) = Mixed(), images(12)
+    before = snapshot(model)
+    report = sao_prune.apply(model, groups=2, method=Project(inputs=x), seed=0)
+    notes = {r.name: r.note for r in report.pruned}
+    assert "recurrent" in notes["lstm.weight_ih_l0"]
+    assert "output error" in notes["attention.out_proj.weight"]
+    assert "2 rows" not in notes["one.weight"]
+    assert torch.equal(model.stem.weight, before["state"]["stem.weight"])
+    assert torch.equal(torch.get_rng_state(), before["random"])
+    assert same([m.training for m in model.modules()], before["modes"])
+    F.cross_entropy(model(x), y).backward()
+
+
+def test_a_layer_that_no_data_reach_is_kept_and_named():
+    class Detour(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.used(x)
+
+    net = Detour()
+    model, report = applied(net, torch.randn(20, 8), 2)
+    assert "never reach" in report.layers[1].note
+    assert torch.equal(model.unused.weight, net.unused.weight * model.unused.weight_mask)
+
+
+def test_few_rows_are_said():
+    _, report = applied(mlp(32, 8), torch.randn(3, 32), 2)
+    assert "3 rows for blocks of 16 inputs" in report.layers[0].note
+
+
+X = correlated(24, 0, 6)
+
+
+class Words(nn.Module):
+    """Takes its input by name, and sequences of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x, scale=None):
+        return self.two(torch.relu(self.one(x if scale is None else x * scale)).mean(-2))
+
+
+def test_every_kind_of_loader_means_the_same_examples():
+    torch.manual_seed(0)
+    net = mlp(6, 8, 4, act=nn.ReLU)
+    labels = torch.zeros(24)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, labels), batch_size=10)
+    forms = [X, [X], [X[:10], X[10:]], [(X[:10], labels[:10]), [X[10:], labels]], (x for x in X.split(7)), loader]
+    weights = [applied(net, form, 2)[0][0].weight for form in forms]
+    assert all(torch.equal(weights[0], weight) for weight in weights)
+    words, texts = Words(), X.view(4, 6, 6)
+    named = [{"x": part, "labels": torch.zeros(2)} for part in texts.split(2)]
+    assert torch.equal(applied(words, named, 2)[0].one.weight, applied(words, texts, 2)[0].one.weight)
+
+
+def test_batches_that_cannot_be_joined_go_in_step():
+    """Sequences of other lengths: the same moments, within rounding, as of one batch."""
+    torch.manual_seed(0)
+    words, texts = Words(), correlated(72, 0, 6).view(12, 6, 6)
+    ragged = [texts[:4], texts[4:8, :3], texts[4:8, 3:], texts[8:]]
+    model, report = applied(words, ragged, 2, topology="interleaved")
+    whole, _ = applied(words, texts, 2, topology="interleaved")
+    assert torch.allclose(model.one.weight, whole.one.weight, atol=1e-5)
+    assert all(r.fidelity.error is not None for r in report.pruned)
+
+
+def test_examples_beyond_those_asked_for_are_not_read():
+    def endless():
+        while True:
+            yield torch.randn(4, 6)
+
+    assert applied(mlp(6, 8), endless(), 2, samples=10)[1].pruned[0].fidelity.rows == 10
+
+
+class Brittle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.passes = nn.Linear(6, 8), nn.Linear(8, 4), 0
+
+    def forward(self, x):
+        self.passes += 1
+        if len(x) not in (2, 24):
+            raise RuntimeError("not with these")
+        return self.two(self.one(x) / (0 if self.passes > 1 else 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "error", "message"),
+    [
+        (mlp(6, 8, 4), None, ValueError, r"needs calibration data: method=sao_prune.Project\(inputs=loader\)"),
+        (mlp(6, 8, 4), [], ValueError, "gave no batch"),
+        (mlp(6, 8, 4), torch.zeros(0, 6), ValueError, "holds no examples"),
+        (mlp(6, 8, 4), torch.full((4, 6), float("nan")), ValueError, "batch 0 holds NaN"),
+        (mlp(6, 8, 4), 7, TypeError, "an iterable of batches, got int"),
+        (mlp(6, 8, 4), ["words"], TypeError, "batch 0 is a str"),
+        (mlp(6, 8, 4), torch.zeros(4, 5), ValueError, "does not run on the calibration data"),
+        (Brittle(), X, ValueError, "inputs of two.weight are not finite"),
+    ],
+)
+def test_after_an_error_the_model_is_as_it_was(model, inputs, error, message):
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        sao_prune.apply(model, groups=2, method=Project(inputs=inputs), seed=0, **ALL)
+    assert same(before, snapshot(model))
+
+
+def test_an_error_in_one_of_several_passes_ends_them_all():
+    class Picky(Words):
+        def forward(self, x):
+            if x.shape[1] == 3:
+                raise RuntimeError("not three")
+            return super().forward(x)
+
+    model, texts = Picky(), X.view(4, 6, 6)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="not three"):
+        sao_prune.apply(model, groups=2, method=Project(inputs=[texts, texts[:, :3]]), **ALL)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "expander"}, "topology must be one of 'clustered'"),
+        ({"values": "least-squares"}, "did you mean 'least_squares'"),
+        ({"ridge": 0}, "ridge must be a positive finite number, got 0"),
+        ({"samples": 0}, "samples must be a positive whole number"),
+        ({"rows": 2.5}, "rows must be a positive whole number"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Project(**options)
+
+
+def test_the_seed_decides_and_nothing_else():
+    net, (x, _) = mlp(6, 12, 12, 4, act=nn.ReLU), digits(64)
+    one, two, other = (applied(net, x, 3, seed, rows=20)[0].state_dict() for seed in (0, 0, 1))
+    assert same(dict(one), dict(two))
+    assert not same(dict(one), dict(other))
+
+
+@pytest.mark.parametrize("options", [{"fit": "exact", "sparsity": 0.7}, {"sparsity": 0.7}, {"degree": 4}])
+def test_uneven_sets_are_those_of_plan(options):
+    torch.manual_seed(0)
+    net, x = mlp(13, 17, 11, act=nn.Tanh), correlated(50, 0, 13)
+    method = Project(inputs=x)
+    planned = sao_prune.plan(net, method=method, **options, **ALL)
+    done = sao_prune.apply(net, method=method, **options, **ALL)
+    assert [r.nnz for r in planned.layers] == [r.nnz for r in done.layers]
+    for record, layer in zip(done.layers, (net[0], net[2])):
+        assert BlockTopology.from_mask(layer.weight_mask).groups == record.groups
+
+
+def test_compact_form_gives_the_same_outputs():
+    net, x = ConvNet().eval(), correlated(30, 0, 3, 8, 8)
+    method = Project(inputs=x)
+    masked, compact = copy.deepcopy(net), copy.deepcopy(net)
+    sao_prune.apply(masked, groups=4, method=method, seed=0)
+    sao_prune.apply(compact, groups=4, method=method, seed=0, form="compact")
+    assert torch.allclose(masked.eval()(x), compact.eval()(x), atol=1e-5)
+
+
+def test_half_precision_and_weights_read_by_other_modules():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.out(F.linear(x, self.inner.weight))
+
+    net = Reads().bfloat16()
+    model, report = applied(net, torch.randn(40, 8).bfloat16(), 2)
+    assert all(r.fidelity.error is not None for r in report.pruned)
+    assert model.inner.weight.dtype == torch.bfloat16
+
+
+def test_one_block_changes_nothing():
+    net, x = mlp(6, 8, 4), X
+    model, report = applied(net, x, 1)
+    assert torch.equal(model(x), net(x))
+    assert report.sparsity == 0
+
+
+def test_a_small_network_keeps_more_than_with_kept_values_on_random_sets():
+    """Regression of structured data by a network with batch norm; nothing is trained after the conversion."""
+    torch.manual_seed(0)
+    net, x = ConvNet(), correlated(256, 0, 3, 8, 8)
+    y = (x.flatten(1) @ torch.randn(192, 4) / 10).sin()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.mse_loss(net(x), y).backward()
+        optimizer.step()
+    net.eval()
+    losses = {}
+    for topology, values in (("ramanujan", "keep"), ("ramanujan", "least_squares"), ("clustered", "least_squares")):
+        model, _ = applied(net, x, 2, topology=topology, values=values, exclude=["stem", "head"])
+        losses[topology, values] = float(F.mse_loss(model.eval()(x), net(x)))
+    assert losses["ramanujan", "least_squares"] < losses["ramanujan", "keep"]
+    assert losses["clustered", "least_squares"] < losses["ramanujan", "keep"]

@@ -1,0 +1,118 @@
+"""A plan is data: printed, read back, carried out again; timings are taken once."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sao_prune
+from sao_prune.blocks import Execution, Plan, tuning
+from sao_prune.blocks.autotune import default_execution
+from sao_prune.blocks.backends import cpu
+
+from .cases import block_layers
+
+
+def _net(width: int = 32) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 16, width), nn.GELU(), nn.Dropout(0.0), nn.Linear(width, width), nn.Linear(width, 4),
+    )  # fmt: skip
+    sao_prune.apply(net, groups=4, seed=0)
+    return net.eval()
+
+
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("tune", [None, "infer"])
+def test_a_plan_is_carried_out_again(tune):
+    net, again = _net(), _net()
+    plan = sao_prune.compact(net, example_input=X, tune=tune).plan
+    read = Plan.from_json(plan.to_json())
+    assert read == plan
+    report = sao_prune.compact(again, example_input=X, plan=read)
+    assert report.plan.choices == plan.choices
+    assert [str(m.execution) for m in block_layers(again)] == [str(m.execution) for m in block_layers(net)]
+    epilogues = [[m.epilogue and m.epilogue.names for m in block_layers(n)] for n in (net, again)]
+    assert epilogues[0] == epilogues[1]
+    torch.testing.assert_close(again(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_of_another_model_is_refused():
+    plan = sao_prune.compact(_net(), example_input=X).plan
+    other = nn.ModuleDict({"fc": nn.Linear(16, 16)})
+    sao_prune.apply(other, groups=4, seed=0, skip_first=False, skip_last=False)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="the plan is of another model"):
+        sao_prune.compact(other, plan=plan)
+    assert other.state_dict().keys() == before.keys()
+    with pytest.raises(ValueError, match="either tune"):
+        sao_prune.compact(_net(), plan=plan, example_input=X, tune="train")
+    with pytest.raises(TypeError, match="plan must be"):
+        sao_prune.compact(_net(), plan=plan.to_json())
+
+
+def test_what_does_not_fit_a_plan_runs_by_the_default_rule():
+    net = _net()
+    plan = sao_prune.compact(_net(), example_input=X).plan
+    whole = json.loads(plan.to_json())
+    whole["layers"]["5"]["execution"]["merge"] = 64  # more than there are blocks
+    whole["layers"]["1"]["steps"]["norm"] = "nowhere"
+    y = net(X)
+    sao_prune.compact(net, example_input=X, plan=Plan.from_json(json.dumps(whole)))
+    assert net[5].execution.merge == 1
+    assert net[1].epilogue is None
+    torch.testing.assert_close(net(X), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: "{", lambda w: "[]", lambda w: "null", lambda w: {**w, "version": 99},
+        lambda w: {k: v for k, v in w.items() if k != "layers"}, lambda w: {**w, "layers": [1]},
+        lambda w: {**w, "layers": {"5": {}}}, lambda w: {**w, "layers": {"5": 3}},
+        lambda w: {**w, "layers": {"5": {**w["layers"]["5"], "execution": {"merge": 0}}}},
+        lambda w: {**w, "layers": {"5": {**w["layers"]["5"], "steps": {**w["layers"]["5"]["steps"], "norm": 3}}}},
+    ],
+)  # fmt: skip
+def test_bad_json_is_refused(change):
+    whole = change(json.loads(sao_prune.compact(_net(), example_input=X).plan.to_json()))
+    with pytest.raises(ValueError, match="not a plan of block layers"):
+        Plan.from_json(whole if isinstance(whole, str) else json.dumps(whole))
+
+
+def test_timings_are_taken_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "1")
+    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    first = sao_prune.compact(_net(), example_input=X, tune="infer").plan
+    assert [f.name.startswith("timings-") for f in tmp_path.iterdir()] == [True]
+    for name in ("time_layer", "time_model"):
+        monkeypatch.setattr(tuning, name, lambda *_: pytest.fail("timed again"))
+    again = sao_prune.compact(_net(), example_input=X, tune="infer").plan
+    assert again == first
+    (file,) = tmp_path.iterdir()
+    monkeypatch.undo()
+    monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "1")
+    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    for text in ("{", "[]", json.dumps(dict.fromkeys(json.loads(file.read_text()), "nonsense"))):
+        file.write_text(text)
+        assert sao_prune.compact(_net(), example_input=X, tune="infer").plan is not None
+
+
+def test_the_default_rule():
+    net = _net()
+    sao_prune.compact(net, fuse=False)
+    native = cpu.library() is not None
+    assert net[5].execution == Execution(native=native)
+    assert net[1].execution == (
+        Execution(native=True, channels_last=True) if native else Execution(merge=2, channels_last=True)
+    )
+    net.double()
+    assert default_execution(net[5]) == Execution()
+    assert default_execution(net[1]) == Execution(merge=2, channels_last=True)

@@ -33,8 +33,9 @@ TARGETS = {
 }
 HEADER = """# Exported models
 
-{sparsity:.3%} sparsity, {topologies}, {threads} threads, {machine}; onnxruntime {ort}, openvino {ov}. Median milliseconds of
-{repeats} runs, all ways in turn. Ratios are to the dense model in the same runtime. Written by `python benchmarks/export.py`.
+{sparsity:.3%} sparsity, {topologies}, {threads} threads, {machine}; onnxruntime {ort}, openvino {ov}. Median
+milliseconds of {repeats} runs, all ways in turn. Ratios are to the dense model in the same runtime. Written by
+`python benchmarks/export.py`.
 
 | model | batch | runtime | form | dense, ms | compact, ms | ratio | target | largest error | file, MB (dense) |
 |---|---:|---|---|---:|---:|---:|---:|---:|---:|

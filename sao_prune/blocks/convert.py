@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..prune import pruning_hooks, unwatch
+from ..prune import pruning_hooks, settle_all, unwatch
 from ..replaced import warn_replaced
 from .autotune import Candidate, Tune, default_plan, with_steps
 from .backends import cpu
@@ -75,6 +75,7 @@ def compact(
         (2, True, torch.Size([8, 8, 8]))
     """
     _check(model, example_input, tune, plan)
+    settle_all(model)
     before = plan_of(model)
     found = list(layers(model))
     calls = None if example_input is None else record_calls(model, [m for _, m in found], example_input)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from ..plain import why_not_plain
-from ..prune import RefreshAll, RefreshChildren, pruning_hooks, watch
+from ..prune import RefreshAll, RefreshChildren, pruning_hooks, settle_all, watch
 from ..replaced import warn_replaced
 from .calls import to_contiguous
 from .eligible import parts_of_composites
@@ -52,6 +52,7 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
         _check_plain(name, module)
     blocks = [m for _, m in model.named_modules() if isinstance(m, BlockModule)]
     warn_replaced([module._parameters.get("blocks") for module in blocks], "expand")
+    settle_all(model)
     # All of them first: if one fails, for want of memory say, the model is as it was.
     forms = [dense_form(module, None if form is None else form == "masked") for _, module in targets]
     detach(model)

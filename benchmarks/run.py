@@ -1,6 +1,7 @@
 """Measure every ratio that compact execution promises, in one run, and write RESULTS.md.
 
-python benchmarks/run.py                         # all rows
+python benchmarks/run.py                         # all rows but those under torch.compile
+python benchmarks/run.py --only compile --out benchmarks/RESULTS-compiled.md
 python benchmarks/run.py --only linear,resnet18  # rows whose name contains one of these; nothing is written
 SAO_PRUNE_NATIVE=0 python benchmarks/run.py --out benchmarks/RESULTS-no-compiler.md
 """
@@ -57,7 +58,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the table (default: RESULTS.md after a full run)")
     options = parser.parse_args()
     wanted = [part for part in options.only.split(",") if part]
-    chosen = {n: b for n, b in BENCHMARKS.items() if not wanted or any(part in n for part in wanted)}
+    whole = {n: b for n, b in BENCHMARKS.items() if not n.startswith("compile-")}
+    chosen = {n: b for n, b in BENCHMARKS.items() if any(part in n for part in wanted)} if wanted else whole
     if not chosen:
         parser.error(f"--only {options.only} matches none of {', '.join(BENCHMARKS)}")
     start, lines = perf_counter(), []

@@ -157,7 +157,7 @@ def _owned(t: Tensor) -> Tensor:
     """The tensor as no view of another: views made in an operator could not be changed in place afterwards."""
     if not t._is_view() or isinstance(t, FakeTensor):
         return t
-    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+    return t.new_empty(0).set_(t, t.storage_offset(), t.shape, t.stride())
 
 
 def _given(tensors: Sequence[Tensor | None], like: Tensor) -> Any:

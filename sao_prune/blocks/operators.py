@@ -47,8 +47,10 @@ def _saves_result(activation: str, *_: Any) -> bool:
 def _check_memory(*tensors: Tensor | None) -> None:
     """Refuse tensors whose memory has been freed, as that of sharded parameters is: torch itself would read it."""
     for t in tensors:
-        if t is not None and t.numel() and not t.untyped_storage().nbytes():
-            raise RuntimeError(f"the memory of an operand of shape {tuple(t.shape)} has been freed")
+        if t is not None and t.numel():
+            last = t.numel() - 1 if t.is_contiguous() else sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+            if t.untyped_storage().nbytes() < (t.storage_offset() + last + 1) * t.element_size():
+                raise RuntimeError(f"the memory of an operand of shape {tuple(t.shape)} has been freed")
 
 
 def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry | None = None) -> Tensor:
@@ -77,10 +79,13 @@ def _check_results(
         shape = *x.shape[:-1], channels
     else:
         shape = x.shape[0], channels, *where.output(x.shape[2:], kernel)
-    _check_memory(*like)
     for t in like:
-        if t is not None and t.shape != shape:
+        if t is None:
+            continue
+        if t.shape != shape:
             raise RuntimeError(f"expected a gradient of the result's shape {tuple(shape)}, got {tuple(t.shape)}")
+        if not cpu.is_there(t):
+            raise RuntimeError(f"the memory of a gradient of shape {tuple(t.shape)} has been freed")
 
 
 # ---- block_linear(x, blocks, bias, row_set, col_set, activation, backend) -----------------------------------------

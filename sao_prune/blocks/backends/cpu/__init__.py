@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .build import SWITCH, cache_folder, is_switched_off, library, processor, why_unavailable
-from .launch import ready
+from .launch import is_there, ready
 from .linear import conv_backward, conv_forward, linear_backward, linear_forward, suits_conv
 from .memory import release_memory
 from .mlp import mlp_backward, mlp_forward
@@ -18,6 +18,7 @@ __all__ = [
     "conv_norm_backward",
     "conv_norm_forward",
     "is_switched_off",
+    "is_there",
     "library",
     "linear_backward",
     "linear_forward",

@@ -75,16 +75,15 @@ def ready(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or not _is_backed(t):
+        if t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or not is_there(t):
             return False
     return library() is not None
 
 
-def _is_backed(t: Tensor) -> bool:
-    span = t.numel()
-    if not t.is_contiguous():
-        span = 1 + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
-    return t.untyped_storage().nbytes() >= 4 * (t.storage_offset() + span)
+def is_there(t: Tensor) -> bool:
+    """Whether a tensor has memory. Its storage is not asked for: autograd adds to no gradient in place whose storage
+    Python has seen."""
+    return t.numel() == 0 or t.data_ptr() != t.storage_offset() * t.element_size()
 
 
 class Call(ABC):

@@ -134,7 +134,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def _strided(count: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     flat = torch.from_numpy(_pool.array(count))
-    return flat.set_(flat.untyped_storage(), 0, tuple(shape), tuple(strides))
+    return flat.set_(flat, 0, tuple(shape), tuple(strides))
 
 
 def _dense(x: Tensor) -> bool:

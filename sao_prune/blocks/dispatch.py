@@ -157,7 +157,7 @@ def _owned(t: Tensor) -> Tensor:
     """The tensor as no view of another: views made in an operator could not be changed in place afterwards."""
     if not t._is_view() or isinstance(t, FakeTensor):
         return t
-    return t.new_empty(0).set_(t, t.storage_offset(), t.shape, t.stride())
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def _given(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
@@ -222,8 +222,8 @@ def _backward_kernel(d: Definition) -> tuple[Callable[..., Any], Callable[..., A
         dx, *others = d.backward(*parts(arguments))
         x = arguments[1]
         if dx is not None:
-            dx = _owned(dx) if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
-        return dx, *[None if g is None else _owned(dense(g)) for g in others]
+            dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+        return dx, *[None if g is None else dense(g) for g in others]
 
     def fake(*arguments: Any) -> Any:
         _, inputs, _, _, _, mask = parts(arguments)

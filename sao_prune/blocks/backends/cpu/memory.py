@@ -134,7 +134,8 @@ def empty_like(x: Tensor) -> Tensor:
 
 def _strided(count: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     flat = torch.from_numpy(_pool.array(count))
-    return flat.set_(flat, 0, tuple(shape), tuple(strides))
+    result: Tensor = flat.set_(flat, 0, tuple(shape), tuple(strides))  # type: ignore[call-overload]
+    return result
 
 
 def _dense(x: Tensor) -> bool:

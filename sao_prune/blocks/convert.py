@@ -52,7 +52,8 @@ def compact(
             compute what follows them.
         tune: choose each layer's execution by timing it on the example input, for ``"train"`` (forward and backward)
             or ``"infer"``, and the memory format of convolutions by timing the whole model so, in eval mode; a layer
-            that no block form makes faster is skipped. ``None`` uses fixed rules. Timings are kept between runs.
+            that no block form makes faster is skipped. ``None`` uses fixed rules. Timings are kept between runs. In a
+            distributed run, where all ranks must call, rank 0 chooses for all.
         plan: how the layers are to run, from the report of an earlier call; in place of ``tune``.
         fuse: whether layers may compute the batch norm, activation or linear layer behind them in one kernel.
 

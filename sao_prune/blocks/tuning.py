@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from .autotune import Candidate, Timings, default_plan, inputs_of, layer_key, mode_of, time_layer, time_model
@@ -28,7 +29,7 @@ def tuned(
     tune: Literal["train", "infer"],
     convert: Convert,
 ) -> Plan:
-    """The plan that runs a model fastest.
+    """The plan that runs a model fastest; in a distributed run that of rank 0, so that all ranks are alike.
 
     Args:
         model: as it was.
@@ -38,6 +39,24 @@ def tuned(
         tune: forward and backward, or forward alone.
         convert: makes the model compact by a plan and returns what undoes it.
     """
+    together = dist.is_available() and dist.is_initialized()
+    if not together or dist.get_rank() == 0:
+        plan = _tuned(model, candidates, calls, example_input, tune, convert)
+    if together:
+        told = [plan.to_json() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(told, src=0)
+        plan = Plan.from_json(str(told[0]))
+    return plan
+
+
+def _tuned(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    calls: Calls,
+    example_input: Any,
+    tune: Literal["train", "infer"],
+    convert: Convert,
+) -> Plan:
     here = machine()
     cache = TuningCache(here)
     undo = convert(default_plan(candidates))

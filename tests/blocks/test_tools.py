@@ -137,3 +137,27 @@ def test_sharded_training_is_that_of_one_process(tmp_path: Path) -> None:
         alone = torch.load(tmp_path / f"Sequential-{rank}.pt")
         sharded = torch.load(tmp_path / f"FullyShardedDataParallel-{rank}.pt")
         torch.testing.assert_close(sharded, alone, rtol=1e-3, atol=1e-5)
+
+
+def _tune(rank: int, folder: str) -> None:
+    from sao_prune.blocks import tuning
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank:
+        tuning.time_layer = None  # type: ignore[assignment]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256), nn.Linear(256, 4))
+    sao_prune.apply(model, groups=16, seed=0, skip_first=False)
+    report = sao_prune.compact(model, example_input=torch.randn(64, 256), tune="infer")
+    assert report.plan is not None
+    Path(f"{folder}/plan-{rank}.json").write_text(report.plan.to_json())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_run_as_the_first_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "0")
+    mp.spawn(_tune, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = ((tmp_path / f"plan-{rank}.json").read_text() for rank in (0, 1))
+    assert first == second

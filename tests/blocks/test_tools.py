@@ -161,3 +161,17 @@ def test_all_ranks_run_as_the_first_one_found(tmp_path: Path, monkeypatch: pytes
     mp.spawn(_tune, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = ((tmp_path / f"plan-{rank}.json").read_text() for rank in (0, 1))
     assert first == second
+
+
+def test_blocks_that_torchao_has_quantized() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Linear(64, 64))
+    sao_prune.apply(model, groups=4, seed=0, skip_first=False, skip_last=False)
+    x = torch.randn(32, 64)
+    sao_prune.compact(model, example_input=x)
+    expected = model(x)
+    config = quantization.FqnToConfig({r"re:.*blocks$": quantization.Int8WeightOnlyConfig()})
+    quantization.quantize_(model, config, filter_fn=None)
+    assert type(model[0].blocks.data) not in (Tensor, nn.Parameter)
+    assert float((model(x) - expected).norm() / expected.norm()) < 0.03

@@ -144,10 +144,21 @@ class BlockModule(nn.Module):
         layout = layout_of_topology(topology, execution.merge).to(self._layout.inputs.index.device)
         self.__dict__.update(execution=execution, _layout=layout)
 
+    def values(self) -> Tensor:
+        """The blocks that the layer computes with."""
+        return self.stored()
+
+    def stored(self) -> Tensor:
+        """The parameter; what another library has quantized, in floating point again."""
+        blocks: Any = self.blocks
+        if type(blocks) in (nn.Parameter, Tensor) or type(blocks).dequantize is Tensor.dequantize:
+            return blocks  # type: ignore[no-any-return]
+        return blocks.dequantize()  # type: ignore[no-any-return]
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, zeros included; computed anew each time, differentiable, not a parameter."""
-        return self.dense(self.blocks)
+        return self.dense(self.stored())
 
     def dense(self, blocks: Tensor) -> Tensor:
         """Values shaped as the blocks in a dense weight, zeros elsewhere."""

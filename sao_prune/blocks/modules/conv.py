@@ -110,10 +110,6 @@ class BlockConv(BlockModule):
             return epilogue.done(self._fused(self._formatted(x), epilogue))
         return self._run(x, plain)
 
-    def values(self) -> Tensor:
-        """The blocks that the layer computes with."""
-        return self.blocks
-
     def _formatted(self, x: Tensor) -> Tensor:
         """The input in the memory format of the execution, with a padding that zeros on both sides are not."""
         if self.padding_mode != "zeros":

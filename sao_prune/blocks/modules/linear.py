@@ -83,7 +83,7 @@ class BlockLinear(BlockModule):
         if self.absorbed is not None and not isinstance(x, Proxy) and self.absorbed.given(x, self):
             return x
         run = self.execution
-        blocks: Tensor = self.blocks
+        blocks = self.values()
         bias: Tensor | None = self.bias
         plain = is_plain(x)
         epilogue = self.epilogue if self.copies == 1 else None
@@ -102,11 +102,11 @@ class BlockLinear(BlockModule):
         return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        own, sets = (x, self.blocks, self.bias), (self.row_set, self.col_set)
+        own, sets = (x, self.values(), self.bias), (self.row_set, self.col_set)
         norm, activation, then = epilogue.parts()
         y: Tensor
         if then is not None:
-            second = then.blocks, then.bias, *sets, then.row_set, then.col_set
+            second = then.values(), then.bias, *sets, then.row_set, then.col_set
             y = operators.block_mlp(*own, *second, activation, self.execution.backend)[0]
         elif norm is not None:
             y = normed(norm, own, sets, activation, self.execution.backend, ((), (), (), 1))

@@ -27,7 +27,7 @@ def test_relu_halves_and_its_correlation_is_the_arc_cosine_kernel():
     assert found.correlation == pytest.approx(float(c), abs=2e-3)
 
 
-@pytest.mark.parametrize("gain", [1.0, 1.1, 1.5])
+@pytest.mark.parametrize("gain", [1.0, pytest.param(1.1, marks=pytest.mark.slow), 1.5])
 @pytest.mark.parametrize("groups", [None, 16])
 def test_wide_networks_do_as_predicted(gain, groups):
     torch.manual_seed(0)

@@ -151,8 +151,10 @@ class BlockModule(nn.Module):
     def stored(self) -> Tensor:
         """The parameter; what another library has quantized, in floating point again."""
         blocks: Any = self.blocks
-        if type(blocks) in (nn.Parameter, Tensor) or type(blocks).dequantize is Tensor.dequantize:
+        if isinstance(blocks, Proxy) or type(blocks) in (nn.Parameter, Tensor):
             return blocks  # type: ignore[no-any-return]
+        if not isinstance(blocks, Tensor) or type(blocks).dequantize is Tensor.dequantize:
+            return blocks
         return blocks.dequantize()  # type: ignore[no-any-return]
 
     @property

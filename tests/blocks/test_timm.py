@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_the_masked_model(name, topology):
 
 @needs_compiler
 @pytest.mark.parametrize("fused", [pytest.param(False, id="", marks=pytest.mark.slow), pytest.param(True, id="fused")])
-@pytest.mark.parametrize("topology", ["interleaved"])
+@pytest.mark.parametrize("topology", ["interleaved", pytest.param("ramanujan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", _NAMES)
 def test_native_kernels_are_as_exact_as_ordinary_operations(name, topology, fused):
     masked, size = _masked(name, topology)

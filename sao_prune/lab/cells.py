@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from statistics import fmean
 from typing import Any
 
+from .data.names import is_sequences
 from .recipe import Arm
 from .results import Record
 
@@ -141,8 +142,13 @@ def final_cells(arm: Arm, records: Mapping[str, Record]) -> list[Cell] | None:
 
 
 def spectrum_cell(arm: Arm) -> Cell | None:
-    """The measurement at initialisation, for the first seed; none for a -T method, which starts from a training."""
-    return None if arm.method.is_trained_first else Cell("spectrum", arm, arm.setting.seeds[0])
+    """The measurement at initialisation, for the first seed.
+
+    None for a -T method, which starts from a training, and for tokens, which have no derivative.
+    """
+    if arm.method.is_trained_first or is_sequences(arm.setting.data.name):
+        return None
+    return Cell("spectrum", arm, arm.setting.seeds[0])
 
 
 def known_cells(arm: Arm, records: Mapping[str, Record]) -> list[Cell]:
@@ -156,7 +162,7 @@ def count_cells(arm: Arm) -> tuple[int, int]:
     """How many cells an arm has, and their steps."""
     setting = arm.setting
     rates = len(setting.lr.grid) * len(setting.lr.seeds) if len(setting.lr.grid) > 1 else 0
-    trainings, spectra = rates + len(setting.seeds), int(not arm.method.is_trained_first)
+    trainings, spectra = rates + len(setting.seeds), int(spectrum_cell(arm) is not None)
     return trainings + spectra, trainings * setting.train.epochs + spectra
 
 

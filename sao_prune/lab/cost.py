@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one image.
+    """Multiply-adds of one input.
 
     Attributes:
         total: of the whole network.
-        layers: by module; what attention and other products without a weight cost is in the total only.
+        weights: by full parameter name; what attention and other products without a weight cost is in the total only.
     """
 
     total: int
-    layers: Mapping[str, int]
+    weights: Mapping[str, float]
 
     def after(self, sparsity: Mapping[str, float]) -> int:
         """What is left when layers lose this share of their weights.
@@ -29,25 +29,37 @@ class Cost:
         Args:
             sparsity: by full parameter name.
         """
-        saved = sum(share * self.layers.get(name.rpartition(".")[0], 0) for name, share in sparsity.items())
+        saved = sum(share * self.weights.get(name, 0) for name, share in sparsity.items())
         return self.total - round(saved)
 
 
-def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> Cost:
-    """Count the multiply-adds of one image in the dense network, by torch's own counter; the model is left alone.
+def multiply_adds(model: nn.Module, example: Tensor) -> Cost:
+    """Count the multiply-adds of one input in the dense network, by torch's own counter; the model is not touched.
+
+    Args:
+        model: dense.
+        example: a batch of one input; its values do not matter.
+
+    Returns:
+        The whole network's, and every weight's. Those of a module with several weights, as recurrent layers have them,
+        are shared among them by size, which is exact where each is multiplied with as many vectors as the others.
 
     Example:
-        >>> cost = multiply_adds(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), (8,))
+        >>> cost = multiply_adds(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), torch.zeros(1, 8))
         >>> cost.total, cost.after({"0.weight": 0.75})
         (40, 16)
     """
     # On the meta device nothing is computed; a deep copy there needs no memory for weights.
     with torch.device("meta"):
         copy = deepcopy(model).to("meta").eval()
-        image = torch.empty(1, *image_shape)
+        nothing = torch.empty(example.shape, dtype=example.dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy(image)
+        copy(nothing)
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     root = type(copy).__name__
     layers = {name.removeprefix(f"{root}."): count for name, count in counts.items() if name.startswith(f"{root}.")}
-    return Cost(counts.get("Global", 0), layers)
+    weights: dict[str, float] = {}
+    for name, module in copy.named_modules():
+        own = {key: p.numel() for key, p in module.named_parameters(name, recurse=False) if p.dim() > 1}
+        weights.update({key: layers.get(name, 0) * size / sum(own.values()) for key, size in own.items()})
+    return Cost(counts.get("Global", 0), weights)

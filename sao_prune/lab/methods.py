@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 import sao_prune
@@ -168,34 +167,32 @@ class Pruned:
     note: str = ""
 
 
-def prune_network(
-    model: nn.Module, arm: Arm, seed: int, image_shape: Sequence[int], examples: Examples | None = None
-) -> Pruned:
+def prune_network(model: nn.Module, arm: Arm, seed: int, example: Tensor, examples: Examples | None = None) -> Pruned:
     """Prune ``model`` in place, as an arm of a recipe says.
 
     Args:
-        image_shape: of one input, without the batch dimension; multiply-adds are counted for it.
+        example: a batch of one input; multiply-adds are counted for it.
         examples: images and labels of the training set, for methods that need them.
 
     Raises:
         LabError: if the library refuses, with its reason.
     """
-    method, cost = arm.method, multiply_adds(model, image_shape)
+    method, cost = arm.method, multiply_adds(model, example)
     if method.is_dense:
         parameters = sum(p.numel() for p in model.parameters())
         return Pruned(0.0, parameters, parameters, cost.total, cost.total)
     if method.is_structured:
-        return _remove_channels(model, arm, cost, image_shape)
+        return _remove_channels(model, arm, cost, example)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
             pruner = method.build(arm.setting.gain, examples)
-            example = examples[0] if examples is not None and getattr(pruner, "residual", None) else None
+            residual = examples[0] if examples is not None and getattr(pruner, "residual", None) else None
             report = sao_prune.apply(
                 model,
                 method=pruner,
                 seed=seed,
-                example_input=example,
+                example_input=residual,
                 **arm.prune,  # type: ignore[arg-type]
             )
     except (TypeError, ValueError) as error:
@@ -205,13 +202,13 @@ def prune_network(
     return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, note)
 
 
-def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, image_shape: Sequence[int]) -> Pruned:
+def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, example: Tensor) -> Pruned:
     """Whole channels, until no more multiply-adds are left than SAO leaves at the same amount."""
     report = _plan(model, "sao", arm)
     share = cost.after({layer.name: layer.achieved for layer in report.pruned}) / cost.total
     # Orthogonal rows have equal norms: one ranking over all layers would leave some of them a single channel.
     scope: Literal["global", "layer"] = "global" if arm.method.is_trained_first else "layer"
-    done = structured(model, torch.zeros(1, *image_shape), share, scope)
+    done = structured(model, example, share, scope)
     note = f"{done.share:.2%} of the multiply-adds are left, in {done.parameters:,} parameters, none of them zero"
     return Pruned(0.0, done.dense_parameters, done.parameters, done.flops, cost.total, note)
 

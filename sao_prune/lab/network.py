@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -18,20 +18,23 @@ from .initialise import fixup_, he_
 
 
 def build_network(
-    name: str, options: Mapping[str, Any], classes: int, image_shape: Sequence[int], seed: int = 0
+    name: str, options: Mapping[str, Any], classes: int, sizes: Mapping[str, int], seed: int = 0
 ) -> nn.Module:
     """A network of timm's registry, on the CPU, with the weights that its constructor draws from ``seed``.
 
     Args:
-        image_shape: channels, height and width of the images; this project's networks are told the size, of others
-            the recipe says it where they must know.
+        sizes: of the inputs, as `Dataset.sizes` gives them. This project's networks are told all of them; others the
+            channels of the images, and the recipe says the size where they must know.
 
     Raises:
         LabError: if timm does not know the name or the network refuses an option.
     """
     if not timm.is_model(name):
         raise LabError(f"timm knows no network {name!r}; this project's: {', '.join(_own_names())}")
-    sizes = {"in_chans": image_shape[0], **({"img_size": image_shape[-1]} if name in _own_names() else {})}
+    if name not in _own_names():
+        if "in_chans" not in sizes:
+            raise LabError(f"network {name} takes images, not sequences; for those: sao_recurrent and sao_decoder")
+        sizes = {"in_chans": sizes["in_chans"]}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -44,12 +47,14 @@ def initial_network(
     name: str,
     options: Mapping[str, Any],
     classes: int,
-    image_shape: Sequence[int],
+    sizes: Mapping[str, int],
     gain: float = 1.0,
     init: str = "delta",
     seed: int = 0,
 ) -> nn.Module:
-    """A dense network whose weights are orthogonal times ``gain`` and whose linear and convolution biases are zero.
+    """A dense network whose weights are orthogonal times ``gain`` and whose biases are zero.
+
+    Linear, convolutional and recurrent layers, every gate of these for itself; forget gates keep their bias.
 
     Everything is drawn on the CPU from ``seed`` alone, so any device starts from the same weights; the global random
     state is left as it was.
@@ -60,13 +65,13 @@ def initial_network(
             all weights of the constructor.
 
     Example:
-        >>> net = initial_network("sao_mlp", {"depth": 2}, classes=10, image_shape=(1, 32, 32))
+        >>> net = initial_network("sao_mlp", {"depth": 2}, classes=10, sizes={"in_chans": 1, "img_size": 32})
         >>> w = net.layers[2].fc.weight
         >>> torch.allclose(w @ w.T, torch.eye(256), atol=1e-5)
         True
     """
     generator = named_generator(seed, "initial weights")
-    model = build_network(name, options, classes, image_shape, generator.initial_seed())
+    model = build_network(name, options, classes, sizes, generator.initial_seed())
     if init == "default":
         return model
     if init in ("he", "fixup"):
@@ -76,6 +81,8 @@ def initial_network(
         sao_prune.apply(model, groups=1, method=sao_prune.SAO(conv="eco", gain=gain), seed=generator.initial_seed())
         sao_prune.remove(model)
     for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            _orthogonal_gates(module, gain, generator)
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         if isinstance(module, nn.Linear) or init == "orthogonal":
@@ -85,6 +92,16 @@ def initial_network(
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     return model
+
+
+def _orthogonal_gates(module: nn.RNNBase, gain: float, generator: torch.Generator) -> None:
+    """An orthogonal matrix for every gate of every layer; biases zero but an LSTM's."""
+    for name, parameter in module.named_parameters():
+        if name.startswith("weight"):
+            for gate in parameter.detach().split(module.hidden_size):
+                nn.init.orthogonal_(gate, gain, generator=generator)
+        elif not isinstance(module, nn.LSTM):
+            nn.init.zeros_(parameter)
 
 
 def _delta_orthogonal(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, gain: float, generator: torch.Generator) -> None:

@@ -105,7 +105,7 @@ def check_arms(recipe: Recipe, source: DataSource) -> None:
     for setting in recipe.settings:
         data = load_dataset(setting.data, source)
         for options in setting.network.grid():
-            model = build_network(setting.network.name, options, len(data.classes), data.image_shape)
+            model = build_network(setting.network.name, options, len(data.classes), data.sizes)
             for arm in setting.arms():
                 if arm.options == options:
                     check_method(model, arm)

@@ -28,6 +28,9 @@ from .network import initial_network
 from .recipe import Arm
 from .train import History, TensorBoardWriter, from_first, rank, train, world
 
+# Each is many samples: one a step.
+_SEQUENCES = 64
+
 OnEpoch = Callable[[History], None]
 
 
@@ -90,7 +93,7 @@ class Worker:
             model.load_state_dict(self._start_weights(cell.start))
         data = self._data_of(cell)
         chosen = examples(data, cell.seed, arm.method.per_class) if arm.method.needs_data else None
-        return model, prune_network(model, arm, cell.seed, data.image_shape, chosen)
+        return model, prune_network(model, arm, cell.seed, data.example, chosen)
 
     def _train(self, cell: Cell, on_epoch: OnEpoch | None) -> dict[str, Any]:
         setting, place = cell.arm.setting, self.place
@@ -173,12 +176,19 @@ class Worker:
     def _draw_initial(self, key: tuple[Any, ...], seed: int) -> nn.Module:
         network, options, data, gain, init = key
         images = self._data(data)
-        return initial_network(network, dict(options), len(images.classes), images.image_shape, gain, init, seed)
+        return initial_network(network, dict(options), len(images.classes), images.sizes, gain, init, seed)
 
 
 def examples(data: Dataset, seed: int, per_class: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training images of every class, standardised, on the CPU where networks are pruned, and their labels."""
+    """Training images of every class, standardised, on the CPU where networks are pruned, and their labels.
+
+    Of sequences, which have a label a step, as many as there would be of as many classes.
+    """
     generator = named_generator(seed, "pruning examples")
+    if data.is_sequences:
+        count = min(per_class * len(data.classes), _SEQUENCES, len(data.train_y))
+        x, y = data.batch(torch.randperm(len(data.train_y), generator=generator)[:count])
+        return x.cpu(), y.cpu()
     labels = data.train_y.cpu()
     chosen = [
         members[torch.randperm(len(members), generator=generator)[:per_class]]

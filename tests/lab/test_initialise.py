@@ -8,7 +8,7 @@ import torch
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.network import initial_network
 
-IMAGE = (3, 8, 8)
+IMAGE = {"in_chans": 3, "img_size": 8}
 
 
 def test_he_keeps_the_variance_that_relu_halves() -> None:
@@ -26,14 +26,14 @@ def test_fixup_starts_as_the_shortcuts_alone_and_scales_by_the_number_of_blocks(
             torch.testing.assert_close(other.conv1.weight, one.conv1.weight * 27**-0.5)
             assert not bool(other.conv2.weight.any())
     assert not bool(net.head.weight.any())
-    x = torch.randn(2, *IMAGE)
+    x = torch.randn(2, 3, 8, 8)
     features = net.stages[0](net.act(net.stem(x)))
     torch.testing.assert_close(features, net.act(net.stem(x)))
 
 
 def test_skipinit_starts_as_the_shortcuts_alone_and_can_leave_them() -> None:
     net = initial_network("sao_resnet", {"depth": 8, "norm": "none", "branch_scale": 0.0}, 10, IMAGE, init="he")
-    x = torch.randn(2, *IMAGE)
+    x = torch.randn(2, 3, 8, 8)
     stem = net.act(net.stem(x))
     torch.testing.assert_close(net.stages[0](stem), stem)
     net(x).square().sum().backward()
@@ -42,4 +42,4 @@ def test_skipinit_starts_as_the_shortcuts_alone_and_can_leave_them() -> None:
 
 def test_fixup_without_residual_blocks_is_one_sentence() -> None:
     with pytest.raises(LabError, match="fixup"):
-        initial_network("sao_mlp7", {}, 3, (1, 4, 4), init="fixup")
+        initial_network("sao_mlp7", {}, 3, {"in_chans": 1, "img_size": 4}, init="fixup")

@@ -104,8 +104,8 @@ def test_channels_go_until_no_more_is_left_than_sao_leaves(micro: Micro, tmp_pat
 
 def test_multiply_adds_by_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 10))
-    cost = multiply_adds(model, (3, 4, 4))
-    assert cost.layers["0"] == 8 * 3 * 9 * 16
+    cost = multiply_adds(model, torch.zeros(1, 3, 4, 4))
+    assert cost.weights["0.weight"] == 8 * 3 * 9 * 16
     assert cost.total == 8 * 3 * 9 * 16 + 8 * 16 * 10
     assert cost.after({"0.weight": 0.5}) == cost.total - 4 * 3 * 9 * 16
     assert next(model.parameters()).device.type == "cpu"

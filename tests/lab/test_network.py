@@ -8,8 +8,8 @@ from sao_prune.lab.depth import depth_spectrum
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.network import build_network, initial_network
 
-GREY = (1, 32, 32)
-TINY = (1, 4, 4)
+GREY = {"in_chans": 1, "img_size": 32}
+TINY = {"in_chans": 1, "img_size": 4}
 
 
 def test_initial_weights_are_orthogonal_times_gain_from_the_seed_alone() -> None:
@@ -35,7 +35,7 @@ def test_networks_that_cannot_be_built_are_one_sentence() -> None:
 def test_the_jacobian_over_depth_is_the_product_of_the_layers() -> None:
     model = initial_network("sao_mlp7", {"activation": "linear"}, 3, TINY, gain=1.3)
     sao_prune.apply(model, groups=4, method="rg", seed=0, skip_first=True)
-    spectrum = depth_spectrum(model, torch.randn(TINY))
+    spectrum = depth_spectrum(model, torch.randn(1, 4, 4))
     assert spectrum.depth == (1, 2, 3, 4, 5, 6)
     product = torch.eye(16, dtype=torch.float64)
     for k, layer in enumerate(model.layers):
@@ -48,7 +48,7 @@ def test_the_jacobian_over_depth_is_the_product_of_the_layers() -> None:
 
 def test_the_jacobian_of_a_nonlinear_network_is_that_of_automatic_differentiation() -> None:
     model = initial_network("sao_mlp7", {}, 3, TINY, gain=1.1)
-    image = torch.randn(TINY)
+    image = torch.randn(1, 4, 4)
     spectrum = depth_spectrum(model, image)
     jacobian = torch.func.jacrev(model.forward_features)(image.double().unsqueeze(0)).reshape(100, 16).detach()
     assert spectrum.mean[-1] == pytest.approx(float(torch.linalg.svdvals(jacobian).mean()), rel=1e-9)

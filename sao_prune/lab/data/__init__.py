@@ -1,4 +1,4 @@
-"""Image sets: found or fetched, verified, held whole on the device, and augmented there."""
+"""Sets of images or sequences: found, fetched or drawn, verified, held whole on the device, and augmented there."""
 
 from .dataset import Dataset
 from .load import load_dataset

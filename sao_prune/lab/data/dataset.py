@@ -1,4 +1,4 @@
-"""An image set that lives on the device as one tensor a part."""
+"""A set of images or sequences that lives on the device as one tensor a part."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from torch import Tensor
 
 from .augment import augment as augmented
 from .memory import need_memory
-from .split import stratified_split
+from .split import random_split, stratified_split
 
 _GREY_LEVELS = 256
+
+# The label of a step of which nothing is asked; torch's default of `cross_entropy`.
+IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images as bytes, ``(N, C, S, S)`` uint8, and labels ``(N,)`` int64, on one device.
 
+    Or sequences of tokens, ``(N, steps)`` uint8, and a label a step, ``(N, steps)`` int64, `IGNORED` where there is
+    none; every sequence has as many as the others.
+
     Attributes:
         classes: the class names, in label order.
         mean, std: of every channel of the training images, in grey levels 0..255; measured where they are not given.
+        tokens: size of the vocabulary of sequences; 0 for images.
 
     Example:
         >>> x, y = torch.arange(8, dtype=torch.uint8).reshape(2, 1, 2, 2), torch.tensor([0, 1])
@@ -39,15 +46,34 @@ class Dataset:
     test_y: Tensor
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         for key in ("train_x", "test_x"):
             if (dtype := getattr(self, key).dtype) != torch.uint8:
                 raise TypeError(f"{key} must be uint8, got {dtype}")
-        if not self.mean:
+        if not self.mean and not self.is_sequences:
             mean, std = channel_statistics(self.train_x)
             object.__setattr__(self, "mean", mean)
             object.__setattr__(self, "std", std)
+
+    @property
+    def is_sequences(self) -> bool:
+        """Tokens and a label a step, instead of images."""
+        return self.tokens > 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a network must know of its inputs: channels and side of images, or the vocabulary of sequences."""
+        if self.is_sequences:
+            return {"tokens": self.tokens}
+        return {"in_chans": self.channels, "img_size": self.train_x.shape[3]}
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of one input, on the CPU, all zero."""
+        kind = torch.long if self.is_sequences else torch.float32
+        return torch.zeros(1, *self.train_x.shape[1:], dtype=kind)
 
     @property
     def channels(self) -> int:
@@ -79,6 +105,8 @@ class Dataset:
     def holdout(self, fraction: float, seed: int = 0) -> Dataset:
         """Split the *training* set; the held-out part takes the place of the test set, which is gone.
 
+        Of images every class keeps its share; sequences are drawn.
+
         Mean and deviation stay those of the whole training set, so that a network sees the same images in both.
 
         Args:
@@ -87,12 +115,18 @@ class Dataset:
         Raises:
             DataError: if a class is too small for it.
         """
-        kept, held = stratified_split(self.train_y, fraction, seed)
+        split = random_split if self.is_sequences else stratified_split
+        kept, held = split(self.train_y, fraction, seed)
         x, y = self.train_x, self.train_y
         return replace(self, train_x=x[kept], train_y=y[kept], test_x=x[held], test_y=y[held])
 
     def standardise(self, images: Tensor) -> Tensor:
-        """Images of bytes, ``(.., C, S, S)``, as float32 with the training set's mean at 0 and its deviation at 1."""
+        """Images of bytes, ``(.., C, S, S)``, as float32 with the training set's mean at 0 and its deviation at 1.
+
+        Tokens as int64.
+        """
+        if self.is_sequences:
+            return images.long()
         mean, std = _constants(self.mean, self.std, images.device)
         return images.float().sub_(mean).div_(std)
 
@@ -116,6 +150,16 @@ class Dataset:
                 raise ValueError(f"augmenting with {', '.join(augment)} needs a generator")
             images = augmented(images, augment, generator)
         return self.standardise(images), self.train_y[chosen]
+
+
+def labelled(labels: Tensor) -> int:
+    """How many labels there are; of sequences, those of steps of which nothing is asked do not count.
+
+    Example:
+        >>> labelled(torch.tensor([[IGNORED, 3, 1]]))
+        2
+    """
+    return int((labels != IGNORED).sum())
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

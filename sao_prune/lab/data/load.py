@@ -15,8 +15,9 @@ from .folder import read_cinic, read_folder
 from .libraries import read_timm, read_torchvision
 from .memory import need_memory
 from .mnist import read_mnist
-from .names import own_name
+from .names import is_sequences, own_name
 from .raw import Part, RawSet, pad, shrink
+from .sequences import read_sequences
 from .source import DataSource
 from .spec import DataSpec
 from .split import stratified_subset
@@ -46,6 +47,9 @@ def load_dataset(spec: DataSpec | str, source: DataSource | None = None) -> Data
     Args:
         spec: or a name alone, for all images at 32 x 32.
 
+    Returns:
+        Images, or sequences of tokens.
+
     Raises:
         DataError: if the name is unknown, the files are damaged or missing (the message says how to get them), there
             are fewer images than asked for, or they do not fit in memory.
@@ -59,6 +63,8 @@ def load_dataset(spec: DataSpec | str, source: DataSource | None = None) -> Data
     spec = DataSpec(spec) if isinstance(spec, str) else spec
     if problem := spec.problem():
         raise DataError(problem[1])
+    if is_sequences(spec.name):
+        return read_sequences(spec, source or DataSource())
     name = own_name(spec.name)
     found = _reader(name)(name, spec.size, source or DataSource())
     chosen = [_choose(found.train.labels, spec.subset), _choose(found.test.labels, spec.test_subset)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..schema import unknown
 
 _NAMED = ("digits", "mnist", "fashion-mnist", "cifar-10", "cifar-100", "cinic-10")
+_SEQUENCES = ("copying",)
+_TEXT = "text:"
 
 # torchvision's classification sets by class name: how the training and the test part are asked for; no test part means
 # that one fifth of every class becomes it. Sets whose files are unpickled are not among them.
@@ -40,13 +42,23 @@ _TIMM_PREFIXES = ("torch", "tfds", "hfds", "hfids", "wds")
 
 
 def dataset_names() -> tuple[str, ...]:
-    """The sets that have a name of their own; ``torchvision/NAME``, ``timm/NAME`` and ``folder:PATH`` are more.
+    """The sets with a name of their own; ``torchvision/NAME``, ``timm/NAME``, ``folder:PATH``, ``text:PATH`` are more.
 
     Example:
         >>> dataset_names()
-        ('digits', 'mnist', 'fashion-mnist', 'cifar-10', 'cifar-100', 'cinic-10')
+        ('digits', 'mnist', 'fashion-mnist', 'cifar-10', 'cifar-100', 'cinic-10', 'copying')
     """
-    return _NAMED
+    return (*_NAMED, *_SEQUENCES)
+
+
+def is_sequences(name: str) -> bool:
+    """Whether a name stands for sequences rather than images.
+
+    Example:
+        >>> is_sequences("text:hamlet.txt"), is_sequences("mnist")
+        (True, False)
+    """
+    return name in _SEQUENCES or name.startswith(_TEXT)
 
 
 def own_name(name: str) -> str:
@@ -63,7 +75,7 @@ def torchvision_class(name: str) -> str | None:
 def name_problem(name: str) -> str | None:
     """What is wrong with the name of a data set, or None."""
     name = own_name(name)
-    if name in _NAMED:
+    if name in dataset_names():
         return None
     if name.startswith("torchvision/"):
         known = [*TORCHVISION, "MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"]
@@ -76,4 +88,6 @@ def name_problem(name: str) -> str | None:
         return unknown("data set", name, allowed)
     if name.startswith("folder:"):
         return None if name.removeprefix("folder:").strip() else "folder: needs a path, as in folder:images"
-    return unknown("data set", name, (*_NAMED, "torchvision/NAME", "timm/NAME", "folder:PATH"))
+    if name.startswith(_TEXT):
+        return None if name.removeprefix(_TEXT).strip() else "text: needs a path, as in text:hamlet.txt"
+    return unknown("data set", name, (*dataset_names(), "torchvision/NAME", "timm/NAME", "folder:PATH", "text:PATH"))

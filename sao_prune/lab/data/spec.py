@@ -1,4 +1,4 @@
-"""What a recipe says about its images."""
+"""What a recipe says about its images or sequences."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import ClassVar
 
 from ..schema import rule, unknown
 from .augment import AUGMENTATIONS
-from .names import dataset_names, name_problem
+from .names import dataset_names, is_sequences, name_problem
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Which images, how many, how large, and how they are varied while training.
+    """Which images or sequences, how many, how large, and how they are varied while training.
 
     Attributes:
-        name: one of `dataset_names`, ``torchvision/NAME``, ``timm/NAME`` or ``folder:PATH``.
+        name: one of `dataset_names`, ``torchvision/NAME``, ``timm/NAME``, ``folder:PATH`` or ``text:PATH``.
         holdout: share of every training class that learning rates are chosen on.
         size: side of the square images. Smaller ones of MNIST's, CIFAR's and CINIC's kind are padded with black; larger
             ones, and those of any other set, are resized.
         subset: so many training images, a fixed choice in which every class keeps its share; None for all.
         test_subset: the same for the test images.
+        length: of sequences: steps of a window of text, or blank steps between reading and repeating of ``copying``.
         augment: any of ``crop`` (padding 4), ``flip`` and ``autoaugment`` (CIFAR-10's policy), applied in this order.
 
     Example:
@@ -37,11 +38,16 @@ class DataSpec:
     subset: int | None = rule(None, least=1)
     test_subset: int | None = rule(None, least=1)
     augment: tuple[str, ...] = rule((), choices=AUGMENTATIONS)
+    length: int | None = rule(None, least=2, most=4096)
 
     def problem(self) -> tuple[str, str] | None:
         """A name that can be a data set's, and no augmentation twice."""
         if message := name_problem(self.name):
             return "name", message
+        if is_sequences(self.name) != (self.length is not None):
+            return "length", "length is what a set of sequences (copying, text:PATH) must have, and no other has"
+        if self.augment and is_sequences(self.name):
+            return "augment", f"nothing augments sequences, got {', '.join(self.augment)}"
         for choice in self.augment:
             if choice not in AUGMENTATIONS:
                 return "augment", unknown("augmentation", choice, AUGMENTATIONS)

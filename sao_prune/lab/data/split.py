@@ -35,6 +35,24 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return (~held).nonzero().flatten().to(labels.device), held.nonzero().flatten().to(labels.device)
 
 
+def random_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of two parts of a set, the second with ``fraction`` of it, both in ascending order.
+
+    Raises:
+        DataError: if ``fraction`` is not in (0, 1) or would leave either part empty.
+
+    Example:
+        >>> kept, held = random_split(torch.zeros(10, 3), 0.2, seed=0)
+        >>> len(kept), len(held)
+        (8, 2)
+    """
+    count = round(fraction * len(labels))
+    if not 0 < fraction < 1 or not 0 < count < len(labels):
+        raise DataError(f"holding out {fraction} of {len(labels)} sequences leaves a part empty; take more sequences")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    return order[count:].sort().values, order[:count].sort().values
+
+
 def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     """Indices of ``count`` images in ascending order, every class with its share and at least one.
 

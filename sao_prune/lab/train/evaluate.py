@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data import Dataset
+from ..data.dataset import IGNORED, Dataset, labelled
 from .distributed import own_share, summed
 
 _BATCH = 1000
@@ -15,7 +15,8 @@ _BATCH = 1000
 def evaluate(model: nn.Module, data: Dataset) -> tuple[float, float]:
     """Accuracy (a fraction) and mean cross-entropy (nats) on the test set, in evaluation mode and full precision.
 
-    Where several processes train together each takes its share, and all get the whole's result.
+    Of sequences, over all steps that have a label. Where several processes train together each takes its share, and
+    all get the whole's result.
 
     Example:
         >>> import torch
@@ -32,6 +33,7 @@ def evaluate(model: nn.Module, data: Dataset) -> tuple[float, float]:
         for images, labels in zip(own_share(x).split(_BATCH), own_share(y).split(_BATCH)):
             logits = model(data.standardise(images))
             correct += (logits.argmax(1) == labels).sum()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
+            loss += F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
     right, nats = summed(float(correct), float(loss), device=y.device)
-    return right / len(y), nats / len(y)
+    count = labelled(y)
+    return right / count, nats / count

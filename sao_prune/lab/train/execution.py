@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from ...blocks import BlockModule, compact, expand
+from ...replaced import StaleOptimizerWarning
 
 # Below so many weights a linear layer's masked product costs less than the steps around its blocks.
 _SMALL = 200 * 200
@@ -29,13 +31,13 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
     Yields:
         What was done, e.g. ``compact: 48 of 51 layers``, ``masked`` or ``dense``.
     """
-    masked = {name for name, module in model.named_modules() if "weight_mask" in module._buffers}
+    masked = _masks(model)
     given = sum(isinstance(module, BlockModule) for module in model.modules())
     if given:
         yield f"compact: {given} layers, as given"
     elif not masked:
         yield "dense"
-    elif execution == "masked" or (execution == "auto" and _is_small(model, masked)):
+    elif execution == "masked" or (execution == "auto" and _is_small(masked)):
         yield "masked"
     else:
         text = _make_compact(model, masked, example)
@@ -43,21 +45,32 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
             yield text
         finally:
             if any(isinstance(module, BlockModule) for module in model.modules()):
-                expand(model)
+                with warnings.catch_warnings():
+                    # The training is over, and its optimizer with it.
+                    warnings.simplefilter("ignore", StaleOptimizerWarning)
+                    expand(model)
 
 
-def _is_small(model: nn.Module, masked: set[str]) -> bool:
-    masks = [model.get_submodule(name)._buffers["weight_mask"] for name in masked]
-    weights = [mask.numel() for mask in masks if mask is not None and mask.dim() == 2]
+def _masks(model: nn.Module) -> dict[str, Tensor]:
+    """By what `compact` calls their layers: a module's name, with that of the parameter where it is no ``weight``."""
+    return {
+        name.removesuffix("_mask").removesuffix(".weight"): mask
+        for name, mask in model.named_buffers()
+        if name.endswith("_mask")
+    }
+
+
+def _is_small(masks: Mapping[str, Tensor]) -> bool:
+    weights = [mask.numel() for mask in masks.values() if mask.dim() == 2]
     return len(weights) == len(masks) and sum(weights) < _SMALL * len(weights)
 
 
-def _make_compact(model: nn.Module, masked: set[str], example: Tensor) -> str:
+def _make_compact(model: nn.Module, masked: Collection[str], example: Tensor) -> str:
     mode = model.training
     # Verified in double precision: a thousand layers may blow the rounding of single precision up to another answer.
     model.eval().double()
     try:
-        report = compact(model, example_input=example.double())
+        report = compact(model, example_input=example.double() if example.is_floating_point() else example)
     except ValueError as error:
         return f"masked ({' '.join(str(error).split())})"
     finally:

@@ -166,7 +166,7 @@ class _Trainer:
                 yield own_share(x), own_share(target), len(batch)
             else:
                 # Nothing is left for this process, but the others wait for its gradient: that of no label is zero.
-                yield x[:1], torch.zeros(1, len(self.data.classes), device=self._device), len(batch)
+                yield x[:1], torch.zeros(1, len(self.data.classes), *y.shape[1:], device=self._device), len(batch)
 
     def _step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, count: int) -> Tensor:
         """One step; returns the loss summed over this process's images."""

@@ -9,6 +9,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.dataset import IGNORED, labelled
 from .spec import TrainSpec
 
 
@@ -72,7 +73,11 @@ class Objective:
         return mixed, target
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy summed over the batch, nats; ``target`` is what `mix` gave."""
+        """Cross-entropy summed over the batch, nats; ``target`` is what `mix` gave.
+
+        Of a sequence, the mean over its steps that have a label.
+        """
         # Soft targets are smoothed already.
-        smoothing = self._smoothing if target.dim() == 1 else 0.0
-        return F.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        smoothing = 0.0 if target.is_floating_point() else self._smoothing
+        loss = F.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing, ignore_index=IGNORED)
+        return loss if target.dim() == 1 or target.is_floating_point() else loss * len(target) / labelled(target)

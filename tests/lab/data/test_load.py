@@ -54,7 +54,10 @@ def test_a_subset_larger_than_the_set_says_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("imagenet", "digits, mnist, fashion-mnist, cifar-10, cifar-100, cinic-10, torchvision/NAME, timm/NAME"),
+        (
+            "imagenet",
+            "digits, mnist, fashion-mnist, cifar-10, cifar-100, cinic-10, copying, torchvision/NAME, timm/NAME",
+        ),
         ("cifar10", "did you mean 'cifar-10'"),
         ("torchvision/LSUN", "unknown data set 'torchvision/LSUN'.*torchvision/SVHN"),
         ("torchvision/SVNH", "did you mean 'torchvision/SVHN'"),

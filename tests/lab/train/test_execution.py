@@ -100,7 +100,7 @@ def test_a_compact_model_stays_compact(blobs: Dataset, network: Maker) -> None:
 
 
 def test_a_network_that_amplifies_rounding_is_compact_too():
-    net = initial_network("sao_mlp", {"depth": 300}, 10, (1, 32, 32), gain=1.3)
+    net = initial_network("sao_mlp", {"depth": 300}, 10, {"in_chans": 1, "img_size": 32}, gain=1.3)
     sao_prune.apply(net, groups=64, method=sao_prune.SAO(gain=1.3), seed=0, skip_first=False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -118,8 +118,6 @@ def test_copies_may_be_parametrized_by_others():
 @pytest.mark.parametrize("name", MODELS)
 def test_averages_stay_orthogonal(name, use_buffers):
     make, shape = MODELS[name]
-    if use_buffers and name == "eco":
-        pytest.skip("its own sets are integers among the buffers")
     x = torch.randn(shape)
     model = make()
     report = hold(model)

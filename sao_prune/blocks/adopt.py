@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import PrunableWeight
-from ..topology import BlockTopology
+from ..topology import BlockTopology, decode_sets
 from .autotune import default_execution
 from .forms import (
     CompositeForm,
@@ -23,7 +23,6 @@ from .forms import (
     record_of,
     weights_of,
 )
-from .layout import decode_sets
 from .modules import BlockComposite, BlockLinear, BlockModule, Matrix, blocks_shape, child_name
 from .swap import Changes, become, restore
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..topology import BlockTopology
-from .layout import encode_sets, layout_of_topology
+from ..topology import BlockTopology, encode_sets
+from .layout import layout_of_topology
 from .modules import BlockConv, BlockLinear, BlockModule
 from .permutation import Kind
 

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from ..topology import BlockTopology
+from ..topology import BlockTopology, Seen, decode_sets
 from .permutation import Permutation
 
-# A set number v is stored as 4 v + 6, no set as 2: an average of equal buffers, as EMA takes it, is off by one at worst
-# after truncation to integers, and a code is never 0, by which plain numbers are told apart.
-_STEP, _OFFSET, _NONE = 4, 6, 2
 # More slices than this cost more than one gather.
 _MOST_RUNS = 4
-
-
-def encode_sets(sets: Tensor) -> Tensor:
-    """Set numbers, -1 for none, as the integers that a layer's buffers hold: averaging them does no harm.
-
-    Example:
-        >>> encode_sets(torch.tensor([0, 1, -1])).tolist()
-        [6, 10, 2]
-    """
-    codes = torch.where(sets < 0, _NONE, sets * _STEP + _OFFSET)
-    most = int(codes.max()) if codes.numel() else 0
-    dtype = torch.uint8 if most < 256 else torch.int32
-    return codes.to(dtype)
-
-
-def decode_sets(codes: Tensor) -> Tensor:
-    """Inverse of `encode_sets`; int64 on the CPU. What averaging may have made of a code (one less) reads the same.
-
-    Sets as they were stored before codes had gaps (numbers from 0 on, the type's largest value for none) are read too.
-    """
-    raw = codes.detach().cpu()
-    if bool((raw == 0).any()):
-        return torch.where(raw == torch.iinfo(raw.dtype).max, -1, raw.long())
-    return (raw.long() - 1).div(_STEP, rounding_mode="floor") - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,29 +203,14 @@ def _places(sets: Tensor, group: Tensor, groups: int) -> tuple[int, Tensor]:
     return width, place
 
 
-class _Known:
-    """The layout of two set buffers, and how to tell that they still hold what it was made from."""
+class _Known(Seen):
+    """The layout of two set buffers, for as long as they hold what it was made from."""
 
-    __slots__ = ("cols", "layout", "refs", "rows", "versions")
+    __slots__ = ("layout",)
 
     def __init__(self, row_set: Tensor, col_set: Tensor, layout: Layout) -> None:
+        super().__init__(row_set, col_set)
         self.layout = layout
-        self.rows = self.cols = None
-        if row_set.is_cpu:
-            self.rows, self.cols = row_set.clone(), col_set.clone()
-        self.refs = weakref.ref(row_set), weakref.ref(col_set)
-        self.versions = _version(row_set), _version(col_set)
-
-    def holds(self, row_set: Tensor, col_set: Tensor) -> bool:
-        if self.rows is not None and self.cols is not None and row_set.is_cpu:
-            # By content: a change through `.data` or by a collective has no version.
-            return torch.equal(self.rows, row_set) and torch.equal(self.cols, col_set)
-        same = self.refs[0]() is row_set and self.refs[1]() is col_set
-        return same and self.versions == (_version(row_set), _version(col_set))
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 _KNOWN: dict[tuple[int, int, int], _Known] = {}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Unpack
 
 from ..seeds import Seed, base_seed, named_generator
-from ..topology import BlockTopology, make_topology
+from ..topology import BlockTopology, decode_sets, encode_sets, make_topology, topology_of, unwrapped
 from ..weights import Blocks, eco_blocks
 
 Size = int | tuple[int, int]
@@ -54,7 +58,9 @@ class ECOConv2d(nn.Conv2d):
 
     Shape:
         ``(batch, in_channels, h, w)`` to ``(batch, out_channels, h / stride, w / stride)``. ``weight`` is
-        ``(out_channels, most inputs an output sees, *kernel_size)``, rows in the order of the topology's buckets.
+        ``(out_channels, most inputs an output sees, *kernel_size)``, rows in the order of the topology's buckets. The
+        buffers ``row_set`` and ``col_set`` are the topology (`sao_prune.topology.encode_sets`); the layer follows what
+        they hold, whoever put it there, and what averages buffers does them no harm.
 
     Raises:
         ValueError: for sizes or groups out of range, or an input that the stride does not divide.
@@ -67,10 +73,12 @@ class ECOConv2d(nn.Conv2d):
         True
     """
 
-    row_index: Tensor
-    col_index: Tensor
     row_set: Tensor
     col_set: Tensor
+    # Last known; what the buffers hold is what counts wherever they can be read.
+    _topology: BlockTopology
+    _row_index: Tensor
+    _col_index: Tensor
 
     def __init__(
         self,
@@ -100,8 +108,8 @@ class ECOConv2d(nn.Conv2d):
         self._warned: set[tuple[int, int]] = set()
         shape = (out_channels, in_channels * stride**2)
         made = _make(options.get("topology", "ramanujan"), shape, groups, named_generator(base, "topology"))
-        self.register_buffer("row_set", made.row_set.to(device))
-        self.register_buffer("col_set", made.col_set.to(device))
+        self.register_buffer("row_set", encode_sets(made.row_set).to(device))
+        self.register_buffer("col_set", encode_sets(made.col_set).to(device))
         self._adopt(made)
         (blocks,) = eco_blocks([made], [self._kernel], [named_generator(base, "values")], gain=gain)
         self.weight = nn.Parameter(pack(blocks, self._kernel).to(device, dtype or torch.get_default_dtype()))
@@ -115,15 +123,44 @@ class ECOConv2d(nn.Conv2d):
     def _kernel(self) -> tuple[int, int]:
         return self.kernel_size[0], self.kernel_size[1]
 
+    @property
+    def topology(self) -> BlockTopology:
+        """Which outputs see which inputs, by what the buffers hold; while compiled as last known."""
+        rows, cols = self.row_set, self.col_set
+        if torch.compiler.is_compiling() or not type(rows) is type(cols) is Tensor or rows.is_meta:
+            return self._topology
+        with _real():
+            topology = topology_of(unwrapped(rows), unwrapped(cols))
+            if topology is not self._topology or self._row_index.device != rows.device:
+                self._adopt(topology)
+        return topology
+
     def _adopt(self, topology: BlockTopology) -> None:
-        """Derive what execution needs from a topology."""
-        self.topology = topology
-        self.groups = topology.groups
+        """Derive what execution needs from a topology. These are no buffers: an average of indices is none."""
         device = self.row_set.device
         rows = torch.cat([b.rows.flatten() for b in topology.buckets])
-        self.register_buffer("row_index", torch.argsort(rows).to(device), persistent=False)
         cols = torch.cat([b.cols.flatten() for b in topology.buckets])
-        self.register_buffer("col_index", cols.to(device), persistent=False)
+        self.__dict__.update(
+            _topology=topology,
+            _row_index=torch.argsort(rows).to(device),
+            _col_index=cols.to(device),
+            groups=topology.groups,
+        )
+
+    def _indices(self) -> tuple[tuple[tuple[int, ...], ...], Tensor, Tensor]:
+        """Shapes of the topology's buckets, the row of each output, and the input of each column."""
+        rows, cols = self.row_set, self.col_set
+        if not torch.compiler.is_compiling() and self._has_no_single_values(rows):
+            # In one bucket, codes have the order of the sets.
+            found = torch.argsort(torch.argsort(rows, stable=True), stable=True), torch.argsort(cols, stable=True)
+            return tuple(b.shape for b in self._topology.buckets), *found
+        shapes = tuple(b.shape for b in self.topology.buckets)
+        return shapes, self._row_index, self._col_index
+
+    def _has_no_single_values(self, codes: Tensor) -> bool:
+        """Whether codes are those of several layers at once (which only regular ones can be), or only a shape."""
+        several = torch._C._functorch.is_functorch_wrapped_tensor(codes) and len(self._topology.buckets) == 1
+        return several or codes.is_meta or isinstance(codes, FakeTensor)
 
     def dense_weight(self) -> Tensor:
         """The kernel with its zeros, shape ``(out_channels, in_channels * stride^2, *kernel_size)``."""
@@ -143,15 +180,15 @@ class ECOConv2d(nn.Conv2d):
         dilation = (height.dilation, width.dilation)
         if self.groups == 1:
             return F.conv2d(x, _fold(self.weight, (height, width)), self.bias, dilation=dilation)
-        x = x.index_select(1, self.col_index)
-        shapes = [b.shape for b in self.topology.buckets]
+        shapes, row_index, col_index = self._indices()
+        x = x.index_select(1, col_index)
         outs = []
         columns = x.split([blocks * cols for blocks, _, cols in shapes], 1)
         rows = self.weight.split([blocks * rows for blocks, rows, _ in shapes])
         for part, weight, (blocks, _, cols) in zip(columns, rows, shapes):
             folded = _fold(weight[:, :cols], (height, width))
             outs.append(F.conv2d(part, folded, dilation=dilation, groups=blocks))
-        y = (outs[0] if len(outs) == 1 else torch.cat(outs, 1)).index_select(1, self.row_index)
+        y = (outs[0] if len(outs) == 1 else torch.cat(outs, 1)).index_select(1, row_index)
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def exact_at(self, size: Size) -> bool:
@@ -176,9 +213,16 @@ class ECOConv2d(nn.Conv2d):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = f"{prefix}row_set", f"{prefix}col_set"
+        if all(isinstance(state_dict.get(name), Tensor) and not state_dict[name].is_meta for name in names):
+            # Anew, so that sets of an average or of an earlier format are stored exactly, in the type that they need.
+            state_dict = {**state_dict, **{name: encode_sets(decode_sets(state_dict[name])) for name in names}}
+            for name in ("row_set", "col_set"):
+                new, own = state_dict[prefix + name], self._buffers[name]
+                if own is not None and own.shape == new.shape and own.dtype != new.dtype:
+                    self._buffers[name] = torch.empty_like(new, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}row_set" in state_dict and f"{prefix}col_set" in state_dict:
-            self._adopt(BlockTopology(self.row_set, self.col_set))
+        _ = self.topology
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self._kernel}, stride={self.stride[0]}"]
@@ -214,6 +258,13 @@ def unpack(weight: Tensor, topology: BlockTopology) -> Blocks:
     shapes = [b.shape for b in topology.buckets]
     parts = weight.flatten(2).split([blocks * rows for blocks, rows, _ in shapes])
     return tuple(p[:, : s[2]].unflatten(0, s[:2]) for p, s in zip(parts, shapes))
+
+
+@contextmanager
+def _real() -> Iterator[None]:
+    """Compute with what tensors hold, whatever mode is on, and keep results that any mode can use."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 It is computed anew for every forward, from what the parameter and the mask hold then. It is a plain tensor wherever
 tensors cannot be subclassed (fake, functional and distributed tensors); elsewhere it can be copied and pickled, and it
 knows whether anybody wrote to it: such a write reaches the parameter where the mask is one, or raises. In-place
-methods and assignments to ``data`` do so at once; writes through views and aliases (``weight.data.copy_``) at the next
-forward, copy, state dict or verb. Compiled code does not look for those: run the model once without it in between.
+methods, assignments to ``data`` and writes through views and aliases (``weight.data.copy_``, `WeightView`) do so at
+once. What is written to its memory otherwise (functions that make a view of it, ``torch.flatten(weight).zero_()``; the
+array of ``weight.detach().numpy()``) is found at the next forward, copy, state dict or verb, by the version that torch
+counts; compiled code does not look at it, and of arrays torch knows nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _disabled_torch_function_impl
 
+from .alias import lend, lends
 from .offload import offloaded
 from .operands import PLAIN, operands, product, version
 
@@ -29,6 +32,7 @@ _COMPILES = torch.__version__ >= "2.8"
 _INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig; nothing was written"
 
 
+@lends
 class MaskedWeight(Tensor):
     """The product of weight and mask: an ordinary tensor in the graph that can be copied, pickled and written to.
 
@@ -63,29 +67,49 @@ class MaskedWeight(Tensor):
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """An alias outside the graph; what is written there counts as written here."""
+        if torch.compiler.is_compiling():
+            return Tensor.detach(self)
         current = self._renewed()
         if current is not self:
             return current.data
         if self._lent is None:
             self._lent = _DATA.__get__(self)
             self._lent_version = self._lent._version
-        return self._lent
+        lent: Tensor = lend(self, self._lent, self._lent)
+        return lent
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if self._successor is not None:
             self._successor.data = value
             return
-        owner = self._module if self._owner is None else self._owner()
-        if owner is not None and owner.__dict__.get(self._name) is not self:
-            raise RuntimeError(
-                f"this {self._name} was computed for an earlier forward of a pruned {type(owner).__name__}: take it "
-                "from the module again before writing to it"
-            )
+        self._refuse_if_left_behind()
+        owner = self._current_owner()
         _DATA.__set__(self, value)
         self._assigned, self._lent = True, None
         if owner is not None:
             settle(owner, self._name)
+
+    def note_write(self) -> None:
+        """Let what was written through a view reach the parameter.
+
+        Raises:
+            RuntimeError: if it cannot, or the module has computed another weight since the view was made.
+        """
+        self._refuse_if_left_behind()
+        owner = self._current_owner()
+        self._assigned = True
+        if owner is not None:
+            settle(owner, self._name)
+
+    def _refuse_if_left_behind(self) -> None:
+        owner = self._module if self._owner is None else self._owner()
+        if owner is None or owner.__dict__.get(self._name) is self or f"{self._name}_mask" not in owner._buffers:
+            return
+        raise RuntimeError(
+            f"this {self._name} was computed for an earlier forward of a pruned {type(owner).__name__}: take it "
+            "from the module again before writing to it"
+        )
 
     def refill_(self, original: Tensor) -> None:
         """Take over a parameter that is zero where the mask is, without allocating; that is no write."""
@@ -118,8 +142,8 @@ class MaskedWeight(Tensor):
             if stale and not written:
                 with torch.no_grad():
                     return product(original, mask), False, False
-            return self.detach().as_subclass(Tensor).clone(), written, stale
-        return self.detach().as_subclass(Tensor).clone(), written, False
+            return _plain(self).clone(), written, stale
+        return _plain(self).clone(), written, False
 
     def _stale(self, original: Tensor) -> bool:
         return self._origin is not None and self._origin != version(original)
@@ -147,7 +171,7 @@ class MaskedWeight(Tensor):
             return self
         with torch.no_grad():
             now = product(original, mask)
-        if now.shape == self.shape and now.dtype == self.dtype and torch.equal(now, self.detach()):
+        if now.shape == self.shape and now.dtype == self.dtype and torch.equal(now, _plain(self)):
             return self
         place(owner, self._name, derive(owner, self._name))
         successor = owner.__dict__.get(self._name)
@@ -163,6 +187,7 @@ def _writing(name: str) -> Callable[..., Any]:
 
     def write(self: MaskedWeight, *args: Any, **kwargs: Any) -> Any:
         weight = self._renewed()
+        weight._refuse_if_left_behind()
         result = method(weight, *args, **kwargs)
         owner = weight._current_owner()
         if owner is not None:
@@ -180,6 +205,11 @@ for _name in (*dir(Tensor), "__setitem__", *(f"__i{name}__" for name in _OPERATO
     _in_place = _name.endswith("_") and not _name.startswith("_") and _name not in _NO_WRITES
     if (_in_place or _name == "__setitem__" or _name[3:-2] in _OPERATORS) and hasattr(Tensor, _name):
         setattr(MaskedWeight, _name, _writing(_name))
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """The weight without its graph and without what it knows of itself."""
+    return Tensor.detach(weight).as_subclass(Tensor)
 
 
 def _rebuild(values: Tensor, written: bool, stale: bool) -> MaskedWeight:
@@ -263,7 +293,7 @@ def current(module: nn.Module, name: str) -> Tensor:
     """The weight that a module would compute with now, detached; of a pruned tensor the product, computed anew."""
     if f"{name}_mask" not in module._buffers or name in module._parameters:
         weight: Tensor = getattr(module, name)
-        return weight.detach()
+        return Tensor.detach(weight)
     settle(module, name)
     with torch.no_grad():
         return product(*operands(module, name))
@@ -279,7 +309,7 @@ def _write_through(module: nn.Module, name: str, weight: MaskedWeight) -> None:
     original, mask = operands(module, name)
     whose = f"{type(module).__name__}.{name}"
     instead = _INSTEAD.format(name)
-    values, stale = weight.detach().clone(), weight._stale(original)
+    values, stale = _plain(weight).clone(), weight._stale(original)
     weight.forget_writes()
     if f"{name}_orig" not in module._parameters or type(original) not in PLAIN:
         raise RuntimeError(f"{whose} is pruned and was written to, but {name}_orig is computed or sharded: {instead}")

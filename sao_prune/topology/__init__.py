@@ -3,6 +3,7 @@
 from .assignment import balanced_assignment
 from .block import BlockTopology, Bucket, NotBlockStructuredError
 from .clustering import chain, clustered, coarsened, kept_energy, split
+from .codes import Seen, decode_sets, encode_sets, topology_of, unwrapped
 from .expanders import expander
 from .makers import MAKERS, interleaved, make_topology, ramanujan
 from .mixed_radix import radix
@@ -16,10 +17,13 @@ __all__ = [
     "BlockTopology",
     "Bucket",
     "NotBlockStructuredError",
+    "Seen",
     "balanced_assignment",
     "chain",
     "clustered",
     "coarsened",
+    "decode_sets",
+    "encode_sets",
     "even_sizes",
     "exact_sizes",
     "expander",
@@ -31,4 +35,6 @@ __all__ = [
     "radix",
     "ramanujan",
     "split",
+    "topology_of",
+    "unwrapped",
 ]

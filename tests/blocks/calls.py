@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sao_prune.blocks import operators
-from sao_prune.blocks.layout import encode_sets
 from sao_prune.blocks.modules import block_slots, blocks_shape
-from sao_prune.topology import BlockTopology
+from sao_prune.topology import BlockTopology, encode_sets
 
 from .cases import LAYOUTS
 

@@ -17,8 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import sao_prune
 from sao_prune.blocks import BlockConv2d, BlockLinear
-from sao_prune.blocks.layout import decode_sets, encode_sets
-from sao_prune.topology import interleaved
+from sao_prune.topology import decode_sets, encode_sets, interleaved
 
 from .cases import block_layers, irregular, topologies, uneven
 

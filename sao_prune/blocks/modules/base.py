@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ...topology import BlockTopology
+from ...topology import BlockTopology, decode_sets, encode_sets, unwrapped
 from ..epilogue import Epilogue
 from ..flops import register_flops
-from ..layout import Layout, decode_sets, encode_sets, layout_of, layout_of_topology
+from ..layout import Layout, layout_of, layout_of_topology
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class BlockModule(nn.Module):
         rows, cols = self.row_set, self.col_set
         if type(rows) is not Tensor or rows.is_meta or torch.compiler.is_compiling():
             return self._layout
-        layout = layout_of(_unwrapped(rows), _unwrapped(cols), self.execution.merge)
+        layout = layout_of(unwrapped(rows), unwrapped(cols), self.execution.merge)
         if layout is not self._layout:
             self.__dict__["_layout"] = layout
         return layout
@@ -214,27 +214,8 @@ def is_batched(t: Tensor) -> bool:
     while functorch.is_functorch_wrapped_tensor(t):
         if functorch.is_batchedtensor(t):
             return True
-        t = functorch.get_unwrapped(t)
+        t = functorch.getunwrapped(t)
     return False
-
-
-def _unwrapped(t: Tensor) -> Tensor:
-    """What function transforms hold.
-
-    Raises:
-        RuntimeError: if those are several that differ.
-    """
-    functorch = torch._C._functorch
-    while torch._C._are_functorch_transforms_active() and functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            each = functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)
-            with torch._C._DisableFuncTorch():
-                if len(each) == 0 or bool((each != each[:1]).any()):
-                    raise RuntimeError("torch.vmap over layers whose sets are uneven and differ: run them one by one")
-                t = each[0]
-        else:
-            t = functorch.get_unwrapped(t)
-    return t
 
 
 def stack_blocks(topology: BlockTopology, values: Sequence[Tensor]) -> Tensor:

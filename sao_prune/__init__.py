@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .blocks import compact, expand
     from .checkpoint import load, save
     from .discovery import PrunableWeight, Selection, walk
+    from .distillation import Distillation, Distiller
     from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
     from .orthogonality import hold, release
@@ -40,6 +41,8 @@ __all__ = [
     "BlockTopology",
     "Budget",
     "CheckpointError",
+    "Distillation",
+    "Distiller",
     "ExportReport",
     "GraSP",
     "LayerRecord",
@@ -82,6 +85,7 @@ _HOMES = {
         "blocks": "compact expand",
         "checkpoint": "load save",
         "discovery": "PrunableWeight Selection walk",
+        "distillation": "Distillation Distiller",
         "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import prune
-    from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, Project, SynFlow, methods
+    from .algorithms import EOI, GMP, LMP, LRP, NM, RG, SAO, SNIP, GraSP, Method, Project, SynFlow, methods
     from .allocation import Budget
     from .blocks import compact, expand
     from .checkpoint import load, save
@@ -35,6 +35,7 @@ __all__ = [
     "GMP",
     "LMP",
     "LRP",
+    "NM",
     "RG",
     "SAO",
     "SNIP",
@@ -80,7 +81,7 @@ _ROOMS = ("algorithms", "allocation", "analysis", "blocks", "discovery", "models
 _HOMES = {
     name: home
     for home, names in {
-        "algorithms": "EOI GMP LMP LRP RG SAO SNIP GraSP Method Project SynFlow methods",
+        "algorithms": "EOI GMP LMP LRP NM RG SAO SNIP GraSP Method Project SynFlow methods",
         "allocation": "Budget",
         "blocks": "compact expand",
         "checkpoint": "load save",

@@ -77,9 +77,8 @@ class NM(Method):
             scores = allocation.weight.matrices(weight).detach().abs()
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             if not bool(torch.isfinite(scores).all()):
-                raise ValueError(
-                    f"{allocation.weight.name}: the weight holds NaN or infinite values, so its entries cannot be ranked"
-                )
+                name = allocation.weight.name
+                raise ValueError(f"{name}: the weight holds NaN or infinite values, so its entries cannot be ranked")
             draws.append(Draw(allocation.weight, units=torch.stack([self._keep(part) for part in scores])))
         return draws
 

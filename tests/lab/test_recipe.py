@@ -104,7 +104,8 @@ def test_keys_depend_on_what_the_result_depends_on_and_on_nothing_else(micro: Mi
 
 
 def test_shipped_recipes_are_sound_and_found_by_name() -> None:
-    assert len(shipped_recipes()) == 17  # the demo, one for each of the fifteen experiments, isometry across skips
+    # The demo, one for each of the fifteen experiments, isometry across skips, trained networks.
+    assert len(shipped_recipes()) == 18
     for name, path in shipped_recipes().items():
         file = read_recipe(find_recipe(name))
         assert file.recipe.name == name == path.stem

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import prune
-    from .algorithms import EOI, GMP, LMP, LRP, RG, SAO, SNIP, GraSP, Method, Project, SynFlow, methods
+    from .algorithms import EOI, GMP, LMP, LRP, NM, RG, SAO, SNIP, GraSP, Method, Project, SynFlow, methods
     from .allocation import Budget
     from .blocks import compact, expand
     from .checkpoint import load, save
     from .discovery import PrunableWeight, Selection, walk
+    from .distillation import Distillation, Distiller
     from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
     from .orthogonality import hold, release
@@ -34,12 +35,15 @@ __all__ = [
     "GMP",
     "LMP",
     "LRP",
+    "NM",
     "RG",
     "SAO",
     "SNIP",
     "BlockTopology",
     "Budget",
     "CheckpointError",
+    "Distillation",
+    "Distiller",
     "ExportReport",
     "GraSP",
     "LayerRecord",
@@ -77,11 +81,12 @@ _ROOMS = ("algorithms", "allocation", "analysis", "blocks", "discovery", "models
 _HOMES = {
     name: home
     for home, names in {
-        "algorithms": "EOI GMP LMP LRP RG SAO SNIP GraSP Method Project SynFlow methods",
+        "algorithms": "EOI GMP LMP LRP NM RG SAO SNIP GraSP Method Project SynFlow methods",
         "allocation": "Budget",
         "blocks": "compact expand",
         "checkpoint": "load save",
         "discovery": "PrunableWeight Selection walk",
+        "distillation": "Distillation Distiller",
         "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",

@@ -231,7 +231,7 @@ def done(allocation: Allocation, draw: Draw, note: str = "") -> LayerRecord:
     """A weight after its draw."""
     record = pruned(allocation, draw.groups, draw.edges)
     said = filter(None, (record.note, str(draw.fidelity or ""), note))
-    return replace(record, note="; ".join(said), fidelity=draw.fidelity)
+    return replace(record, nnz=draw.nnz, note="; ".join(said), fidelity=draw.fidelity)
 
 
 def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:

@@ -8,6 +8,7 @@ from .magnitude import GMP, LMP, LRP
 from .project import Project
 from .rg import RG
 from .sao import SAO
+from .semistructured import NM
 from .snip import SNIP
 from .synflow import SynFlow
 
@@ -16,6 +17,7 @@ __all__ = [
     "GMP",
     "LMP",
     "LRP",
+    "NM",
     "RG",
     "SAO",
     "SNIP",

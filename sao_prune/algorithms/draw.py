@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ class Draw:
         topologies: one a part, where the support is made of blocks; else empty.
         blocks: values, one tuple a part with a tensor a bucket: ``(blocks, r, c)`` for the centre tap alone, or
             ``(blocks, r, c, taps)`` for every tap of the kernel. Empty keeps the weight's own values.
-        units: for other supports, a boolean ``(parts, m, n)`` tensor.
+        units: for other supports, a boolean ``(parts, m, n)`` tensor; ``(parts, m, n, *kernel)`` where the taps of a
+            kernel differ.
         matrices: values for other supports, ``(parts, m, n)`` for the centre tap alone or with every tap,
             ``(parts, m, n, *kernel)``; ``None`` keeps the weight's own.
         also: values for other parameters and buffers of the model, by their full names: a bias, say, or the
@@ -68,7 +70,16 @@ class Draw:
     @property
     def edges(self) -> int:
         """Matrix entries (kernels, for a convolution) that stay, over all parts."""
-        return sum(t.nnz for t in self.topologies) if self.units is None else int(self.units.sum())
+        if self.units is None:
+            return sum(t.nnz for t in self.topologies)
+        return int((self.units.flatten(3).any(3) if self.units.dim() > 3 else self.units).sum())
+
+    @property
+    def nnz(self) -> int:
+        """Weights that stay, every tap of a kernel counted."""
+        if self.units is not None and self.units.dim() > 3:
+            return int(self.units.sum())
+        return self.edges * prod(self.weight.kernel)
 
     @property
     def groups(self) -> int | None:
@@ -86,7 +97,8 @@ class Draw:
         for part, target in enumerate(self.weight.matrices(mask)):
             if self.units is not None:
                 unit = self.units[part].to(target)
-                target.copy_(unit.reshape(*unit.shape, *(1,) * len(self.weight.kernel)).expand_as(target))
+                unit = unit.reshape(*unit.shape, *(1,) * (target.dim() - unit.dim()))
+                target.copy_(unit.expand_as(target))
             else:
                 _write(target, self.topologies[part], None)
         return mask

@@ -51,7 +51,7 @@ class Cell:
             "seed": self.seed,
         }
         if self.kind != "spectrum":
-            content.update(lr=self.lr, train=_said(setting.train))
+            content.update(lr=self.lr, train=_said(self.arm.train))
         if self.kind == "select":
             content["holdout"] = setting.data.holdout
         if self.start is not None:
@@ -79,7 +79,7 @@ class Cell:
     @property
     def steps(self) -> int:
         """Its share of the progress: epochs, or one measurement."""
-        return 1 if self.kind == "spectrum" else self.arm.setting.train.epochs
+        return 1 if self.kind == "spectrum" else self.arm.train.epochs
 
 
 def _said(spec: Any) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def count_cells(arm: Arm) -> tuple[int, int]:
     setting = arm.setting
     rates = len(setting.lr.grid) * len(setting.lr.seeds) if len(setting.lr.grid) > 1 else 0
     trainings, spectra = rates + len(setting.seeds), int(spectrum_cell(arm) is not None)
-    return trainings + spectra, trainings * setting.train.epochs + spectra
+    return trainings + spectra, trainings * arm.train.epochs + spectra
 
 
 def _training(kind: str, arm: Arm, seed: int, lr: float, start_lr: float | None) -> Cell:

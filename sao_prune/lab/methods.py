@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections import Counter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .recipe import Arm
 
 Examples = tuple[Tensor, Tensor]
+_PRUNINGS = 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class LabMethod:
         needs_data: it decides by examples from the training set.
         per_class: how many of each class; ten is what GraSP takes, and with ten classes about one batch for SNIP.
         structured: whole channels go, as many as leave the multiply-adds that SAO would leave at the same amount.
+        gradual: pruned in steps over the first half of the training after, on Zhu and Gupta's cubic schedule.
     """
 
     label: str
@@ -44,6 +47,7 @@ class LabMethod:
     needs_data: bool = False
     per_class: int = 10
     structured: bool = False
+    gradual: bool = False
 
 
 # -S: initialise, prune, train. -T: initialise, train dense, prune, train again (thesis section 3.5.4).
@@ -57,8 +61,10 @@ METHODS: dict[str, LabMethod] = {
     "rg-u": LabMethod("RG-U", "RG", {"values": "uniform"}),
     "gmp-s": LabMethod("GMP-S", "GMP"),
     "gmp-t": LabMethod("GMP-T", "GMP", trained=True),
+    "gmp-gradual": LabMethod("GMP gradual", "GMP", trained=True, gradual=True),
     "lmp-s": LabMethod("LMP-S", "LMP"),
     "lmp-t": LabMethod("LMP-T", "LMP", trained=True),
+    "lmp-gradual": LabMethod("LMP gradual", "LMP", trained=True, gradual=True),
     "lrp-s": LabMethod("LRP-S", "LRP"),
     "lrp-t": LabMethod("LRP-T", "LRP", trained=True),
     "eoi": LabMethod("EOI", "EOI"),
@@ -69,6 +75,8 @@ METHODS: dict[str, LabMethod] = {
     "project-random": LabMethod(
         "Project, random sets", "Project", {"topology": "ramanujan"}, trained=True, needs_data=True, per_class=50
     ),
+    "two-four-t": LabMethod("2:4-T", "NM", trained=True),
+    "two-four-permuted-t": LabMethod("2:4-T, permuted", "NM", {"permute": True}, trained=True),
     "structured-s": LabMethod("Structured-S", None, structured=True),
     "structured-t": LabMethod("Structured-T", None, structured=True, trained=True),
 }
@@ -101,6 +109,11 @@ class MethodSpec:
     def is_structured(self) -> bool:
         """Whole channels go, so that nothing is left to mask."""
         return METHODS[self.name].structured
+
+    @property
+    def is_gradual(self) -> bool:
+        """Pruning goes on while the network trains."""
+        return METHODS[self.name].gradual
 
     @property
     def is_trained_first(self) -> bool:
@@ -202,6 +215,46 @@ def prune_network(model: nn.Module, arm: Arm, seed: int, example: Tensor, exampl
     return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, note)
 
 
+@dataclass(frozen=True)
+class Gradual:
+    """A network that is pruned while it trains.
+
+    Attributes:
+        pruner: to be stepped after every optimizer step.
+    """
+
+    pruner: sao_prune.Pruner
+    _model: nn.Module
+    _cost: Cost
+
+    def left(self) -> Pruned:
+        """What is left now."""
+        report = sao_prune.report(self._model)
+        flops = self._cost.after({layer.name: layer.achieved for layer in report.pruned})
+        return Pruned(self.pruner.sparsity, report.parameters, report.remaining, flops, self._cost.total)
+
+
+def schedule_network(model: nn.Module, arm: Arm, seed: int, example: Tensor, steps: int) -> Gradual:
+    """Begin to prune ``model`` in place over a training of ``steps`` optimizer steps, as an arm of a recipe says.
+
+    Raises:
+        LabError: if the library refuses, with its reason.
+    """
+    cost, end = multiply_adds(model, example), steps // 2
+    over = sao_prune.Schedule(0, end, min(_PRUNINGS, end + 1))
+    try:
+        pruner = sao_prune.schedule(
+            model,
+            arm.method.build(arm.setting.gain),
+            over=over,
+            seed=seed,
+            **arm.prune,  # type: ignore[arg-type]
+        )
+    except (TypeError, ValueError) as error:
+        raise LabError(f"{arm.method.title}: {error}") from error
+    return Gradual(pruner, model, cost)
+
+
 def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, example: Tensor) -> Pruned:
     """Whole channels, until no more multiply-adds are left than SAO leaves at the same amount."""
     report = _plan(model, "sao", arm)
@@ -221,6 +274,11 @@ def check_method(model: nn.Module, arm: Arm) -> None:
     """
     if not arm.method.is_dense:
         _plan(model, "sao" if arm.method.is_structured else arm.method.build(1.0), arm)
+        if arm.method.is_trained_first and arm.train.distill is not None:
+            try:
+                sao_prune.Distiller(model, copy.deepcopy(model), arm.train.distill.options()).close()
+            except ValueError as error:
+                raise LabError(f"distill: {error}") from error
 
 
 def _plan(model: nn.Module, method: Any, arm: Arm) -> sao_prune.Report:

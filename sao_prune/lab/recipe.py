@@ -185,6 +185,12 @@ class Arm:
         return ", ".join(text for text in (self.method.title, self.network_title, self.amount_title) if text)
 
     @property
+    def train(self) -> TrainSpec:
+        """Its own training: of a -T method the one after pruning."""
+        train = self.setting.train
+        return train.further() if self.method.is_trained_first else train.first()
+
+    @property
     def dense(self) -> Arm:
         """The dense network that a -T method of this arm starts from."""
         return Arm(self.setting, self.options, MethodSpec("dense"), {})

@@ -23,7 +23,7 @@ from .data import Dataset, DataSource, DataSpec, load_dataset
 from .depth import depth_spectrum
 from .errors import LabError
 from .locks import locked
-from .methods import Pruned, prune_network
+from .methods import Gradual, Pruned, prune_network, schedule_network
 from .network import initial_network
 from .recipe import Arm
 from .train import History, TensorBoardWriter, from_first, rank, train, world
@@ -87,33 +87,49 @@ class Worker:
 
     def network(self, cell: Cell) -> tuple[nn.Module, Pruned]:
         """The pruned network that a cell starts from, on the CPU, so that every device starts from the same weights."""
-        arm = cell.arm
-        model = deepcopy(self._initial(_network_key(arm), cell.seed))
+        model, pruned, _ = self._pruned(cell)
+        return model, pruned
+
+    def _pruned(self, cell: Cell) -> tuple[nn.Module, Pruned, Gradual | None]:
+        arm, model, data = cell.arm, self._unpruned(cell), self._data_of(cell)
+        if arm.method.is_gradual:
+            steps = arm.train.steps(len(data.train_y))
+            gradual = schedule_network(model, arm, cell.seed, data.example, steps)
+            return model, gradual.left(), gradual
+        chosen = examples(data, cell.seed, arm.method.per_class) if arm.method.needs_data else None
+        return model, prune_network(model, arm, cell.seed, data.example, chosen), None
+
+    def _unpruned(self, cell: Cell) -> nn.Module:
+        """The initial network, or what a -T method's dense training has left of it."""
+        model = deepcopy(self._initial(_network_key(cell.arm), cell.seed))
         if cell.start is not None:
             model.load_state_dict(self._start_weights(cell.start))
-        data = self._data_of(cell)
-        chosen = examples(data, cell.seed, arm.method.per_class) if arm.method.needs_data else None
-        return model, prune_network(model, arm, cell.seed, data.example, chosen)
+        return model
 
     def _train(self, cell: Cell, on_epoch: OnEpoch | None) -> dict[str, Any]:
         setting, place = cell.arm.setting, self.place
         assert cell.lr is not None
-        model, pruned = self.network(cell)
-        data = self._data_of(cell)
+        model, pruned, gradual = self._pruned(cell)
+        data, spec = self._data_of(cell), cell.arm.train
         checkpoint = place.checkpoint(cell)
         model = model.to(self._device)
+        teacher = self._unpruned(cell).to(self._device) if spec.distill is not None else None
         with self._recorder(cell, on_epoch) as record:
             history = train(
                 model,
                 data,
-                setting.train,
+                spec,
                 cell.lr,
                 cell.seed,
                 record,
                 augment=setting.data.augment,
                 checkpoint=checkpoint,
                 key=cell.key,
+                pruner=None if gradual is None else gradual.pruner,
+                teacher=teacher,
             )
+        if gradual is not None:
+            pruned = gradual.left()
         if cell.leaves_weights and rank() == 0:
             _write_weights(model, place.weights(cell))
         if rank() == 0:

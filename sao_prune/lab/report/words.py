@@ -16,6 +16,9 @@ def caption(summary: Summary) -> str:
     data = several(setting.data.name for setting in settings)
     seeds = several(_seeds(setting.seeds) for setting in settings)
     before = " (a -T method trains as many more before it is pruned)" if _trained_first(summary) else ""
+    if before and any(setting.train.further_epochs for setting in settings):
+        further = several(f"{setting.train.further().epochs}" for setting in settings)
+        before = f" (a -T method is pruned after these, and trains {further} more)"
     return (
         f"Accuracy on the test set of {data} after {epochs} epochs{before}: mean, standard deviation and range over "
         f"{seeds}; beside it the mean difference from SAO and the p-value of a paired t-test. Sparsity is that of the "

@@ -4,10 +4,11 @@ from .distributed import from_first, in_turn, process_group, rank, world
 from .evaluate import evaluate
 from .history import History
 from .loop import train
-from .spec import ScheduleSpec, TrainSpec
+from .spec import DistillSpec, ScheduleSpec, TrainSpec
 from .tensorboard import TensorBoardWriter
 
 __all__ = [
+    "DistillSpec",
     "History",
     "ScheduleSpec",
     "TensorBoardWriter",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...pruner import Pruner
 from .distributed import from_first, rank
 from .history import History
 
@@ -25,12 +26,14 @@ class TrainingState:
 
     Attributes:
         average: the moving average of the model, if there is one.
+        pruner: what shrinks the model's masks, if they shrink.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: nn.Module | None
     history: History
+    pruner: Pruner | None = None
 
 
 class Checkpoint:
@@ -59,6 +62,8 @@ class Checkpoint:
         state.optimizer.load_state_dict(content["optimizer"])
         if state.average is not None:
             state.average.load_state_dict(content["average"])
+        if state.pruner is not None:
+            state.pruner.load_state_dict(content["pruner"])
         state.history = History.restored(content["history"])
         self._epochs = state.history.epochs
 
@@ -76,6 +81,7 @@ class Checkpoint:
             "optimizer": state.optimizer.state_dict(),
             "average": None if state.average is None else state.average.state_dict(),
             "history": asdict(state.history),
+            "pruner": None if state.pruner is None else state.pruner.state_dict(),
         }
         part = self._path.with_name(self._path.name + ".part")
         try:
@@ -117,6 +123,8 @@ class Checkpoint:
         average = None if state.average is None else state.average.state_dict()
         if (average is None) != (content["average"] is None) or not _alike(content["average"] or {}, average or {}):
             return "it is of another network"
+        if (state.pruner is None) != (content.get("pruner") is None):
+            return "it prunes in another way"
         groups = zip(content["optimizer"]["param_groups"], state.optimizer.state_dict()["param_groups"], strict=True)
         if any(given["params"] != own["params"] for given, own in groups):
             return "its optimiser is another"

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...analysis import track_isometry
+from ...distillation import Distiller
+from ...pruner import Pruner
 from ...seeds import named_generator
 from ..data import Dataset
+from ..errors import LabError
 from .checkpoint import FORMAT, Checkpoint, TrainingState
 from .distributed import own_share, rank, share_buffers, summed, world
 from .evaluate import evaluate
@@ -40,6 +43,8 @@ def train(
     checkpoint: Path | None = None,
     augment: tuple[str, ...] = (),
     key: str = "",
+    pruner: Pruner | None = None,
+    teacher: nn.Module | None = None,
 ) -> History:
     """Train ``model`` in place on the device that it and ``data`` are on.
 
@@ -61,9 +66,14 @@ def train(
             Delete it when the result is safe.
         augment: names of the data set's augmentations.
         key: what else tells this training from others; a checkpoint with another key is not used.
+        pruner: of ``model``, to be stepped after every optimizer step; the model is then trained masked.
+        teacher: what ``model`` learns from as ``spec.distill`` says; stays as it is.
 
     Returns:
         What happened; the same on every process.
+
+    Raises:
+        LabError: if the model cannot learn from its teacher.
 
     Example:
         >>> import torch, sao_prune
@@ -74,12 +84,16 @@ def train(
         ('ok', 'dense', True)
     """
     few = data.standardise(data.train_x[:_FEW])
-    with _own_random_state(data.device), execution_form(model, spec.execution, few) as execution:
-        trainer = _Trainer(model, data, spec, seed, augment)
+    with (
+        _own_random_state(data.device),
+        execution_form(model, "masked" if pruner else spec.execution, few) as execution,
+        _distiller(model, teacher, spec) as distiller,
+    ):
+        trainer = _Trainer(model, data, spec, seed, augment, distiller)
         optimizer = make_optimizer(model, spec, lr)
         scheduler = make_scheduler(optimizer, spec, lr)
         average = ModelEmaV3(model, spec.ema, use_warmup=True) if spec.ema else None
-        state = TrainingState(model, optimizer, average, History(execution=execution))
+        state = TrainingState(model, optimizer, average, History(execution=execution), pruner)
         file = Checkpoint(checkpoint, _identity(spec, lr, seed, execution, augment, key, data))
         file.resume(state)
         history = state.history
@@ -115,6 +129,7 @@ class _Trainer:
     spec: TrainSpec
     seed: int
     augment: tuple[str, ...]
+    distiller: Distiller | None = None
 
     def __post_init__(self) -> None:
         runner = self.model
@@ -134,6 +149,8 @@ class _Trainer:
         total = torch.zeros((), device=self._device)
         for step, (x, target, count) in enumerate(self._batches(history.epochs)):
             total += self._step(state.optimizer, x, target, count)
+            if state.pruner is not None and state.pruner.step(state.optimizer) and state.average is not None:
+                _share_masks(state.average.module, self.model)
             if isinstance(state.average, ModelEmaV3):
                 state.average.update(self.model, step=history.epochs * self._steps + step + 1)
         # Read once, at the end, so that a GPU need not wait after every step.
@@ -174,7 +191,10 @@ class _Trainer:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.spec.amp == "bf16"):
             logits = self._runner(x)
-        loss = self._objective.loss(logits, target)
+            loss = self._objective.loss(logits, target)
+            if self.distiller is not None:
+                own = len(x) if rank() < count else 0
+                loss = self.distiller.loss(x, logits, loss / max(own, 1)) * own
         optimizer.zero_grad()
         # Processes' gradients are averaged: times their number makes that the gradient of the whole batch's mean.
         (loss * (world() / count)).backward()
@@ -182,6 +202,29 @@ class _Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         optimizer.step()
         return loss.detach()
+
+
+@contextmanager
+def _distiller(model: nn.Module, teacher: nn.Module | None, spec: TrainSpec) -> Iterator[Distiller | None]:
+    """What adds the teacher's part to the loss, if there is a teacher."""
+    if teacher is None or spec.distill is None:
+        yield None
+        return
+    try:
+        distiller = Distiller(model, teacher, spec.distill.options())
+    except ValueError as error:
+        raise LabError(f"distill: {error}") from error
+    with distiller:
+        yield distiller
+
+
+def _share_masks(average: nn.Module, model: nn.Module) -> None:
+    """Give an average the masks of the model: averaged ones would be neither there nor away."""
+    with torch.no_grad():
+        masks = {name: buffer for name, buffer in model.named_buffers() if name.endswith("_mask")}
+        for name, own in average.named_buffers():
+            if name in masks:
+                own.copy_(masks[name])
 
 
 @contextmanager

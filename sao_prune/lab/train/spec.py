@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import ClassVar
 
+from ...distillation import Distillation
 from ..schema import rule
 
 
@@ -43,6 +45,27 @@ class ScheduleSpec:
 
 
 @dataclass(frozen=True)
+class DistillSpec:
+    """What a network that was pruned after a dense training learns from that dense one: see `Distillation`.
+
+    Example:
+        >>> DistillSpec(0.9, blocks=("layers.*",)).options()
+        Distillation(weight=0.9, temperature=4.0, blocks=('layers.*',), block_weight=1.0, dim=-1)
+    """
+
+    shorthand: ClassVar[str] = "weight"
+
+    weight: float = rule(0.5, least=0, most=1)
+    temperature: float = rule(4.0, above=0)
+    blocks: tuple[str, ...] = ()
+    block_weight: float = rule(1.0, least=0)
+
+    def options(self) -> Distillation:
+        """The library's options."""
+        return Distillation(self.weight, self.temperature, self.blocks, self.block_weight)
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """One training, for every method the same.
 
@@ -56,6 +79,8 @@ class TrainSpec:
         amp: ``bf16`` runs the network under `torch.autocast`; the weights stay in float32.
         execution: ``masked``; ``compact``, wherever the masks are made of blocks; or ``auto``, compact where that is
             faster as well.
+        further_epochs: epochs after pruning of methods that prune a trained network; as many as ``epochs`` if left out.
+        distill: what these learn from that network, beside the labels.
         isometry_every: record layer isometry after every so many epochs, and at the start; 0 for never.
 
     Example:
@@ -80,9 +105,23 @@ class TrainSpec:
     compile: bool = False
     execution: str = rule("auto", choices=("masked", "compact", "auto"))
     isometry_every: int = rule(0, least=0)
+    further_epochs: int | None = rule(None, least=1)
+    distill: DistillSpec | None = None
 
     def problem(self) -> tuple[str, str] | None:
         """Two betas."""
         if len(self.betas) != 2:
             return "betas", f"Adam has two, e.g. [0.9, 0.999], got {len(self.betas)}"
         return None
+
+    def first(self) -> TrainSpec:
+        """The training from initial weights."""
+        return replace(self, further_epochs=None, distill=None)
+
+    def further(self) -> TrainSpec:
+        """The training of a network that was pruned after a first one."""
+        return replace(self, epochs=self.further_epochs or self.epochs, further_epochs=None)
+
+    def steps(self, images: int) -> int:
+        """Optimizer steps on so many training images."""
+        return ceil(images / self.batch_size) * self.epochs

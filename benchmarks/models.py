@@ -40,11 +40,7 @@ def _compare(name: str, batch: int, target: float, mode: str, repeats: int) -> I
     torch.manual_seed(0)
     x, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
     dense = timm.create_model(name)
-    channels_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-    ways = {"dense": _way(dense, x, labels, mode)}
-    if any(isinstance(m, nn.Conv2d) for m in dense.modules()):
-        y = x.contiguous(memory_format=torch.channels_last)
-        ways["dense, channels last"] = _way(channels_last, y, labels, mode)
+    ways = _dense_ways(dense, x, labels, mode)
     worst = []
     for topology in ("interleaved", "ramanujan"):
         model = copy.deepcopy(dense)
@@ -72,6 +68,26 @@ def _compare(name: str, batch: int, target: float, mode: str, repeats: int) -> I
     )
 
 
+def untuned(name: str, mode: str, repeats: int = 3) -> Iterator[Row]:
+    """Compact by the rule alone, with an example input and without: never slower than dense by more than 5 %."""
+    torch.manual_seed(0)
+    batch = MODELS[name][0]
+    x, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+    dense = timm.create_model(name)
+    ways = _dense_ways(dense, x, labels, mode)
+    kinds = list(ways)
+    for kind, example in (("fused", x), ("without example_input", None)):
+        model = copy.deepcopy(dense)
+        sao_prune.apply(model, sparsity=SPARSITY, method=sao_prune.SAO(topology="interleaved"), seed=0)
+        sao_prune.compact(model, example_input=example)
+        ways[kind] = _way(model, x, labels, mode)
+    times = race(ways, repeats, warm_up=1)
+    work = f"{'training step' if mode == 'train' else 'inference'}, {name}, batch {batch}, {SPARSITY:.3%}, not tuned"
+    fastest = min(kinds, key=times.median)
+    for kind in ("fused", "without example_input"):
+        yield at_least(f"{work}, {kind}", fastest, 0.95, times, fastest, kind)
+
+
 def compiled(name: str, mode: str, repeats: int = 3) -> Iterator[Row]:
     """Eager and under torch.compile, dense and compact; never slower compiled than eager."""
     torch.manual_seed(0)
@@ -92,6 +108,17 @@ def compiled(name: str, mode: str, repeats: int = 3) -> Iterator[Row]:
     note = f"fastest dense form: {fastest}"
     yield at_least(f"{work}, compact eager", "fastest dense", None, times, fastest, "compact", note)
     yield at_least(f"{work}, compact compiled", "fastest dense", None, times, fastest, "compact, compiled", note)
+
+
+def _dense_ways(dense: nn.Module, x: Tensor, labels: Tensor, mode: str) -> dict[str, Callable[[], object]]:
+    """The dense model as it is, and in channels last."""
+    ways = {"dense": _way(dense, x, labels, mode)}
+    if any(isinstance(m, nn.Conv2d) for m in dense.modules()):
+        channels_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+        ways["dense, channels last"] = _way(
+            channels_last, x.contiguous(memory_format=torch.channels_last), labels, mode
+        )
+    return ways
 
 
 def _way(model: nn.Module, x: Tensor, labels: Tensor, mode: str) -> Callable[[], object]:

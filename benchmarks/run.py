@@ -1,7 +1,8 @@
 """Measure every ratio that compact execution promises, in one run, and write RESULTS.md.
 
-python benchmarks/run.py                         # all rows but those under torch.compile
+python benchmarks/run.py                         # all rows but those under torch.compile and those without tuning
 python benchmarks/run.py --only compile --out benchmarks/RESULTS-compiled.md
+python benchmarks/run.py --only untuned          # compact(model) by its rule alone: never slower than dense
 python benchmarks/run.py --only linear,resnet18  # rows whose name contains one of these; nothing is written
 SAO_PRUNE_NATIVE=0 python benchmarks/run.py --out benchmarks/RESULTS-no-compiler.md
 """
@@ -45,6 +46,8 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "mlp-1000": stacks.thousand,
     **{f"train-{name}": partial(models.training, name) for name in models.MODELS},
     **{f"infer-{name}": partial(models.inference, name) for name in models.MODELS},
+    **{f"untuned-train-{name}": partial(models.untuned, name, "train") for name in models.MODELS},
+    **{f"untuned-infer-{name}": partial(models.untuned, name, "infer") for name in models.MODELS},
     **{f"compile-train-{name}": partial(models.compiled, name, "train") for name in models.MODELS},
     **{f"compile-infer-{name}": partial(models.compiled, name, "infer") for name in models.MODELS},
 }
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the table (default: RESULTS.md after a full run)")
     options = parser.parse_args()
     wanted = [part for part in options.only.split(",") if part]
-    whole = {n: b for n, b in BENCHMARKS.items() if not n.startswith("compile-")}
+    whole = {n: b for n, b in BENCHMARKS.items() if not n.startswith(("compile-", "untuned-"))}
     chosen = {n: b for n, b in BENCHMARKS.items() if any(part in n for part in wanted)} if wanted else whole
     if not chosen:
         parser.error(f"--only {options.only} matches none of {', '.join(BENCHMARKS)}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..discovery import PrunableWeight
 from ..topology import BlockTopology, decode_sets
-from .autotune import default_execution
+from .autotune import run_by_rule
 from .forms import (
     CompositeForm,
     Form,
@@ -113,14 +113,15 @@ def _form(path: str, module: nn.Module, topology: BlockTopology) -> nn.Module:
             copies = topology.shape[1] // block.in_features
             block.__dict__.update(copies=copies, stacked=block.copies * block.stacked // copies)
         block.set_topology(topology, nn.Parameter(values, module.blocks.requires_grad))
-        block.run_as(default_execution(block))
+        if not block.execution.dense:
+            run_by_rule(block)
         return block
     form = _checked(path, module, LayerForm)
     parts = int(getattr(module, "groups", 1))
     given = _given(module, weights_of(module)[0], _split(topology, parts, parts))
     new = form.block(module, {"weight": given})
     assert isinstance(new, BlockModule)
-    new.run_as(default_execution(new))
+    run_by_rule(new)
     return new
 
 
@@ -153,7 +154,7 @@ def _composite(
     assert isinstance(block, BlockComposite)
     for matrix in block.matrices():
         _check_blocks(_key(path, matrix.path), state, tuple(matrix.layer.blocks.shape))
-        matrix.layer.run_as(default_execution(matrix.layer))
+    run_by_rule(block)
     return block
 
 

@@ -14,7 +14,7 @@ from .backends import cpu
 from .calls import Calls, run_model
 from .forms import dense_form
 from .fusion import Chain
-from .modules import BlockConv, BlockConv2d, BlockModule, Execution
+from .modules import BlockComposite, BlockConv, BlockConv2d, BlockModule, BlockRNNBase, Execution
 from .plan import Choice, Plan, Steps
 
 Tune = Literal["train", "infer"] | None
@@ -45,6 +45,15 @@ def default_execution(block: BlockModule) -> Execution:
     if not isinstance(block, BlockConv):
         return Execution()
     return Execution(merge=_merge_to(block, _NARROWEST), channels_last=isinstance(block, BlockConv2d))
+
+
+def run_by_rule(block: nn.Module) -> None:
+    """Make a block layer, or those of a layer with several weights, run by the rule without timing: recurrent layers
+    with small steps by torch's kernel for whole sequences."""
+    small = isinstance(block, BlockRNNBase) and block.has_small_steps
+    for layer in (m.layer for m in block.matrices()) if isinstance(block, BlockComposite) else (block,):
+        assert isinstance(layer, BlockModule)
+        layer.run_as(Execution(dense=True) if small else default_execution(layer))
 
 
 def suits_native(block: BlockModule) -> bool:
@@ -134,16 +143,23 @@ class Timings:
     current: float
     blocks: dict[Execution, float]
 
+    def fastest(self, channels_last: bool = False) -> tuple[Execution, float]:
+        """The fastest block form in a memory format, and its seconds."""
+        return min(((e, s) for e, s in self.blocks.items() if e.channels_last == channels_last), key=lambda i: i[1])
+
     def choice(self, channels_last: bool) -> Choice:
         """The fastest in a memory format, unless the layer as it was is faster still."""
         formats = {e.channels_last for e in self.blocks}
         wanted = channels_last if len(formats) > 1 else next(iter(formats))
-        execution, seconds = min(
-            ((e, s) for e, s in self.blocks.items() if e.channels_last == wanted), key=lambda item: item[1]
-        )
+        execution, seconds = self.fastest(wanted)
         if seconds > self.current:
             ratio, slower = self.dense / self.current, seconds / self.current
             return Choice(None, ratio, f"faster as it is ({execution} takes {slower:.2f}x the time)")
+        return Choice(execution, self.dense / seconds)
+
+    def of_part(self) -> Choice:
+        """The fastest, for a layer that cannot be left as it was: it is part of another."""
+        execution, seconds = self.fastest()
         return Choice(execution, self.dense / seconds)
 
 
@@ -175,7 +191,7 @@ def time_layer(candidate: Candidate, like: Tensor, tune: _Mode) -> Timings:
     runs["dense"] = _run(stock, _input(like, block, False), tune)
     if "weight_mask" in module._buffers:
         runs["current"] = _run(module, _input(like, block, False), tune)
-    seconds = _race(runs, block.blocks.device)
+    seconds = race(runs, block.blocks.device)
     return Timings(seconds["dense"], seconds.get("current", seconds["dense"]), {e: seconds[e] for e in forms})
 
 
@@ -206,7 +222,7 @@ def _run(module: nn.Module, x: Tensor, tune: _Mode) -> Callable[[], object]:
     return train
 
 
-def _race(runs: dict[Hashable, Callable[[], object]], device: torch.device) -> dict[Hashable, float]:
+def race(runs: dict[Hashable, Callable[[], object]], device: torch.device) -> dict[Hashable, float]:
     """Fewest seconds of each, which other work on the machine disturbs least; the slow ones run only once or twice."""
     seconds: dict[Hashable, float] = {}
     spent: dict[Hashable, float] = {}

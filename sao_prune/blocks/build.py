@@ -13,7 +13,7 @@ from ..algorithms import Draw
 from ..prune import MaskPruning, attach_all
 from ..replaced import warn_replaced
 from ..seeds import named_generator
-from .autotune import default_execution
+from .autotune import run_by_rule
 from .calls import to_channels_last
 from .eligible import read_from_outside
 from .forms import CompositeForm, Given, Ineligible, LayerForm, form_of, given_by, given_of
@@ -100,8 +100,7 @@ def _forms(
                 raise ValueError(f"{draw.weight.name} is on the meta device and cannot be compact: {reason}") from None
             masked.append(draw)
     for _, block in several:
-        for matrix in block.matrices() if isinstance(block, BlockComposite) else ():
-            matrix.layer.run_as(default_execution(matrix.layer))
+        run_by_rule(block)
     return [*several, *single], masked
 
 
@@ -128,7 +127,7 @@ def _layer(module: nn.Module, form: LayerForm, draw: Draw, seed: int) -> nn.Modu
             f"{draw.weight.name}: the method chose no blocks, so there is no compact form; use form='masked'"
         )
     block = form.block(module, {"weight": _given(module, draw)})
-    block.run_as(default_execution(block))
+    run_by_rule(block)
     bias = block._parameters["bias"]
     if bias is not None and bias.is_meta:
         bound = 1 / sqrt(draw.weight.matrix[1] * prod(draw.weight.kernel))

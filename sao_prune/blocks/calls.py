@@ -20,11 +20,13 @@ _CHANGED = "_was_contiguous"
 
 @dataclass(frozen=True)
 class Calls:
-    """Inputs of the first call of each layer and the number of its calls, by the id of the module."""
+    """Inputs of the first call of each layer and the number of its calls, by the id of the module; of recurrent layers
+    all arguments."""
 
     output: Any = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     count: dict[int, int] = field(default_factory=dict)
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
 
 def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: Any) -> Calls:
@@ -35,14 +37,17 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
     """
     inputs: dict[int, Tensor] = {}
     count: dict[int, int] = {}
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if isinstance(module, nn.RNNBase):
+            arguments.setdefault(id(module), (args, named))
         if args and isinstance(args[0], Tensor):
             # Only shape, type and memory order matter: keep no activation alive.
             inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
         count[id(module)] = count.get(id(module), 0) + 1
 
-    hooks = [module.register_forward_pre_hook(note) for module in watched]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     try:
         with _evaluating(model), torch.no_grad():
             output = call(model, example_input)
@@ -51,7 +56,7 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
     finally:
         for hook in hooks:
             hook.remove()
-    return Calls(output, inputs, count)
+    return Calls(output, inputs, count, arguments)
 
 
 def run_model(model: nn.Module, example_input: Any, mode: Literal["train", "infer"]) -> None:

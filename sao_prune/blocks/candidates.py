@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .autotune import Candidate, default_execution
+from .autotune import Candidate, run_by_rule
 from .calls import Calls
 from .eligible import Eligible, composites
 from .forms import CompositeForm, Ineligible, LayerForm, form_of, given_of, parameter_of
-from .modules import BlockComposite, BlockModule
+from .modules import BlockComposite, BlockModule, BlockRNNBase
 from .report import CompactRecord
+from .sequences import Recurrent
 
 
 def called_in(found: Sequence[tuple[str, nn.Module]], calls: Calls) -> set[int]:
@@ -60,10 +61,32 @@ def composites_of(eligible: list[Eligible]) -> list[tuple[nn.Module, BlockCompos
         module, form = own.module, own.form
         given = {tensor: given_of(module, weight, topologies) for tensor, (weight, topologies) in own.weights.items()}
         block = form.block(module, given)
-        for matrix in block.matrices():
-            matrix.layer.run_as(default_execution(matrix.layer))
+        run_by_rule(block)
         out.append((module, block))
     return out
+
+
+def parts_of(
+    whole: Sequence[tuple[nn.Module, BlockComposite]], calls: Calls, paths: Mapping[int, str]
+) -> tuple[list[Candidate], list[Recurrent]]:
+    """What is timed of layers with several weights: their block layers one by one, recurrent layers whole.
+
+    Args:
+        whole: the layers and their block forms.
+        calls: what the layers are called with in the model.
+        paths: of the layers, by their ids.
+    """
+    parts: list[Candidate] = []
+    sequences: list[Recurrent] = []
+    for module, block in whole:
+        path, arguments = paths[id(module)], calls.arguments.get(id(module))
+        if isinstance(block, BlockRNNBase):
+            if arguments is not None and block.compact_weights:
+                sequences.append(Recurrent(path, module, block, arguments))
+        else:
+            prefix = f"{path}." if path else ""
+            parts += [Candidate(f"{prefix}{m.path}", m.layer, m.layer) for m in block.matrices()]
+    return parts, sequences
 
 
 def candidate_of(e: Eligible) -> Candidate:

@@ -16,7 +16,7 @@ from ..replaced import warn_replaced
 from .autotune import Candidate, Tune, default_plan, with_steps
 from .backends import cpu
 from .calls import Calls, record_calls, to_contiguous
-from .candidates import called_in, candidate_of, composites_of, first_of, records_of, single_of
+from .candidates import called_in, candidate_of, composites_of, first_of, parts_of, records_of, single_of
 from .eligible import candidates, layers
 from .epilogue import detach
 from .forms import Ineligible, LayerForm, parameter_of
@@ -111,14 +111,12 @@ def compact(
     done = plan_of(model, chosen.machine)
     left = {name: choice for name, choice in chosen.choices.items() if choice.execution is None}
     done = replace(done, choices={**left, **done.choices})
-    for name, choice in chosen.choices.items():
-        record = records.get(name)
-        if record is not None and record.reason is None:
-            records[name] = replace(record, ratio=choice.ratio, reason=choice.reason)
     paths = {id(module): path for path, module in model.named_modules()}
     for e in ready:
-        if records[e.name].reason is None:
-            records[e.name] = replace(records[e.name], execution=_text(paths[id(first_of(e))], done))
+        name = paths[id(first_of(e))]
+        choice = chosen.choices.get(name, Choice(None))
+        record = replace(records[e.name], ratio=choice.ratio, reason=choice.reason)
+        records[e.name] = replace(record, execution="" if record.reason else _text(name, done))
     return CompactReport(tuple(records.values()), "compact", done, _note(model))
 
 
@@ -126,6 +124,8 @@ def _text(name: str, plan: Plan) -> str:
     choice = plan.choices.get(name)
     if choice is None or choice.execution is None:
         return ""
+    if choice.execution.dense:
+        return "dense: faster than its blocks"
     steps = choice.steps
     activation = None if steps.activation is None else "activation"
     fused = [s for s in ("norm" if steps.norm else None, activation, "linear" if steps.then else None) if s]
@@ -174,13 +174,14 @@ def _chosen(
         whole = replace(own, choices={**kept, **own.choices}, channels_last=last)
         return with_steps(whole, [*here, *candidates], follow, paths)
 
-    if calls is None or tune is None or not candidates:
+    if calls is None or tune is None or not (candidates or whole):
         return complete(default_plan(candidates))
 
     def convert(own: Plan) -> Callable[[], None]:
         return _convert(model, whole, candidates, complete(own))
 
-    return complete(tuned(model, candidates, calls, example_input, tune, convert))
+    parts, sequences = parts_of(whole, calls, paths)
+    return complete(tuned(model, candidates, parts, sequences, calls, example_input, tune, convert))
 
 
 def _convert(

@@ -107,11 +107,11 @@ class Epilogue:
         owner, norm, activation, then, *between = members = self.members()
         if (norm is not None, activation is not None, then is not None) != self._present or owner is None:
             return False
-        if torch.is_autocast_enabled(x.device.type) or _has_global_hooks():
+        if torch.is_autocast_enabled(x.device.type) or has_global_hooks():
             return False
         if not torch.compiler.is_compiling() and not self._is_at_home():
             return False
-        if any(_is_watched(m) for m in members if m is not None):
+        if any(is_watched(m) for m in members if m is not None):
             return False
         if any(m is None or (m.training and getattr(m, "p", 1) > 0) for m in between):
             return False
@@ -193,12 +193,12 @@ def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
     return any(getattr(module, name) for name in _HOOKS) or module._compiled_call_impl is not None
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
     everywhere = torch.nn.modules.module
     return bool(
         everywhere._global_forward_hooks

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -16,6 +18,7 @@ from .backends import cpu
 from .calls import Calls, record_calls
 from .modules import Execution
 from .plan import Plan, machine
+from .sequences import Recurrent
 from .tuning_cache import TuningCache
 
 Convert = Callable[[Plan], Callable[[], None]]
@@ -24,6 +27,8 @@ Convert = Callable[[Plan], Callable[[], None]]
 def tuned(
     model: nn.Module,
     candidates: Sequence[Candidate],
+    parts: Sequence[Candidate],
+    sequences: Sequence[Recurrent],
     calls: Calls,
     example_input: Any,
     tune: Literal["train", "infer"],
@@ -34,6 +39,8 @@ def tuned(
     Args:
         model: as it was.
         candidates: its layers.
+        parts: block layers of attention and experts; they are called by those in the compact model only.
+        sequences: its recurrent layers.
         calls: what they are given in it.
         example_input: what to run it on.
         tune: forward and backward, or forward alone.
@@ -41,7 +48,8 @@ def tuned(
     """
     together = dist.is_available() and dist.is_initialized()
     if not together or dist.get_rank() == 0:
-        plan = _tuned(model, candidates, calls, example_input, tune, convert)
+        with torch.random.fork_rng(devices=[]):
+            plan = _tuned(model, candidates, parts, sequences, calls, example_input, tune, convert)
     if together:
         told = [plan.to_json() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(told, src=0)
@@ -52,6 +60,8 @@ def tuned(
 def _tuned(
     model: nn.Module,
     candidates: Sequence[Candidate],
+    parts: Sequence[Candidate],
+    sequences: Sequence[Recurrent],
     calls: Calls,
     example_input: Any,
     tune: Literal["train", "infer"],
@@ -61,20 +71,30 @@ def _tuned(
     cache = TuningCache(here)
     undo = convert(default_plan(candidates))
     try:
-        compact_calls = record_calls(model, [c.module for c in candidates], example_input)
+        compact_calls = record_calls(model, [c.module for c in (*candidates, *parts)], example_input)
     finally:
         undo()
-    inputs = inputs_of(candidates, calls, compact_calls)
-    keys = {c.name: f"{tune}: {layer_key(c, inputs[c.name])}" for c in candidates}
+    parts = [c for c in parts if id(c.module) in compact_calls.inputs]
+    inputs = inputs_of([*candidates, *parts], calls, compact_calls)
+    keys = {c.name: f"{tune}: {layer_key(c, inputs[c.name])}" for c in (*candidates, *parts)}
+    # Those that are alike are timed once.
+    todo: dict[str, Callable[[], Timings]] = {
+        keys[c.name]: partial(time_layer, c, inputs[c.name], tune) for c in (*candidates, *parts)
+    }
+    todo |= {f"{tune}: {s.key}": partial(s.time, tune) for s in sequences}
     timings: dict[str, Timings] = {}
-    distinct = {keys[c.name]: c for c in reversed(candidates)}
-    with _progress("timing layers", len(distinct)) as advance:
-        for key, candidate in distinct.items():
-            timings[key] = _known(cache.get(key)) or time_layer(candidate, inputs[candidate.name], tune)
+    with _progress("timing layers", len(todo)) as advance:
+        for key, time in todo.items():
+            timings[key] = _known(cache.get(key)) or time()
             cache.put(key, _kept(timings[key]))
             advance()
+    fixed = {c.name: timings[keys[c.name]].of_part() for c in parts}
+    fixed |= {name: timings[f"{tune}: {s.key}"].of_part() for s in sequences for name in s.names()}
     formats = (True, False) if any(isinstance(m, nn.Conv2d) for m in model.modules()) else (False,)
-    plans = [Plan({c.name: timings[keys[c.name]].choice(last) for c in candidates}, last, here) for last in formats]
+    plans = [
+        Plan({**fixed, **{c.name: timings[keys[c.name]].choice(last) for c in candidates}}, last, here)
+        for last in formats
+    ]
     # Where no layer gains by a block form, the model stays as it is.
     plans = [p for p in plans if not p.channels_last or any(c.execution is not None for c in p.choices.values())]
     best = 0

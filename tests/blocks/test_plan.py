@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sao_prune
-from sao_prune.blocks import Execution, Plan, tuning
+from sao_prune.blocks import Execution, Plan, sequences, tuning
 from sao_prune.blocks.autotune import default_execution
 from sao_prune.blocks.backends import cpu
 
@@ -116,3 +116,33 @@ def test_the_default_rule():
     net.double()
     assert default_execution(net[5]) == Execution()
     assert default_execution(net[1]) == Execution(merge=2, channels_last=True)
+
+
+class _Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.memory = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.memory(self.attention(x, x, x, need_weights=False)[0])[0]
+
+
+@pytest.mark.parametrize("tune", ["train", "infer"])
+def test_layers_inside_others_are_timed_too(tune, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "1")
+    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    torch.manual_seed(0)
+    model, x = _Parts(), torch.randn(2, 3, 16)
+    sao_prune.apply(model, groups=2, seed=0, skip_first=False, skip_last=False)
+    y, other, before = model(x), copy.deepcopy(model), torch.random.get_rng_state()
+    report = sao_prune.compact(model, example_input=x, tune=tune)
+    assert all(record.ratio is not None and record.ratio > 0 for record in report.compact)
+    inner = [f"attention.in_proj.{i}" for i in range(3)] + ["memory.weight_ih_l0", "memory.weight_hh_l0"]
+    assert all(report.plan.choices[name].execution is not None for name in inner)
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(model(x), y)
+    for name in ("time_layer", "race"):
+        monkeypatch.setattr(tuning if name == "time_layer" else sequences, name, lambda *_: pytest.fail("timed again"))
+    assert sao_prune.compact(other, example_input=x, tune=tune).plan == report.plan
+    assert torch.equal(torch.random.get_rng_state(), before)

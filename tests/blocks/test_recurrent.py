@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import sao_prune
 from sao_prune.blocks import BlockLinear, BlockLSTM
+from sao_prune.blocks.modules import recurrent as steps
 
 from .composites import check_law, check_states, pruned
 
@@ -21,7 +22,7 @@ CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
 @st.composite
-def recurrent(draw):
+def layers(draw):
     name = draw(st.sampled_from(sorted(KINDS)))
     options = {
         "num_layers": draw(st.integers(1, 2)),
@@ -38,9 +39,14 @@ def recurrent(draw):
     return pruned(KINDS[name](inputs, hidden, **options), draw(st.integers(0, 99)), topology, groups=2)
 
 
-@given(model=recurrent(), shape=st.sampled_from(["batch", "single", "packed"]), started=st.booleans())
-@settings(max_examples=10, deadline=None)
-def test_results_states_and_gradients_are_those_of_the_masked_layer(model, shape, started):
+@given(
+    model=layers(),
+    shape=st.sampled_from(["batch", "single", "packed"]),
+    started=st.booleans(),
+    small=st.sampled_from([0, 1 << 18]),
+)
+@settings(max_examples=14, deadline=None)
+def test_results_states_and_gradients_are_those_of_the_masked_layer(model, shape, started, small):
     layer = model.layer
     lengths = [4, 2, 5] if shape == "packed" else [3, 3]
     generator = torch.Generator().manual_seed(1)
@@ -59,7 +65,10 @@ def test_results_states_and_gradients_are_those_of_the_masked_layer(model, shape
             x = sequences[0] if shape == "single" else torch.stack(sequences, 0 if layer.batch_first else 1)
         return model(x, (hx if layer.mode == "LSTM" else hx[0]) if started else None)
 
-    check_law(model, run, [*inputs, *(states if started else [])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_SMALL_STEP", small)
+        compact = check_law(model, run, [*inputs, *(states if started else [])])
+    assert {m.layer.execution.dense for m in compact.layer.matrices()} == {small > 0}
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -151,14 +160,35 @@ def test_meta_models_are_made_compact():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_shapes_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("small", [0, 1 << 18])
+def test_shapes_that_do_not_fit_are_refused(small, monkeypatch):
+    monkeypatch.setattr(steps, "_SMALL_STEP", small)
     model = pruned(nn.LSTM(8, 8), groups=2)
     sao_prune.compact(model)
-    with pytest.raises(RuntimeError, match="expected 8 inputs, got 7"):
+    with pytest.raises(RuntimeError, match=r"(?i)expected 8.* got 7"):
         model(torch.randn(3, 2, 7, dtype=torch.float64))
     state = torch.zeros(1, 3, 8, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="expected states"):
+    with pytest.raises(RuntimeError, match=r"(?i)expected (states|hidden)"):
         model(torch.randn(3, 2, 8, dtype=torch.float64), (state, state))
+
+
+def test_layers_with_small_steps_run_by_torchs_kernel_unless_somebody_watches_inside():
+    model = nn.Sequential(nn.LSTM(256, 256), nn.LSTM(512, 512))
+    sao_prune.apply(model[0], 0.9, seed=0, skip_first=False, skip_last=False)
+    sao_prune.apply(model[1], 0.9, seed=0, skip_first=False, skip_last=False)
+    for lstm, dense in ((model[0], True), (model[1], False)):
+        x = torch.randn(3, 2, lstm.input_size)
+        expected = lstm(x)[0]
+        report = sao_prune.compact(lstm)
+        assert [r.execution.startswith("dense: ") for r in report.compact] == [dense, dense]
+        calls = []
+        torch.testing.assert_close(lstm(x)[0], expected)
+        hook = lstm.weight_hh_l0.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.testing.assert_close(lstm(x)[0], expected)
+        assert len(calls) == 3
+        hook.remove()
+        lstm(x)
+        assert len(calls) == 3
 
 
 def test_one_optimizer_step_is_that_of_the_masked_layer():

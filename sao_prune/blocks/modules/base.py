@@ -167,7 +167,10 @@ class BlockModule(nn.Module):
         shape = self.weight_shape
         slots = block_slots(self.topology, self.parts).to(blocks.device)
         values = blocks.reshape(-1, *shape[2:])
-        return values.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, slots, values).view(shape)
+        zeros = values.new_zeros(shape[0] * shape[1], *shape[2:])
+        if torch._C._are_functorch_transforms_active():
+            return zeros.index_copy(0, slots, values).view(shape)
+        return zeros.index_copy_(0, slots, values).view(shape)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

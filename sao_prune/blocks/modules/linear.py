@@ -91,7 +91,7 @@ class BlockLinear(BlockModule):
             return epilogue.done(self._fused(x, epilogue))
         if isinstance(x, Proxy):
             return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
-        if run.dense:
+        if run.dense and not plain:
             return F.linear(x, self.weight, bias)
         if self.copies > 1:
             x = torch.cat([x] * self.copies, -1)

@@ -54,3 +54,13 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b5a8a", "color-brand-content": "#0b62a0"},
     "dark_css_variables": {"color-brand-primary": "#6cb6f0", "color-brand-content": "#6cb6f0"},
 }
+
+
+def skip_foreign(app, what, name, obj, skip, options):  # type: ignore[no-untyped-def]
+    """Members that are functions of other libraries have their documentation there."""
+    foreign = callable(obj) and not (getattr(obj, "__module__", None) or "sao_prune").startswith("sao_prune")
+    return True if foreign or getattr(obj, "__objclass__", None) is not None else None
+
+
+def setup(app):  # type: ignore[no-untyped-def]
+    app.connect("autodoc-skip-member", skip_foreign)

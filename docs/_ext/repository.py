@@ -21,7 +21,7 @@ PAGES = {
 FENCE = re.compile(r"^(```.*?^```[ ]*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)" alt="([^"]+)">\s*</picture>')
-IMAGES = "![{2}]({1}){{.only-light}}\n![{2}]({0}){{.only-dark}}"
+IMAGES = ":::{{container}} figure\n![{2}]({1}){{.only-light}}\n![{2}]({0}){{.only-dark}}\n:::"
 
 
 def translated(text: str, source: str, page: str) -> str:

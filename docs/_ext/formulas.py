@@ -17,11 +17,12 @@ EM = 16.0
 def svg(latex: str, inline: bool) -> str:
     """The formula in the colour and size of the text around it."""
     drawn = ziamath.Latex(latex, size=SIZE, color="currentColor", inline=inline)
-    width, height = drawn.getsize()
     root = drawn.svgxml()
+    _, top, width, height = map(float, root.get("viewBox").split())
     root.set("width", f"{width / EM:.3f}em")
     root.set("height", f"{height / EM:.3f}em")
-    root.set("style", f"vertical-align: {drawn.getyofst() / EM:.3f}em" if inline else "")
+    if inline:
+        root.set("style", f"vertical-align: {-(top + height) / EM:.3f}em")
     root.set("role", "img")
     root.set("aria-label", " ".join(latex.split()))
     return ziamath.zmath.ET.tostring(root, encoding="unicode")

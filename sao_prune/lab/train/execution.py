@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from ...blocks import BlockModule, compact, expand
+from ...replaced import StaleOptimizerWarning
 
 # Below so many weights a linear layer's masked product costs less than the steps around its blocks.
 _SMALL = 200 * 200
@@ -43,7 +45,10 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
             yield text
         finally:
             if any(isinstance(module, BlockModule) for module in model.modules()):
-                expand(model)
+                with warnings.catch_warnings():
+                    # The training's own optimizer, which ends here.
+                    warnings.simplefilter("ignore", StaleOptimizerWarning)
+                    expand(model)
 
 
 def _is_small(model: nn.Module, masked: set[str]) -> bool:

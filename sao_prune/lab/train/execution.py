@@ -45,8 +45,8 @@ def execution_form(model: nn.Module, execution: str, example: Tensor) -> Iterato
             yield text
         finally:
             if any(isinstance(module, BlockModule) for module in model.modules()):
+                # The optimizer that is still there has done its work.
                 with warnings.catch_warnings():
-                    # The training's own optimizer, which ends here.
                     warnings.simplefilter("ignore", StaleOptimizerWarning)
                     expand(model)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .errors import ResultsError
-from .locks import try_lock
 
 Record = dict[str, Any]
 
@@ -24,9 +25,10 @@ def read_results(path: Path, warn: Callable[[str], None]) -> dict[str, Record]:
     return _parse(path, _read(path), warn)[0]
 
 
-class ResultsLog:
+class ResultsLog(AbstractContextManager["ResultsLog"]):
     """An append-only results file, open for one run at a time.
 
+    The lock beside it is let go when its process ends, however that ends.
     A record is on the disk when `append` returns. On opening, a last line that is damaged (the run was killed in the
     middle of it) is cut off, so that the next record starts on a line of its own.
 
@@ -36,14 +38,18 @@ class ResultsLog:
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path = path
+        self._lock = FileLock(f"{path}.lock", thread_local=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
             self._file = path.open("a+b")
+        except Timeout:
+            raise ResultsError(
+                f"another run is writing {path}: wait for it, or give this one another --out folder"
+            ) from None
         except OSError as error:
-            raise ResultsError(f"cannot write {path}: {error.strerror}") from error
-        if not try_lock(self._file.fileno()):
-            self._file.close()
-            raise ResultsError(f"another run is writing {path}: wait for it, or give this one another --out folder")
+            self._lock.release()
+            raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
         raw = _read(path)
         self.records, sound = _parse(path, raw, warn)
         if sound < len(raw):
@@ -62,20 +68,9 @@ class ResultsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> ResultsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one step: readers see the old one or the new one, never half."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+        self._lock.release()
 
 
 def _read(path: Path) -> bytes:

@@ -49,6 +49,9 @@ class SequenceClassifier(ImageClassifier):
         """Set up for ``tokens`` different tokens, each a trainable vector of ``width``."""
         check_sizes(tokens=tokens)
         self.embedding = nn.Embedding(tokens, width)
+        # Vectors of length one: torch's own, as long as the root of the width, drive the tanh of a recurrence into
+        # saturation at every step, and what it remembered is gone.
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.register_buffer("permutation", None)
 
     def steps_of(self, x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, Literal
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .layouts import Layout, double, halve
-from .topology import BlockTopology
+from .topology import BlockTopology, decode_sets, encode_sets, real_values
 from .weights import Mirror
 
 # Not "householder": it keeps signs in a parameter, which weight decay turns into zeros.
@@ -87,12 +86,13 @@ class Held(nn.Module):
     """A weight as a function of free parameters: one `Rotation` for each bucket of blocks.
 
     Where the blocks lie, their gain and their mirroring are part of the state dict (one tensor of integers, written
-    anew each time), so that a state loaded into another held model brings its own. A stamp among the buffers, which is
-    no part of the state, tells parameters that are lent for one call (`torch.func.functional_call`) from a model held
-    in other blocks.
+    anew each time), so that a state loaded into another held model brings its own. A buffer, which is no part of the
+    state, says the same in codes (`sao_prune.topology.encode_sets`), so that averages leave it right: what is written
+    into it is followed, as DDP writes what rank 0 has, and parameters that are lent for one call
+    (`torch.func.functional_call`) by a model held in other blocks are refused.
     """
 
-    stamp: Tensor
+    codes: Tensor
 
     def __init__(
         self, layout: Layout, weight: Tensor, kind: OrthogonalMap, gain: float, mirrors: Sequence[Mirror | None]
@@ -101,11 +101,11 @@ class Held(nn.Module):
         self.layout, self.gain, self.mirrors = layout, gain, tuple(mirrors)
         halves = [halve(b, m) for b, m in zip(layout.split(weight), mirrors)]
         self.maps = nn.ModuleList(Rotation(h.shape, kind, weight) for h in halves)
-        self.register_buffer("stamp", None, persistent=False)
-        self._put_stamp(weight.device)
+        self.register_buffer("codes", None, persistent=False)
+        self._put_codes(weight.device)
 
     def forward(self, *free: Tensor) -> Tensor:
-        self._check_stamp()
+        self._follow()
         blocks = (rotate(x) * self.gain for rotate, x in zip(self.maps, free))
         return self.layout.join(tuple(double(b, m) for b, m in zip(blocks, self.mirrors))).to(free[0].dtype)
 
@@ -117,11 +117,15 @@ class Held(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Topologies, gain and mirroring, int32."""
-        numbers = [_FORMAT, *struct.unpack("<2i", struct.pack("<d", self.gain)), len(self.layout.parts)]
+        self._follow()
+        numbers = [_FORMAT, *struct.unpack("<2i", struct.pack("<d", self.gain)), *self._places()]
+        return torch.tensor(numbers, dtype=torch.int32, device="cpu")
+
+    def _places(self) -> list[int]:
+        numbers = [len(self.layout.parts)]
         for topology in self.layout.parts:
             numbers += [*topology.shape, *topology.row_set.tolist(), *topology.col_set.tolist()]
-        numbers += [_MIRRORS.index(m) for m in self.mirrors]
-        return torch.tensor(numbers, dtype=torch.int32, device="cpu")
+        return numbers + [_MIRRORS.index(m) for m in self.mirrors]
 
     def set_extra_state(self, state: Any) -> None:
         """Take over what `get_extra_state` gave.
@@ -129,38 +133,50 @@ class Held(nn.Module):
         Raises:
             ValueError: if it is no such tensor, or of blocks of other shapes.
         """
-        gain, parts, mirrors = _read(state)
+        self._take_over(*_read(state))
+        self._put_codes(self.codes.device)
+
+    def _take_over(self, gain: float, parts: list[BlockTopology], mirrors: tuple[Mirror | None, ...]) -> None:
         if not self.layout.fits(parts) or mirrors != self.mirrors:
             raise ValueError("the state is of a layer that is held in blocks of other shapes or mirrored otherwise")
         self.layout, self.gain = self.layout.onto(parts), gain
-        self._put_stamp(self.stamp.device)
 
-    def _digest(self) -> int:
-        return crc32(self.get_extra_state().numpy().tobytes())
+    def _put_codes(self, device: torch.device) -> None:
+        with real_values():
+            # The gain in parts of 16 bits, which float32 averages exactly enough.
+            words = [*struct.unpack("<4H", struct.pack("<d", self.gain)), *self._places()]
+            self.codes = encode_sets(torch.tensor(words, device="cpu")).to(device)
+            self.__dict__.update(_own=self.codes, _seen=self.codes.clone())
 
-    def _put_stamp(self, device: torch.device) -> None:
-        self.stamp = self._own_stamp = torch.tensor(self._digest(), device=device)
-
-    def _check_stamp(self) -> None:
-        """Refuse parameters of a model that is held in other blocks, in place of this one's for a call.
+    def _follow(self) -> None:
+        """Take over what was written into the codes, and refuse those that came with parameters lent for a call.
 
         Raises:
-            RuntimeError: if the stamp that came with them is not this one's.
+            RuntimeError: if the parameters are of a model that is held in other blocks.
         """
-        lent = self.stamp
-        if lent is self._own_stamp or torch.compiler.is_compiling() or type(lent) is not Tensor or lent.is_meta:
+        codes = self.codes
+        if torch.compiler.is_compiling() or type(codes) is not Tensor or codes.is_meta:
             return
-        while torch._C._functorch.is_functorch_wrapped_tensor(lent):
-            lent = torch._C._functorch.get_unwrapped(lent)
-        if bool((lent != self._digest()).any()):
-            raise RuntimeError(
-                "these parameters are of a model that is held in other blocks or at another gain: load_state_dict "
-                "takes the blocks over, a call with parameters of another model cannot"
-            )
+        with real_values():
+            while torch._C._functorch.is_functorch_wrapped_tensor(codes):
+                codes = torch._C._functorch.get_unwrapped(codes)
+            if codes is self._own and torch.equal(codes, self._seen):
+                return
+            told = decode_sets(codes)
+            if codes is not self._own and bool((told != decode_sets(self._seen)).any()):
+                raise RuntimeError(
+                    "these parameters are of a model that is held in other blocks or at another gain: load_state_dict "
+                    "takes the blocks over, a call with parameters of another model cannot"
+                )
+            if codes is self._own:
+                gain = struct.unpack("<d", struct.pack("<4H", *told[:4].tolist()))[0]
+                self._take_over(*_parse(gain, iter(told[4:].tolist())))
+                self.__dict__["_seen"] = codes.clone()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._follow()
         super()._apply(fn, recurse)
-        self._put_stamp(self.stamp.device)
+        self._put_codes(self.codes.device)
         return self
 
     def _load_from_state_dict(
@@ -240,11 +256,18 @@ def _read(state: Any) -> tuple[float, list[BlockTopology], tuple[Mirror | None, 
     if not isinstance(state, Tensor) or state.dtype != torch.int32 or state.dim() != 1:
         raise ValueError("the entry is not what hold wrote: a list of 32-bit integers")
     numbers = iter(state.tolist())
-    parts = []
     try:
         if next(numbers) != _FORMAT:
             raise ValueError("the entry is of another version of hold")
         gain = struct.unpack("<d", struct.pack("<2i", next(numbers), next(numbers)))[0]
+        return _parse(gain, numbers)
+    except StopIteration:
+        raise ValueError("the entry is damaged: it ends before its topologies do") from None
+
+
+def _parse(gain: float, numbers: Iterator[int]) -> tuple[float, list[BlockTopology], tuple[Mirror | None, ...]]:
+    parts = []
+    try:
         for _ in range(next(numbers)):
             sizes = next(numbers), next(numbers)
             parts.append(BlockTopology(*(torch.tensor([next(numbers) for _ in range(n)], device="cpu") for n in sizes)))

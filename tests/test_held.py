@@ -236,6 +236,61 @@ def test_the_eco_operator_of_a_loaded_state_is_orthogonal():
     assert (values - 1).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def broadcast(one: nn.Module, other: nn.Module) -> None:
+    """As DDP does: parameters and buffers of one model into the memory of another."""
+    for mine, theirs in zip([*other.parameters(), *other.buffers()], [*one.parameters(), *one.buffers()]):
+        mine.data.copy_(theirs)
+
+
+@pytest.mark.parametrize("acts", [lambda m: m, copy.deepcopy, lambda m: m.double().float()])
+@pytest.mark.parametrize("make", [masked, as_compact, eco])
+def test_a_rank_that_drew_for_itself_takes_over_the_blocks_that_it_is_sent(make, acts):
+    x = torch.randn((2, 8, 6, 6) if make is eco else (3, 16))
+    one, two = make(seed=0), make(seed=1)
+    hold(one)
+    hold(two)
+    train(one, x)
+    train(two, x)
+    assert not torch.allclose(two(x), one(x))
+    broadcast(one, two)
+    two = acts(two)
+    torch.testing.assert_close(two(x), one(x))
+    for model in (one, two):
+        train(model, x)
+    broadcast(one, two)
+    torch.testing.assert_close(two(x), one(x))
+    three = make(seed=2)
+    hold(three)
+    three.load_state_dict(two.state_dict())
+    torch.testing.assert_close(three(x), one(x))
+    y = two(x)
+    release(two)
+    torch.testing.assert_close(two(x), y)
+    if make is masked:
+        assert torch.equal(two[1].weight_mask, one[1].weight_mask)
+        assert int((two[1].weight != 0).sum()) == 16 * 16 / 4
+
+
+def test_the_state_of_a_rank_that_was_sent_blocks_is_right_at_once():
+    one, two, three = masked(seed=0), masked(seed=1), masked(seed=2)
+    for model in (one, two, three):
+        hold(model)
+    broadcast(one, two)
+    three.load_state_dict(two.state_dict())
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(three(x), one(x))
+
+
+def test_a_gain_that_is_sent_is_taken_over():
+    models = [nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))) for _ in range(2)]
+    for model, gain in zip(models, (1.3, 0.7)):
+        sao_prune.apply(model, groups=4, method=sao_prune.SAO(gain=gain), seed=0)
+        hold(model)
+    broadcast(*models)
+    assert drift(models[1][1].weight_orig, 1.3) < 1e-5
+
+
 def called_with(model: nn.Module, other: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.func.functional_call(model, {**dict(other.named_parameters()), **dict(other.named_buffers())}, (x,))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypedDict
@@ -13,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Unpack
 
 from ..seeds import Seed, base_seed, named_generator
-from ..topology import BlockTopology, decode_sets, encode_sets, make_topology, topology_of, unwrapped
+from ..topology import BlockTopology, decode_sets, encode_sets, make_topology, real_values, topology_of, unwrapped
 from ..weights import Blocks, eco_blocks
 
 Size = int | tuple[int, int]
@@ -129,7 +126,7 @@ class ECOConv2d(nn.Conv2d):
         rows, cols = self.row_set, self.col_set
         if torch.compiler.is_compiling() or not type(rows) is type(cols) is Tensor or rows.is_meta:
             return self._topology
-        with _real():
+        with real_values():
             topology = topology_of(unwrapped(rows), unwrapped(cols))
             if topology is not self._topology or self._row_index.device != rows.device:
                 self._adopt(topology)
@@ -258,13 +255,6 @@ def unpack(weight: Tensor, topology: BlockTopology) -> Blocks:
     shapes = [b.shape for b in topology.buckets]
     parts = weight.flatten(2).split([blocks * rows for blocks, rows, _ in shapes])
     return tuple(p[:, : s[2]].unflatten(0, s[:2]) for p, s in zip(parts, shapes))
-
-
-@contextmanager
-def _real() -> Iterator[None]:
-    """Compute with what tensors hold, whatever mode is on, and keep results that any mode can use."""
-    with _disable_current_modes(), torch.inference_mode(False):
-        yield
 
 
 @dataclass(frozen=True)

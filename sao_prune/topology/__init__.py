@@ -3,7 +3,7 @@
 from .assignment import balanced_assignment
 from .block import BlockTopology, Bucket, NotBlockStructuredError
 from .clustering import chain, clustered, coarsened, kept_energy, split
-from .codes import Seen, decode_sets, encode_sets, topology_of, unwrapped
+from .codes import Seen, decode_sets, encode_sets, real_values, topology_of, unwrapped
 from .expanders import expander
 from .makers import MAKERS, interleaved, make_topology, ramanujan
 from .mixed_radix import radix
@@ -34,6 +34,7 @@ __all__ = [
     "product",
     "radix",
     "ramanujan",
+    "real_values",
     "split",
     "topology_of",
     "unwrapped",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .block import BlockTopology
 
@@ -36,6 +39,13 @@ def decode_sets(codes: Tensor) -> Tensor:
     if bool((raw == 0).any()):
         return torch.where(raw == torch.iinfo(raw.dtype).max, -1, raw.long())
     return (raw.long() - 1).div(_STEP, rounding_mode="floor") - 1
+
+
+@contextmanager
+def real_values() -> Iterator[None]:
+    """Compute with what tensors hold, whatever mode is on, and keep results that any mode can use."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 class Seen:

@@ -197,10 +197,12 @@ def test_sets_of_an_earlier_format(topology, dtype):
 # ---- Ranks ----------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, folder: str, held: bool) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", USE_LIBUV="0")
     torch.set_num_threads(1)
     net = _net(rank)  # before there is a process group: ranks draw for themselves
+    if held:
+        sao_prune.hold(net)
     before = net(_input())
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     parallel = nn.parallel.DistributedDataParallel(net.train())
@@ -215,8 +217,9 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_of_other_topologies_agree_once_their_buffers_are_broadcast(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("held", [False, True])
+def test_ranks_of_other_topologies_agree_once_their_buffers_are_broadcast(held, tmp_path):
+    mp.spawn(_rank, (str(tmp_path), held), nprocs=2)
     (before, y0, state0), (other, y1, state1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.allclose(before, other)
     _close(y0, before)

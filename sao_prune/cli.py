@@ -183,7 +183,7 @@ def _need_laboratory() -> None:
     """
     from .lab.errors import LabError
 
-    needed = {"timm": "timm", "yaml": "PyYAML", "matplotlib": "matplotlib"}
+    needed = {"timm": "timm", "yaml": "PyYAML", "matplotlib": "matplotlib", "jinja2": "Jinja2", "filelock": "filelock"}
     missing = [name for module, name in needed.items() if find_spec(module) is None]
     if missing:
         raise LabError(f"the laboratory needs {', '.join(missing)}: pip install 'sao-prune[lab]'")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,11 +72,24 @@ class ResultsLog:
         self._file.close()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one step: readers see the old one or the new one, never half."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place when the ``with`` ends: readers see the old or the new.
+
+    Nothing is left of a file that was not finished.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text in one step."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _read(path: Path) -> bytes:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..results import write_atomically
 from ..summary import Summary, summarise
+from .costs import cost_chart
 from .curves import accuracy_chart, spectrum_chart
 from .drawing import draw_png, styles
-from .markdown import markdown_text
-from .page import html_page
+from .pages import html_page, markdown_text
 from .spreadsheet import csv_text
 from .terminal import print_report
 from .versus import depth_chart, sparsity_chart
@@ -20,6 +20,7 @@ __all__ = ["print_report", "write_report"]
 _CHARTS = {
     "sparsity": sparsity_chart,
     "depth": depth_chart,
+    "cost": cost_chart,
     "accuracy": accuracy_chart,
     "jacobian": spectrum_chart,
 }

@@ -13,6 +13,8 @@ from ..summary import Row
 MOST_PANELS = 24
 
 Values = tuple[float, ...]
+# A place on an axis and its text.
+Tick = tuple[float, str]
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """The lines of one network and amount."""
+    """The lines of one network and amount.
+
+    Attributes:
+        label: of its own horizontal axis, and ``ticks`` on it; without them the chart's hold.
+    """
 
     title: str
     lines: tuple[Line, ...]
+    label: str = ""
+    ticks: tuple[Tick, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,14 @@ class Chart:
     panels: tuple[Panel, ...]
     labels: tuple[str, str]
     limits: tuple[float, float]
-    ticks: tuple[tuple[float, str], ...] | None = None
+    ticks: tuple[Tick, ...] | None = None
     logarithmic: bool = False
     headline: bool = False
+
+    @property
+    def columns(self) -> int:
+        """How many panels stand beside one another."""
+        return {1: 1, 2: 2, 4: 2}.get(len(self.panels), 3)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -19,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from .chart import Chart, Line
+from ..results import replacing
+from .chart import Chart, Line, Panel, Tick
 
 # Any colour vision tells these apart, each on its ground; dashes and markers help without colour. The first is dense's.
 LIGHT = {"ink": "#1b1f24", "faint": "#d8dce1"}
@@ -28,6 +30,10 @@ DARK = {"ink": "#e6e8eb", "faint": "#3a3f47"}
 DARK |= {f"c{i}": c for i, c in enumerate(("#56b4e9", "#ff8a3d", "#2fcb9e", "#e79cc5", "#f0e442", "#a99bff"), 1)}
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+
+# Inches: of a panel of a PNG by the columns it shares the width with, and of the broad SVGs.
+_PNG_WIDTHS = {1: 8.0, 2: 5.2, 3: 4.1}
+_BROAD = {1: (10.4, 4.0), 2: (5.2, 3.1)}
 
 Styles = Mapping[str, int]
 
@@ -41,10 +47,10 @@ def styles(methods: Sequence[tuple[str, bool]]) -> dict[str, int]:
 def draw_png(chart: Chart, path: Path, heading: str, style: Styles) -> None:
     """All panels with one legend below them, on white."""
     with _plain_text():
-        columns = min(len(chart.panels), 3)
+        columns = chart.columns
         lines = -(-len(chart.panels) // columns)
         legend = -(-len(chart.methods) // (2 * columns))
-        size = (4.1 * columns + 0.6, 2.9 * lines + 1.0 + 0.25 * legend)
+        size = (_PNG_WIDTHS[columns] * columns + 0.6, 2.9 * lines + 1.0 + 0.25 * legend)
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         width = int(size[0] * 13)
@@ -52,25 +58,55 @@ def draw_png(chart: Chart, path: Path, heading: str, style: Styles) -> None:
         for index, panel in enumerate(chart.panels):
             axes = figure.add_subplot(lines, columns, index + 1)
             axes.set_title(fill(panel.title, 48), fontsize=9.5)
-            _draw(axes, chart, panel.lines, style)
+            _draw(axes, chart, panel, style)
         handles = [Line2D([], [], **_look(style[method]), markersize=4.5, linewidth=1.6) for method in chart.methods]
         labels = [fill(_shown(method), 36) for method in chart.methods]
         columns = min(len(labels), 2 * columns)
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2)
-        figure.savefig(path.with_name(path.name + ".part"), format="png")
-    path.with_name(path.name + ".part").replace(path)
+        with replacing(path) as part:
+            figure.savefig(part, format="png")
 
 
-def draw_svgs(chart: Chart, style: Styles) -> list[str]:
-    """One SVG a panel, without its title; its colours are CSS variables with the names of `LIGHT`."""
-    drawn = []
+def draw_svgs(chart: Chart, style: Styles, names: Mapping[str, str]) -> list[str]:
+    """SVGs of every panel, without its title; their colours are CSS variables with the names of `LIGHT`.
+
+    Where fewer than three panels share the width of the page, each is drawn twice, for a broad page and for a slim one,
+    and the page's style shows one of them.
+
+    Args:
+        names: what a method's name stands for, shown where the pointer rests on its line.
+    """
     with _plain_text():
-        for index, panel in enumerate(chart.panels):
-            figure = Figure(figsize=(4.2, 2.8))
-            # The same margins in every panel, so that axes stand below one another.
-            _draw(figure.add_axes((0.135, 0.165, 0.85, 0.81)), chart, panel.lines, style)
-            drawn.append(_svg(figure, f"{chart.name}{index}"))
-    return drawn
+        sizes = {"slim": (4.2, 2.8)}
+        if chart.columns < 3:
+            sizes["broad"] = _BROAD[chart.columns]
+        return [
+            "".join(
+                _panel(chart, panel, style, names, f"{chart.name}{index}{form}", size, form)
+                for form, size in sizes.items()
+            )
+            for index, panel in enumerate(chart.panels)
+        ]
+
+
+def _panel(
+    chart: Chart,
+    panel: Panel,
+    style: Styles,
+    names: Mapping[str, str],
+    place: str,
+    size: tuple[float, float],
+    form: str,
+) -> str:
+    figure = Figure(figsize=size)
+    # The same margins in every panel, so that axes stand below one another.
+    left, bottom = 0.567 / size[0], 0.462 / size[1]
+    _draw(figure.add_axes((left, bottom, 1 - left - 0.063 / size[0], 1 - bottom - 0.07 / size[1])), chart, panel, style)
+    titles = [names.get(line.method, line.method) for line in panel.lines]
+    told = [
+        line.method if line.method == title else f"{line.method}: {title}" for line, title in zip(panel.lines, titles)
+    ]
+    return _svg(figure, place, form, told)
 
 
 def draw_swatch(index: int, place: str) -> str:
@@ -81,13 +117,13 @@ def draw_swatch(index: int, place: str) -> str:
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.plot((0.0, 0.5, 1.0), (0.5, 0.5, 0.5), **_look(index), markersize=4.5, linewidth=1.6, markevery=(1, 2))
-        return _svg(figure, f"{place}-style{index}")
+        return _svg(figure, f"{place}-style{index}", "swatch")
 
 
-def _draw(axes: Axes, chart: Chart, lines: Sequence[Line], style: Styles) -> None:
-    for order, line in enumerate(lines):
+def _draw(axes: Axes, chart: Chart, panel: Panel, style: Styles) -> None:
+    for order, line in enumerate(panel.lines):
         _line(axes, line, style[line.method], order)
-    axes.set(xlabel=chart.labels[0], ylabel=chart.labels[1], ylim=chart.limits)
+    axes.set(xlabel=panel.label or chart.labels[0], ylabel=chart.labels[1], ylim=chart.limits)
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
     axes.tick_params(labelsize=8.5, colors=LIGHT["ink"])
@@ -98,13 +134,17 @@ def _draw(axes: Axes, chart: Chart, lines: Sequence[Line], style: Styles) -> Non
         axes.yaxis.set_major_formatter(FuncFormatter(_power))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if chart.ticks is None:
+    ticks = panel.ticks or chart.ticks
+    if ticks is None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     else:
-        places, texts = zip(*_apart(chart.ticks))
-        axes.set_xticks(places, texts)
-        room = max(0.06 * (chart.ticks[-1][0] - chart.ticks[0][0]), 0.1)
-        axes.set_xlim(chart.ticks[0][0] - room, chart.ticks[-1][0] + room)
+        places = [tick[0] for tick in ticks]
+        if panel.ticks is not None:
+            places += [x for line in panel.lines for x in line.x]
+        low, high = min(places), max(places)
+        room = max(0.06 * (high - low), 0.02 if panel.ticks else 0.1)
+        axes.set_xlim(low - room, high + room)
+        axes.set_xticks(*zip(*_apart(ticks, high - low, axes)))
     axes.grid(True, which="major", color=LIGHT["faint"], linewidth=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -114,23 +154,24 @@ def _draw(axes: Axes, chart: Chart, lines: Sequence[Line], style: Styles) -> Non
 
 
 def _line(axes: Axes, line: Line, index: int, order: int) -> None:
-    look = _look(index)
+    """Draw a line; its parts are named after their order, so that `_svg` can say whose they are."""
+    look, name = _look(index), f"line-{order}"
     colour = look["color"]
     if line.form == "level":
         axes.axhspan(line.low[0], line.high[0], color=colour, alpha=0.12, linewidth=0, zorder=1)
-        axes.axhline(line.y[0], color=colour, linewidth=1.4, zorder=2)
+        axes.axhline(line.y[0], color=colour, linewidth=1.4, zorder=2, gid=name)
         return
     if line.form == "bars":
         below = [mean - low for mean, low in zip(line.y, line.low)]
         above = [high - mean for mean, high in zip(line.y, line.high)]
         bars: dict[str, Any] = {"elinewidth": 1.0, "capsize": 2.5, "capthick": 1.0}
-        axes.errorbar(line.x, line.y, (below, above), **look, **bars, markersize=4.5, linewidth=1.5, zorder=3)
+        axes.errorbar(line.x, line.y, (below, above), **look, **bars, markersize=4.5, linewidth=1.5, zorder=3, gid=name)
         return
     # Lines that lie on one another still show: their markers stand at different places.
     gap = max(1, len(line.x) // 40)
     marks = (order % 5 * gap, 5 * gap) if len(line.x) > 5 else 1
     axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, linewidth=0, zorder=2)
-    axes.plot(line.x, line.y, **look, markevery=marks, markersize=4, linewidth=1.5, zorder=3)
+    axes.plot(line.x, line.y, **look, markevery=marks, markersize=4, linewidth=1.5, zorder=3, gid=name)
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -144,13 +185,14 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+def _apart(ticks: Sequence[Tick], span: float, axes: Axes) -> list[Tick]:
     """The ticks whose texts do not run into one another."""
-    span = ticks[-1][0] - ticks[0][0]
+    # A letter's share of the axis: 8.5 points high, it is about 0.075 inches wide.
+    letter = 0.075 / (axes.get_position().width * axes.get_figure().get_figwidth())
     kept = [ticks[0]]
     for tick in ticks[1:]:
         widest = max(len(tick[1]), len(kept[-1][1]))
-        if tick[0] - kept[-1][0] >= span * 0.024 * (widest + 1):
+        if tick[0] - kept[-1][0] >= span * letter * (widest + 1):
             kept.append(tick)
     return kept
 
@@ -177,19 +219,29 @@ def _plain_text() -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element for a page: no colours or fonts of its own, no names that another could have."""
+def _svg(figure: Figure, name: str, form: str, titles: Sequence[str] = ()) -> str:
+    """A figure as an SVG element for a page: no colours or fonts of its own, no names that another could have.
+
+    Args:
+        name: of the figure, its own in the page.
+        form: the element's class.
+        titles: what the lines are called where the pointer rests on them.
+    """
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg class="{form}" viewBox="\1" aria-hidden="true">', svg, count=1
+    )
+    svg = re.sub(r'<g id="line-(\d+)">', lambda m: f"<g><title>{escape(titles[int(m[1])])}</title>", svg)
     svg = svg.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _rounded, svg)
     for variable, colour in LIGHT.items():

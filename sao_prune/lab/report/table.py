@@ -152,6 +152,11 @@ def rate_text(rate: Rate) -> str:
     return _percent(rate.accuracy) + (" (diverged)" if rate.diverged else "")
 
 
+def stored_bytes(row: Row) -> int | None:
+    """Bytes of the parameters that are not zero, in 32 bits each."""
+    return None if row.nonzero is None else 4 * row.nonzero
+
+
 # The columns of results.csv: plain numbers, for programs.
 FIELDS: dict[str, Callable[[Row], object]] = {
     "method": lambda row: row.arm.title,
@@ -165,6 +170,7 @@ FIELDS: dict[str, Callable[[Row], object]] = {
     "lr": lambda row: row.lr,
     "nonzero": lambda row: row.nonzero,
     "parameters": lambda row: row.parameters,
+    "nonzero_bytes": stored_bytes,
     "seconds_median": lambda row: row.seconds,
     "cpu_seconds_median": lambda row: row.cpu_seconds,
     "flops": lambda row: row.flops,

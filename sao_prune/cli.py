@@ -93,11 +93,24 @@ def run(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a run.")] = Path("runs/digits"),
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="The folder of a run; of two to compare them. [default: runs/digits]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a comparison [default: that of the second run]")] = None,
 ) -> None:
-    """The page report.html, tables and figures of a run, finished or not."""
+    """The page report.html, tables and figures of a run, finished or not; or the comparison of a second run with it."""
     _need_laboratory()
-    _show(folder, Console())
+    from .lab.errors import LabError
+
+    given = folders or [Path("runs/digits")]
+    if len(given) > 2:
+        raise LabError(f"report takes the folder of one run, or of two to compare them, got {len(given)}")
+    if len(given) == 2:
+        _show_comparison(given[0], given[1], out or given[1], Console())
+    elif out is not None:
+        raise LabError("--out is for a comparison: name the folders of two runs")
+    else:
+        _show(given[0], Console())
 
 
 @app.command()
@@ -173,6 +186,14 @@ def _show(folder: Path, console: Console) -> None:
     summary = write_report(folder, lambda text: console.print(text, markup=False, soft_wrap=True))
     print_report(summary, console)
     console.print(f"report, table and figures: {folder}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _show_comparison(a: Path, b: Path, out: Path, console: Console) -> None:
+    from .lab.report import print_comparison, write_comparison
+
+    found = write_comparison(a, b, out, lambda text: console.print(text, markup=False, soft_wrap=True))
+    print_comparison(found, console)
+    console.print(f"comparison: {out / 'comparison.html'}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _need_laboratory() -> None:

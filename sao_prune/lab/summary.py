@@ -17,7 +17,7 @@ from .results import Record, read_results
 
 @dataclass(frozen=True)
 class Paired:
-    """Accuracy minus SAO's, seed by seed: the mean difference, and the p-value of a paired two-sided t-test.
+    """Accuracy minus another's, seed by seed: the mean difference, and the p-value of a paired two-sided t-test.
 
     Attributes:
         p: ``None`` where every seed differs by the same, so that there is nothing to test with.
@@ -52,7 +52,7 @@ class Row:
         against_sao: the paired comparison with SAO on the same network at the same amount; none for SAO itself, or
             below two seeds in common.
         rates: the grid that ``lr`` was chosen from; empty where it leaves no choice.
-        accuracies: of the finished final runs, in the order of the recipe's seeds.
+        accuracies: of the finished final runs, in the order of the recipe's seeds; ``seeds`` are theirs.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
         notes: what a reader must know about this row.
@@ -70,10 +70,16 @@ class Row:
     execution: str
     rates: tuple[Rate, ...]
     accuracies: tuple[float, ...]
+    seeds: tuple[int, ...]
     curves: tuple[tuple[float, ...], ...]
     spectrum: Record | None
     notes: tuple[str, ...]
     against_sao: Paired | None = None
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Accuracies of the finished final runs by their seeds."""
+        return dict(zip(self.seeds, self.accuracies))
 
     @property
     def mean(self) -> float | None:
@@ -167,6 +173,7 @@ def _row(arm: Arm, records: Mapping[str, Record]) -> Row:
         execution=first.get("execution", ""),
         rates=tuple(_rates(arm, records)),
         accuracies=tuple(result["accuracy"] for result in done),
+        seeds=tuple(cell.seed for cell in cells),
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
         spectrum=measured,
         notes=tuple(_notes(arm, lr, done, first)),
@@ -211,12 +218,26 @@ def _against_sao(row: Row, rows: Sequence[Row]) -> Paired | None:
     amounts = len(arm.setting.prune.grid())
     if not same or same[0] is row or (arm.method.is_dense and amounts > 1):
         return None
-    mine, theirs = row.accuracies, same[0].accuracies
-    if len(mine) < 2 or len(mine) != len(theirs):
+    return paired(row.by_seed, same[0].by_seed)
+
+
+def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Paired | None:
+    """The comparison over the seeds that both have; none below two.
+
+    Args:
+        mine, theirs: accuracies by seed.
+
+    Example:
+        >>> found = paired({0: 0.9, 1: 0.8, 2: 0.7}, {0: 0.8, 1: 0.75})
+        >>> round(found.difference, 4), round(found.p, 3)
+        (0.075, 0.205)
+    """
+    common = [seed for seed in mine if seed in theirs]
+    if len(common) < 2:
         return None
-    differences = [a - b for a, b in zip(mine, theirs)]
+    differences = [mine[seed] - theirs[seed] for seed in common]
     constant = max(differences) - min(differences) < 1e-12
-    p = None if constant else float(stats.ttest_rel(mine, theirs).pvalue)
+    p = None if constant else float(stats.ttest_1samp(differences, 0.0).pvalue)
     return Paired(fmean(differences), p)
 
 

@@ -35,6 +35,10 @@ def test_run_and_report(call: Call, micro: Micro, tmp_path: Path) -> None:
     status, again, err = call("report", tmp_path / "micro")
     assert (status, err) == (0, "")
     assert again.strip() in out
+    status, compared, err = call("report", tmp_path / "micro", tmp_path / "micro")
+    assert (status, err) == (0, "")
+    assert "+0.00" in compared
+    assert (tmp_path / "micro" / "comparison.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,9 @@ def test_run_and_report(call: Call, micro: Micro, tmp_path: Path) -> None:
     [
         (["run", "nosuch"], "neither a file nor one of digits"),
         (["report", "nosuch"], "holds no run"),
+        (["report", "nosuch", "nor-such"], "nosuch holds no run"),
+        (["report", "a", "b", "c"], "or of two to compare them, got 3"),
+        (["report", "a", "--out", "b"], "name the folders of two runs"),
         (["run", "--nosuch"], "--nosuch"),
         (["run", "digits", "--device", "quantum"], "device 'quantum' cannot be used"),
         (["frobnicate"], "frobnicate"),

@@ -46,17 +46,23 @@ def ran(tmp_path: Path) -> Ran:
     """A run's folder with made-up results; accuracies are ``level`` of the cell, or a law of its own."""
 
     def make(text: str, keep: int | None = None, level: Callable[[Cell], float] | None = None) -> Path:
-        (tmp_path / "recipe.yaml").write_text(text)
-        recipe, records = load_recipe(tmp_path / "recipe.yaml"), {}
-        while missing := [
-            cell for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key not in records
-        ]:
-            records |= {cell.key: record(cell, level or accuracy) for cell in missing}
-        lines = [json.dumps(made) for made in records.values()]
-        (tmp_path / "results.jsonl").write_text("\n".join(lines[:keep]) + "\n")
-        return tmp_path
+        return made_up(tmp_path, text, keep, level)
 
     return make
+
+
+def made_up(folder: Path, text: str, keep: int | None = None, level: Callable[[Cell], float] | None = None) -> Path:
+    """Write a run's recipe and its results, of which the first ``keep`` remain."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(text)
+    recipe, records = load_recipe(folder / "recipe.yaml"), {}
+    while missing := [
+        cell for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key not in records
+    ]:
+        records |= {cell.key: record(cell, level or accuracy) for cell in missing}
+    lines = [json.dumps(made) for made in records.values()]
+    (folder / "results.jsonl").write_text("\n".join(lines[:keep]) + "\n")
+    return folder
 
 
 def accuracy(cell: Cell) -> float:

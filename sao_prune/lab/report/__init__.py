@@ -7,15 +7,17 @@ from pathlib import Path
 
 from ..results import write_atomically
 from ..summary import Summary, summarise
+from .compared import print_comparison, write_comparison
 from .costs import cost_chart
 from .curves import accuracy_chart, spectrum_chart
 from .drawing import draw_png, styles
 from .pages import html_page, markdown_text
 from .spreadsheet import csv_text
+from .table import FIELDS
 from .terminal import print_report
 from .versus import depth_chart, sparsity_chart
 
-__all__ = ["print_report", "write_report"]
+__all__ = ["print_comparison", "print_report", "write_comparison", "write_report"]
 
 _CHARTS = {
     "sparsity": sparsity_chart,
@@ -44,7 +46,7 @@ def write_report(folder: Path, warn: Callable[[str], None]) -> Summary:
         else:
             draw_png(chart, path, summary.heading, style)
             charts.append(chart)
-    write_atomically(folder / "results.csv", csv_text(summary))
+    write_atomically(folder / "results.csv", csv_text(FIELDS, summary.rows))
     write_atomically(folder / "report.md", markdown_text(summary, charts))
     write_atomically(folder / "report.html", html_page(summary, charts, style))
     return summary

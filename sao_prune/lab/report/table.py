@@ -37,7 +37,7 @@ class Block:
         """The pruned rows whose mean accuracy reads highest; none where all finished ones read the same."""
         finished = [row for row in self.rows if len(row.accuracies) == len(row.arm.setting.seeds)]
         rivals = [row for row in finished if not row.arm.method.is_dense]
-        read = [float(_percent(row.mean)) for row in rivals]
+        read = [float(percent(row.mean)) for row in rivals]
         return [row for row, value in zip(rivals, read) if min(read) < value == max(read)]
 
 
@@ -84,25 +84,30 @@ def row_title(row: Row) -> str:
     return ", ".join(text for text in (row.arm.method.title, row.arm.amount_title) if text)
 
 
-def _percent(value: float | None, digits: int = 2, sign: str = "") -> str:
+def percent(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """A fraction as per cent; a dash where there is none."""
     return "-" if value is None else f"{100 * value:{sign}.{digits}f}".replace("-", "−")
 
 
+def number(value: float | None, form: str) -> str:
+    """A number in a format; a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
 def _accuracy(row: Row) -> str:
-    return _percent(row.mean) + ("" if row.spread is None else f" ± {_percent(row.spread)}")
+    return percent(row.mean) + ("" if row.spread is None else f" ± {percent(row.spread)}")
 
 
 def _range(row: Row) -> str:
-    return f"{_percent(min(row.accuracies))}–{_percent(max(row.accuracies))}" if row.accuracies else "-"
+    return f"{percent(min(row.accuracies))}–{percent(max(row.accuracies))}" if row.accuracies else "-"
 
 
 def _difference(row: Row) -> str:
-    return "-" if row.against_sao is None else _percent(row.against_sao.difference, sign="+")
+    return "-" if row.against_sao is None else percent(row.against_sao.difference, sign="+")
 
 
 def _p_value(row: Row) -> str:
-    paired = row.against_sao
-    return "-" if paired is None or paired.p is None else f"{paired.p:.2g}"
+    return number(row.against_sao and row.against_sao.p, ".2g")
 
 
 def _operations(row: Row) -> str:
@@ -122,22 +127,18 @@ def execution_word(text: str) -> str:
     return re.split(r"\W", text)[0] or "-"
 
 
-def _time(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f}"
-
-
 COLUMNS = (
     Column("method", row_title, narrow=True),
-    Column("sparsity %", lambda row: _percent(row.sparsity, 3), narrow=True),
+    Column("sparsity %", lambda row: percent(row.sparsity, 3), narrow=True),
     Column("accuracy %", _accuracy, narrow=True),
     Column("range", _range),
     Column("vs SAO", _difference, narrow=True),
     Column("p", _p_value),
-    Column("lr", lambda row: "-" if row.lr is None else f"{row.lr:g}", narrow=True),
-    Column("non-zero", lambda row: "-" if row.nonzero is None else f"{row.nonzero:,}", narrow=True),
+    Column("lr", lambda row: number(row.lr, "g"), narrow=True),
+    Column("non-zero", lambda row: number(row.nonzero, ","), narrow=True),
     Column("MACs %", _operations),
-    Column("time s", lambda row: _time(row.seconds), narrow=True),
-    Column("CPU s", lambda row: _time(row.cpu_seconds)),
+    Column("time s", lambda row: number(row.seconds, ".1f"), narrow=True),
+    Column("CPU s", lambda row: number(row.cpu_seconds, ".1f")),
     Column("execution", lambda row: execution_word(row.execution)),
 )
 
@@ -149,7 +150,7 @@ def rates_of(group: Group) -> tuple[float, ...]:
 
 def rate_text(rate: Rate) -> str:
     """Its held-out accuracy in per cent."""
-    return _percent(rate.accuracy) + (" (diverged)" if rate.diverged else "")
+    return percent(rate.accuracy) + (" (diverged)" if rate.diverged else "")
 
 
 def stored_bytes(row: Row) -> int | None:

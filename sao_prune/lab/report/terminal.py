@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from ..summary import Row, Summary
+from ..summary import Summary
 from .table import COLUMNS, groups
+from .views import Table, results
 from .words import caption, choice, remarks
 
 # With fewer characters in a line, only the narrow columns are shown.
@@ -18,36 +21,30 @@ _WIDE = 132
 def print_report(summary: Summary, console: Console) -> None:
     """A table a network, and below them what a reader must know about their rows."""
     console.print(f"[bold]{escape(summary.heading)}[/]", highlight=False)
+    narrow = [column.title for column in COLUMNS if column.narrow]
     for group in groups(summary):
         console.print()
-        table = _table(console.width >= _WIDE)
-        if group.title:
-            table.title = escape(group.title)
-        for block in group.blocks:
-            if block.title:
-                table.add_section()
-                table.add_row(escape(block.title), style="dim")
-            best = block.best()
-            for row in block.rows:
-                table.add_row(*_texts(row, table), style="bold" if row in best else None)
-        console.print(table)
+        print_table(results(group), console, narrow)
     console.print()
     console.print(f"[dim]{escape(caption(summary))} {escape(choice(summary))}[/]", highlight=False)
     for line in remarks(summary):
         console.print(escape(f"- {line}"), highlight=False, soft_wrap=True)
 
 
-def _table(wide: bool) -> Table:
-    table = Table(title_justify="left", title_style="bold", box=HORIZONTALS, show_edge=False)
-    for column in COLUMNS:
-        if column is COLUMNS[0]:
-            table.add_column(column.title, overflow="fold", min_width=6)
-        elif wide or column.narrow:
-            table.add_column(column.title, justify="right", no_wrap=True)
-    return table
-
-
-def _texts(row: Row, table: Table) -> list[str]:
-    shown = {column.header for column in table.columns}
-    texts = [column.text(row) for column in COLUMNS[1:] if column.title in shown]
-    return [escape(text) for text in (row.arm.method.title, *texts)]
+def print_table(view: Table, console: Console, narrow: Collection[str]) -> None:
+    """One table; the columns that are not ``narrow`` only where the terminal is wide."""
+    shown = [title in narrow or console.width >= _WIDE for title in view.head[1:]]
+    table = RichTable(title_justify="left", title_style="bold", box=HORIZONTALS, show_edge=False)
+    table.title = escape(view.title) or None
+    table.add_column(view.head[0], overflow="fold", min_width=6)
+    for title, wanted in zip(view.head[1:], shown):
+        if wanted:
+            table.add_column(title, justify="right", no_wrap=True)
+    for part in view.parts:
+        if part.title:
+            table.add_section()
+            table.add_row(escape(part.title), style="dim")
+        for line in part.lines:
+            texts = [line.name, *(field.text for field, wanted in zip(line.texts, shown) if wanted)]
+            table.add_row(*map(escape, texts), style="bold" if line.best else None)
+    console.print(table)

@@ -40,6 +40,7 @@ def test_both_forms_train_to_the_same_weights_within_rounding(
         assert torch.allclose(value, masked[key] * kept, atol=1e-4), key
 
 
+@pytest.mark.filterwarnings("error::sao_prune.StaleOptimizerWarning")
 def test_it_trains_in_the_compact_form_and_gives_the_masked_one_back(blobs: Dataset, network: Maker) -> None:
     model, inside = network(groups=4), []
     history = train(

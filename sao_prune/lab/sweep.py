@@ -15,7 +15,7 @@ import torch
 from .cells import Cell, choose_lr, count_cells, known_cells
 from .cluster import RayCluster
 from .data import DataSource, load_dataset
-from .display import Display
+from .display import Display, MethodProgress
 from .errors import LabError
 from .executors import DataParallel, Executor, InProcess, Processes, follow, lost
 from .isolate import one_line
@@ -131,18 +131,22 @@ class Sweep:
         """
         self._display.start(sum(count_cells(arm)[1] for arm in self._arms), 0)
         self._account()
+        self._display.methods(self._progress(set()))
         under_way: dict[Future[Record], Cell] = {}
         while True:
             while len(under_way) < executor.slots:
                 cell = next(self._missing({cell.key for cell in under_way.values()}), None)
                 if cell is None:
                     break
+                # Before it begins: one that works in this process comes back when it is done.
+                self._display.methods(self._progress({cell.key, *(other.key for other in under_way.values())}))
                 under_way[executor.submit(cell)] = cell
             if not under_way:
                 break
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 self._collect(under_way.pop(future), future)
             self._account()
+            self._display.methods(self._progress({cell.key for cell in under_way.values()}))
         if self._failed:
             first = next(iter(self._failed.values()))
             raise LabError(f"{len(self._failed)} cells failed; the same command tries them again. The first: {first}")
@@ -209,6 +213,29 @@ class Sweep:
             if final and len(finals) == len(arm.setting.seeds):
                 accuracy, lr = fmean(result["accuracy"] for result in finals), choose_lr(arm, records)
                 self._display.note(f"{arm.title}: {accuracy:.1%} on the test set (mean of {len(finals)}), lr {lr:g}")
+
+    def _progress(self, busy: Set[str]) -> list[MethodProgress]:
+        """How far each method is, in the order of the recipe."""
+        records, found = self._log.records, dict[str, MethodProgress]()
+        for arm in self._arms:
+            title, cells = arm.method.title, known_cells(arm, records)
+            before = found.get(title, MethodProgress(title, 0, 0, 0))
+            done = [cell for cell in cells if cell.key in records]
+            running = sum(cell.key in busy and cell.key not in records for cell in cells)
+            best = {"select": before.held_out, "final": before.test}
+            for cell in done:
+                if cell.kind in best:
+                    best[cell.kind] = max(best[cell.kind] or 0.0, records[cell.key]["result"]["accuracy"])
+            left = count_cells(arm)[0] - len(done) - running
+            found[title] = MethodProgress(
+                title,
+                before.done + len(done),
+                before.running + running,
+                before.left + left,
+                best["select"],
+                best["final"],
+            )
+        return list(found.values())
 
 
 def _executor(options: RunOptions, place: Workplace, sweep: Sweep) -> Executor:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sao_prune.lab.display import MethodProgress
+
 MICRO = """\
 name: micro
 data: digits
@@ -50,6 +52,7 @@ class Silent:
         self.total = 0
         self.done = 0
         self.notes: list[str] = []
+        self.told: list[list[MethodProgress]] = []
 
     def stage(self, text: str) -> None:
         pass
@@ -59,6 +62,9 @@ class Silent:
 
     def step(self, title: str, detail: str, steps: int = 1) -> None:
         self.done += steps
+
+    def methods(self, progress: list[MethodProgress]) -> None:
+        self.told.append(progress)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -38,9 +38,15 @@ def without_clock(record: dict) -> dict:
 def test_end_to_end(micro: Micro, tmp_path: Path, display) -> None:
     folder = run_recipe(micro(), RunOptions(tmp_path / "runs"), display)
     assert display.done == display.total
+    assert [(m.title, m.done, m.running, m.left) for m in display.told[0]] == [
+        (title, 0, 0, 5) for title in ("Dense", "SAO", "RG-S", "GMP-S")
+    ]
+    assert all(sum(m.running for m in told) == 1 for told in display.told[1::2])
+    assert [(m.done, m.running, m.left) for m in display.told[-1]] == [(5, 0, 0)] * 4
     assert Counter(line["cell"]["kind"] for line in lines(folder)) == {"spectrum": 4, "select": 8, "final": 8}
     summary = write_report(folder, pytest.fail)
     assert (summary.done, summary.cells) == (CELLS, CELLS)
+    assert [m.test for m in display.told[-1]] == [max(row.accuracies) for row in summary.rows]
     dense, sao, *_ = summary.rows
     assert dense.sparsity == 0
     assert sao.sparsity == 0.75

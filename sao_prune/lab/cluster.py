@@ -9,12 +9,11 @@ from concurrent.futures import Future
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .cells import Cell
 from .errors import LabError
-from .executors import Result, WorkerLost
+from .executors import Executor, Result, WorkerLost
 from .isolate import one_line
 from .work import Worker, Workplace
 
@@ -22,7 +21,7 @@ from .work import Worker, Workplace
 MOST_SLOTS = 1024
 
 
-class RayCluster:
+class RayCluster(Executor):
     """A Ray cluster: each cell a task with its request for processors. Results come back as values.
 
     Args:
@@ -69,12 +68,7 @@ class RayCluster:
         self._task.remote(self._place, cell).future().add_done_callback(pass_on)
         return future
 
-    def __enter__(self) -> RayCluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ray.shutdown()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -57,7 +57,7 @@ class Display(Protocol):
         """Something worth a line that stays."""
 
 
-class PlainDisplay:
+class PlainDisplay(AbstractContextManager["PlainDisplay"]):
     """A line for every note, and one for the progress at most every few seconds."""
 
     def __init__(self, console: Console, every: float = 10.0) -> None:
@@ -102,16 +102,11 @@ class PlainDisplay:
         each = (time.monotonic() - self._begun[0]) / (self._done - self._begun[1])
         return [f"about {timedelta(seconds=round(each * max(0, self._steps - self._done)))} left"]
 
-    def __enter__(self) -> PlainDisplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
-class LiveDisplay:
+class LiveDisplay(AbstractContextManager["LiveDisplay"]):
     """One bar over the whole run with what is being trained beside it, and below it a line a method."""
 
     def __init__(self, console: Console) -> None:
@@ -157,9 +152,7 @@ class LiveDisplay:
         self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
 

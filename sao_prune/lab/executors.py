@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from threading import Thread
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from .cells import Cell
 from .errors import FollowerError, LabError
@@ -21,25 +22,21 @@ from .work import OnEpoch, Worker, Workplace
 Result = dict[str, Any]
 
 
-class Executor(Protocol):
-    """Takes cells and gives futures of their records.
+class Executor(AbstractContextManager["Executor"], ABC):
+    """Takes cells and gives futures of their records; nothing goes on after its ``with``.
 
     Attributes:
         slots: how many cells it works on at a time.
     """
 
-    slots: int
+    slots = 1
 
+    @abstractmethod
     def submit(self, cell: Cell) -> Future[Result]:
         """Begin a cell."""
 
-    def __enter__(self) -> Executor:
-        """Ready to work."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing goes on after this."""
+    def __exit__(self, *error: object) -> None:
+        """End what is under way."""
 
 
 class WorkerLost(Exception):
@@ -56,10 +53,8 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, WorkerLost | BrokenExecutor | CancelledError)
 
 
-class InProcess:
+class InProcess(Executor):
     """One cell at a time, in this process, with progress epoch by epoch."""
-
-    slots = 1
 
     def __init__(self, place: Workplace, progress: Callable[[Cell], OnEpoch]) -> None:
         self._worker, self._progress = Worker(place), progress
@@ -73,16 +68,8 @@ class InProcess:
             future.set_exception(error)
         return future
 
-    def __enter__(self) -> InProcess:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-
-class Processes:
+class Processes(Executor):
     """So many processes on this machine, each a pool of its own, so that the death of one costs its cell alone.
 
     None outlives this process, however that ends.
@@ -108,13 +95,8 @@ class Processes:
         future = self._pools[pool] = pool.submit(_work, cell)
         return future
 
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
             for process in [process for pool in self._pools for process in (pool._processes or {}).values()]:
                 process.kill()
         for pool in self._pools:
@@ -144,14 +126,12 @@ def _work(cell: Cell) -> Result:
     return _worker.work(cell)
 
 
-class DataParallel:
+class DataParallel(Executor):
     """One cell at a time, its batches shared by the processes of ``torchrun`` or ``accelerate launch``.
 
     The first process decides and writes; the others `follow`. An error in a cell ends the run: the others may be in the
     middle of what the failed one no longer takes part in.
     """
-
-    slots = 1
 
     def __init__(self, place: Workplace, progress: Callable[[Cell], OnEpoch]) -> None:
         self._worker, self._progress = Worker(place), progress
@@ -170,13 +150,8 @@ class DataParallel:
             raise LabError(f"{cell.title}: {error if isinstance(error, LabError) else one_line(error)}") from error
         return future
 
-    def __enter__(self) -> DataParallel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
             from_first(None)
 
 

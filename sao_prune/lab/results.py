@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .errors import ResultsError
-from .locks import try_lock
 
 Record = dict[str, Any]
 
@@ -25,9 +25,10 @@ def read_results(path: Path, warn: Callable[[str], None]) -> dict[str, Record]:
     return _parse(path, _read(path), warn)[0]
 
 
-class ResultsLog:
+class ResultsLog(AbstractContextManager["ResultsLog"]):
     """An append-only results file, open for one run at a time.
 
+    The lock beside it is let go when its process ends, however that ends.
     A record is on the disk when `append` returns. On opening, a last line that is damaged (the run was killed in the
     middle of it) is cut off, so that the next record starts on a line of its own.
 
@@ -37,14 +38,18 @@ class ResultsLog:
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path = path
+        self._lock = FileLock(f"{path}.lock", thread_local=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
             self._file = path.open("a+b")
+        except Timeout:
+            raise ResultsError(
+                f"another run is writing {path}: wait for it, or give this one another --out folder"
+            ) from None
         except OSError as error:
-            raise ResultsError(f"cannot write {path}: {error.strerror}") from error
-        if not try_lock(self._file.fileno()):
-            self._file.close()
-            raise ResultsError(f"another run is writing {path}: wait for it, or give this one another --out folder")
+            self._lock.release()
+            raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
         raw = _read(path)
         self.records, sound = _parse(path, raw, warn)
         if sound < len(raw):
@@ -63,33 +68,9 @@ class ResultsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> ResultsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place when the ``with`` ends: readers see the old or the new.
-
-    Nothing is left of a file that was not finished.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one step."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        self._lock.release()
 
 
 def _read(path: Path) -> bytes:

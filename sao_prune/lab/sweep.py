@@ -18,11 +18,12 @@ from .data import DataSource, load_dataset
 from .display import Display, MethodProgress
 from .errors import LabError
 from .executors import DataParallel, Executor, InProcess, Processes, follow, lost
+from .files import write_atomically
 from .isolate import one_line
 from .methods import check_method
 from .network import build_network
 from .recipe import Recipe, read_recipe
-from .results import Record, ResultsLog, write_atomically
+from .results import Record, ResultsLog
 from .train import History, in_turn, process_group, rank, world
 from .work import OnEpoch, Workplace, denormals_flushed, pick_device
 

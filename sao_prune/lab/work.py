@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import nn
 
 import sao_prune
@@ -22,7 +23,7 @@ from .cells import Cell
 from .data import Dataset, DataSource, DataSpec, load_dataset
 from .depth import depth_spectrum
 from .errors import LabError
-from .locks import locked
+from .files import replacing
 from .methods import Gradual, Pruned, prune_network, schedule_network
 from .network import initial_network
 from .recipe import Arm
@@ -176,7 +177,8 @@ class Worker:
             return from_first(_read_weights(path) if rank() == 0 else {})
         if not path.is_file():
             # The file is on another machine, or was deleted: the same training gives the same weights.
-            with locked(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
                 if not path.is_file():
                     self._train(cell, None)
         return _read_weights(path)
@@ -228,9 +230,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _write_weights(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    safetensors.torch.save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, part)
-    part.replace(path)
+    with replacing(path) as part:
+        safetensors.torch.save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, part)
 
 
 @contextmanager

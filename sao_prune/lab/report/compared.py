@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..comparison import Comparison, Match, compare
-from ..results import write_atomically
+from ..files import write_atomically
 from ..summary import Row
 from .names import full_names
 from .pages import render

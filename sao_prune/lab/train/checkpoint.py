@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...pruner import Pruner
+from ..files import replacing
 from .distributed import from_first, rank
 from .history import History
 
@@ -83,14 +84,12 @@ class Checkpoint:
             "history": asdict(state.history),
             "pruner": None if state.pruner is None else state.pruner.state_dict(),
         }
-        part = self._path.with_name(self._path.name + ".part")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with replacing(self._path) as part, part.open("wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, self._path)
         except (OSError, RuntimeError) as error:
             warnings.warn(f"cannot write the checkpoint {self._path}: {error}", RuntimeWarning, stacklevel=2)
         self._written, self._epochs = time.monotonic(), state.history.epochs
@@ -127,7 +126,7 @@ class Checkpoint:
             return "it prunes in another way"
         groups = zip(content["optimizer"]["param_groups"], state.optimizer.state_dict()["param_groups"], strict=True)
         if any(given["params"] != own["params"] for given, own in groups):
-            return "its optimiser is another"
+            return "its optimizer is another"
         return None
 
 

@@ -50,6 +50,7 @@ docs: $(STAMP)
 # Wheel and sdist, in dist: checked, and tried in an environment without extras.
 dist: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[dist]'
+	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m pytest -q -m slow tests/test_distribution.py

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 LOWEST ?= .venv-lowest
 OLDEST ?= 3.10
 
-.PHONY: install demo test test-slow lowest check format bench clean
+.PHONY: install demo test test-slow lowest check format docs dist bench clean
 
 install: $(STAMP)
 
@@ -41,6 +41,19 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site: the tutorials are run, a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[vision,lab,onnx,docs]'
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/site
+
+# Wheel and sdist, in dist: checked, and tried in an environment without extras.
+dist: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[dist]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -q -m slow tests/test_distribution.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/build.py

@@ -8,7 +8,7 @@ import sao_prune
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "sao_prune"
-copyright = "the sao_prune authors, Apache-2.0"  # noqa: A001 - Sphinx's name
+copyright = "the sao_prune authors, Apache-2.0"
 version = release = sao_prune.__version__
 
 extensions = [

@@ -4,40 +4,34 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+from .snippets import ROOT, blocks, run
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
-
-
-def test_python_snippets_run(tmp_path, monkeypatch):
+def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdout", (tmp_path / "out.txt").open("w"))
-    namespace: dict = {}
-    snippets = blocks("python")
-    assert len(snippets) >= 3
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert len(blocks("README.md", "python")) >= 3
+    run("README.md")
+    assert "19 layers pruned, 2 kept dense" in capsys.readouterr().out
+
+
+def test_it_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
 
 
 def test_commands_exist():
     help_text = subprocess.run(
         [sys.executable, "-c", "from sao_prune.cli import main; main()", "--help"], capture_output=True, text=True
     ).stdout
-    commands = {
-        line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("sao-prune")
-    }
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    commands = {line.split()[1] for line in lines if line.startswith("sao-prune")}
     assert commands
     assert all(command in help_text for command in commands)
-    targets = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")}
     makefile = (ROOT / "Makefile").read_text()
+    targets = {line.split()[1] for line in lines if line.startswith("make ")}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[2]
 

@@ -80,9 +80,14 @@ def house(look: dict) -> str:
     width, wide, gap = 1000.0, 113.0, 10.0
     left = (width - 8 * wide - 7 * gap) / 2
     ink, soft, accent = look["ink"], look["soft"], look["accent"]
-    parts = [f'<path d="M {left:g} 132 L 500 14 L {width - left:g} 132 Z" fill="{look["room"]}" stroke="{look["line"]}"/>']
+    parts = [
+        f'<path d="M {left:g} 132 L 500 14 L {width - left:g} 132 Z" fill="{look["room"]}" stroke="{look["line"]}"/>'
+    ]
     parts += [text(500, 62, "cli", accent, 15, bold=True, mono=True), text(500, 80, "the command", soft, 12)]
-    parts += [text(500, 104, "lab", accent, 15, bold=True, mono=True), text(500, 122, "recipes, data, training, reports", soft, 12)]
+    parts += [
+        text(500, 104, "lab", accent, 15, bold=True, mono=True),
+        text(500, 122, "recipes, data, training, reports", soft, 12),
+    ]
     span = (width - 2 * left - 3 * gap) / 4
     for index, (name, what) in enumerate(UPPER):
         x = left + index * (span + gap)
@@ -95,7 +100,15 @@ def house(look: dict) -> str:
         parts += [text(middle, 262, role, ink, 13, bold=True), text(middle, 284, what, soft, 10.5)]
         if index:
             parts.append(text(x - gap / 2, 263, "›", soft, 18))
-    parts.append(text(500, 330, "data flows from left to right; a module imports only what stands to its left or below it", soft, 13))
+    parts.append(
+        text(
+            500,
+            330,
+            "data flows from left to right; a module imports only what stands to its left or below it",
+            soft,
+            13,
+        )
+    )
     return document(width, 344, "The packages of sao_prune as a house", parts)
 
 

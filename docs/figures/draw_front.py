@@ -19,8 +19,20 @@ ACCURACY = HERE.parent / "results" / "vanilla_cnn-fashion" / "results.csv"
 SPEED = HERE.parents[1] / "benchmarks" / "RESULTS.md"
 
 LOOKS = {
-    "light": {"ground": "#ffffff", "ink": "#1a1a1a", "faint": "#dcdfe3", "ours": "#0072B2", "others": ("#C2410C", "#00805A")},
-    "dark": {"ground": "#131416", "ink": "#e6e6e6", "faint": "#3a3f47", "ours": "#56B4E9", "others": ("#FF8A3D", "#2FCB9E")},
+    "light": {
+        "ground": "#ffffff",
+        "ink": "#1a1a1a",
+        "faint": "#dcdfe3",
+        "ours": "#0072B2",
+        "others": ("#C2410C", "#00805A"),
+    },
+    "dark": {
+        "ground": "#131416",
+        "ink": "#e6e6e6",
+        "faint": "#3a3f47",
+        "ours": "#56B4E9",
+        "others": ("#FF8A3D", "#2FCB9E"),
+    },
 }
 NAMES = {"SAO": "SAO", "LMP-S": "magnitude, layer by layer", "RG-S": "SAO's mask, other weights"}
 WORK = {"train": "training step", "infer": "inference"}
@@ -41,7 +53,9 @@ def ratios() -> dict[str, dict[str, float]]:
     """Speed against the fastest dense form, by kind of work and model: of what is interleaved and tuned."""
     found: dict[str, dict[str, float]] = {work: {} for work in WORK}
     for line in SPEED.read_text(encoding="utf-8").splitlines():
-        row = re.match(r"\| (train|infer)-(\w+) \| [^|]*% \| dense(?:, channels last)? \|[^|]*\| ([\d.]+)x \|.*; interleaved", line)
+        row = re.match(
+            r"\| (train|infer)-(\w+) \| [^|]*% \| dense(?:, channels last)? \|[^|]*\| ([\d.]+)x \|.*; interleaved", line
+        )
         if row:
             work, model, ratio = row[1], row[2], float(row[3])
             found[work][model] = min(ratio, found[work].get(model, ratio))

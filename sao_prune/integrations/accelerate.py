@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import Accelerator
-
 from ..pruner import Pruner
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise ImportError(
+        "sao_prune.integrations.accelerate needs accelerate: pip install 'sao-prune[integrations]'"
+    ) from error
 
 
 class PreparedPruner:

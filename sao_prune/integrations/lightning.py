@@ -20,7 +20,9 @@ except ImportError:
     try:
         from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
     except ImportError as error:
-        raise ImportError("sao_prune.integrations.lightning needs Lightning: pip install lightning") from error
+        raise ImportError(
+            "sao_prune.integrations.lightning needs Lightning: pip install 'sao-prune[integrations]'"
+        ) from error
 
 
 class SparseTraining(Callback):  # type: ignore[misc]

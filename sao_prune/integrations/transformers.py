@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
-
 from ..pruner import Pruner
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "sao_prune.integrations.transformers needs transformers: pip install 'sao-prune[integrations]'"
+    ) from error
 
 
 class PrunerCallback(TrainerCallback):

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import RecipeError
+
+try:
+    import yaml
+except ImportError as error:
+    raise ImportError("the laboratory needs PyYAML: pip install 'sao-prune[lab]'") from error
 
 Scalar = bool | int | float | str
 

@@ -24,7 +24,7 @@ class TensorBoardWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise LabError(
-                "TensorBoard event files need the package tensorboard, which is not installed: pip install tensorboard"
+                "TensorBoard event files need tensorboard, which is not installed: pip install 'sao-prune[tensorboard]'"
             ) from error
         self._writer: Any = SummaryWriter(str(folder))
         self._epochs, self._records = 0, 0

@@ -119,7 +119,8 @@ def architectures(pattern: str = "*", libraries: Sequence[Library] = LIBRARIES) 
             found += [Architecture("transformers", family, name) for family, name in families()]
     except ImportError as error:
         raise ZooError(
-            f"the zoo needs {' and '.join(libraries)} ({error}): pip install {' '.join(libraries)}"
+            f"{' and '.join(libraries)} must be installed for their architectures ({error}): "
+            f"pip install 'sao-prune[{'integrations' if 'transformers' in libraries else 'vision'}]'"
         ) from error
     chosen = sorted(a for a in found if fnmatchcase(a.family if a.library == "transformers" else a.name, pattern))
     if not chosen:

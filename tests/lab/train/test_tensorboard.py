@@ -28,5 +28,5 @@ def test_scalars_of_every_epoch_are_in_the_folder_once(tmp_path: Path) -> None:
 
 def test_without_tensorboard_there_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(LabError, match="pip install tensorboard"):
+    with pytest.raises(LabError, match=r"pip install 'sao-prune\[tensorboard\]'"):
         TensorBoardWriter(tmp_path)

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 import sao_prune
 from sao_prune import SAO
 
-from .networks import Net, ReadsDeeply, image, masks_hold
+from ..networks import Net, ReadsDeeply, image, masks_hold
 
 
 @pytest.fixture

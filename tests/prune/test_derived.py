@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 import sao_prune
 from sao_prune import analysis, prune
 
-from .networks import Net, image, masks_hold
+from ..networks import Net, image, masks_hold
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were dropped:UserWarning")
 

@@ -7,7 +7,7 @@ reference, to any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,18 +52,24 @@ class Definition:
     reference: Callable[..., Tensor]
     keeps: Callable[..., bool] = lambda *attributes: True
     result: Callable[..., bool] = lambda *attributes: False
+    ends: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = len(self.inputs)
+        second = first + len(self.constants)
+        object.__setattr__(self, "ends", (first, second, second + len(self.attributes)))
 
     def split(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """Inputs, constants and attributes of a call's arguments."""
-        first, second = len(self.inputs), len(self.inputs) + len(self.constants)
-        return tuple(arguments[:first]), tuple(arguments[first:second]), tuple(arguments[second:])
+        first, second, third = self.ends
+        return tuple(arguments[:first]), tuple(arguments[first:second]), tuple(arguments[second:third])
 
     def parts(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Gradient, inputs, constants, what was kept, attributes and mask of a call of the backward."""
-        first, second = 1 + len(self.inputs), 1 + len(self.inputs) + len(self.constants)
-        third = second + 1 + self.kept
-        tensors = arguments[1:first], arguments[first:second], arguments[second:third]
-        return arguments[0], *tensors, tuple(arguments[third:-1]), tuple(arguments[-1])
+        first, second, _ = self.ends
+        third = second + 2 + self.kept
+        tensors = arguments[1 : first + 1], arguments[first + 1 : second + 1], arguments[second + 1 : third]
+        return arguments[0], *tensors, arguments[third:-1], tuple(arguments[-1])
 
 
 class Operator:
@@ -167,32 +173,32 @@ def _given(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
 
 
 def _forward_kernel(d: Definition) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    last = d.ends[-1]
+
     def kernel(*arguments: Any) -> Any:
-        *rest, keep = arguments if len(arguments) > _count(d) else (*arguments, False)
-        return tuple([None if t is None else _owned(t) for t in d.forward(*d.split(rest), keep)])
+        keep = len(arguments) > last and arguments[last]
+        return tuple([None if t is None else _owned(t) for t in d.forward(*d.split(arguments), keep)])
 
     def fake(*arguments: Any) -> Any:
-        *rest, keep = arguments if len(arguments) > _count(d) else (*arguments, False)
-        return d.fake(*d.split(rest), keep)
+        return d.fake(*d.split(arguments), len(arguments) > last and arguments[last])
 
     return kernel, fake
 
 
 def _forward_function(d: Definition, forward: Operator, backward: Operator) -> type[torch.autograd.Function]:
-    own = len(d.inputs)
+    own, last, nothing = d.ends[0], d.ends[-1], (None,) * d.kept
 
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:  # type: ignore[override]
-            arguments = arguments[: _count(d)]
             inputs, constants, attributes = d.split(arguments)
             keep = d.keeps(*attributes)
-            found = forward.below(keyset, (*arguments, keep))
-            y, *kept = (found,) if isinstance(found, Tensor) else found
-            stored = (y if d.result(*attributes) else None, *(kept if keep else [None] * d.kept))
-            ctx.save_for_backward(*inputs, *constants, *stored)
+            found = forward.below(keyset, (*arguments[:last], keep))
+            results = (found,) if isinstance(found, Tensor) else tuple(found)
+            y = results[0] if d.result(*attributes) else None
+            ctx.save_for_backward(*inputs, *constants, y, *(results[1:] if keep else nothing))
             ctx.attributes = attributes
-            others = [t for t in kept if t is not None]
+            others = [t for t in results[1:] if t is not None]
             if others:
                 ctx.mark_non_differentiable(*others)
             ctx.set_materialize_grads(False)
@@ -205,14 +211,10 @@ def _forward_function(d: Definition, forward: Operator, backward: Operator) -> t
                 return (None,) * len(needed)
             mask = list(needed[1 : 1 + own])
             found = backward(grads[0], *ctx.saved_tensors, *ctx.attributes, mask)
-            gradients = [g if need else None for g, need in zip(found, mask)]
+            gradients = found if all(mask) else [g if need else None for g, need in zip(found, mask)]
             return None, *gradients, *(None,) * (len(needed) - 1 - own)
 
     return Forward
-
-
-def _count(d: Definition) -> int:
-    return len(d.inputs) + len(d.constants) + len(d.attributes)
 
 
 def _backward_kernel(d: Definition) -> tuple[Callable[..., Any], Callable[..., Any]]:

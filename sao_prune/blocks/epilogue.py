@@ -7,6 +7,7 @@ given, if that is the owner's result, and raise an error if it is not.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -84,10 +85,13 @@ class Epilogue:
     @staticmethod
     def can_absorb(norm: nn.Module | None, activation: nn.Module | None) -> bool:
         """Whether these modules can be computed by a layer."""
-        given = [m for m in (norm, activation) if m is not None]
-        kinds = norm is None or type(norm) in NORMS, activation is None or type(activation) in ACTIVATIONS
-        exact = not isinstance(activation, nn.GELU) or activation.approximate == "none"
-        return bool(given) and all(kinds) and exact
+        if activation is not None and not is_activation(activation):
+            return False
+        # The activation of a norm that has one joins with it.
+        own = activation_in(norm)
+        if isinstance(own, nn.Identity):
+            own = None
+        return (activation is not None) if norm is None else is_norm(norm) and (own is None or own is activation)
 
     @staticmethod
     def _activation(module: nn.Module | None) -> str:
@@ -117,6 +121,8 @@ class Epilogue:
             return False
         tensors: list[Any] = [x]
         if norm is not None:
+            if not torch.compiler.is_compiling() and not is_norm(norm):
+                return False
             if x.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else x.dim()) or norm.momentum is None:
                 return False
             if norm.training and x.numel() // x.shape[1] < 2:
@@ -157,7 +163,9 @@ class Epilogue:
         place = int(x.storage_offset()), _version(x)
         if any(r[0].cdata == storage and (r[1:] == place or place[1] == -1) for r in self._results):
             _, norm, activation, then, *_ = self.members()
-            if module is (then or activation or norm):
+            if module is (then or activation or norm) or (
+                activation is not None and activation_in(module) is activation
+            ):
                 self.fused = False
             return True
         if self.fused:
@@ -187,6 +195,33 @@ class Epilogue:
         self._present = state["present"]
         self._refer(state["modules"], [])
         self.fused, self._results = False, []
+
+
+def _kinds_with_activation() -> tuple[type[nn.Module], ...]:
+    """timm's batch norm that has an activation as its child, where timm has been loaded."""
+    module = sys.modules.get("timm.layers.norm_act")
+    return () if module is None else (module.BatchNormAct2d,)
+
+
+def activation_in(module: nn.Module | None) -> nn.Module | None:
+    """The activation that a norm has as its child and calls itself."""
+    return module.act if isinstance(module, _kinds_with_activation()) else None  # type: ignore[union-attr,return-value]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a layer can compute this norm, with the activation in it."""
+    kind = type(module).__bases__[1] if isinstance(module, _Absorbed) else type(module)
+    if kind not in _kinds_with_activation():
+        return kind in NORMS
+    act = activation_in(module)
+    plain = type(module.drop) is nn.Identity
+    return plain and act is not None and (type(act) is nn.Identity or is_activation(act))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a layer can compute this activation."""
+    kind = type(module).__bases__[1] if isinstance(module, _Absorbed) else type(module)
+    return kind in ACTIVATIONS and (not isinstance(module, nn.GELU) or module.approximate == "none")
 
 
 def _version(t: Tensor) -> int:
@@ -220,7 +255,9 @@ class _Absorbed:
                 # A norm stays one step of a traced graph, as torch's own does: it follows train() and eval().
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore
         elif self.absorbed.given(x, self):  # type: ignore[arg-type]
-            return x
+            # The identity in a norm that has no activation.
+            act = self._modules.get("act")  # type: ignore[attr-defined]
+            return x if act is None or self.absorbed.parts()[1] else act(x)
         return super().forward(x)  # type: ignore[misc,no-any-return]
 
 
@@ -258,6 +295,25 @@ _ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+def _absorbed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of absorbed modules of a kind; of timm's, made when it is first needed."""
+    if kind not in _ABSORBED:
+        name = f"Absorbed{kind.__name__}"
+        _ABSORBED[kind] = type(
+            name, (_Absorbed, kind), {"__module__": __name__, "__doc__": AbsorbedBatchNorm2d.__doc__}
+        )
+    return _ABSORBED[kind]
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Classes of absorbed timm modules, for those who read pickles of them."""
+    if name.startswith("AbsorbedBatchNormAct"):
+        from timm.layers import norm_act
+
+        return _absorbed(getattr(norm_act, name.removeprefix("Absorbed")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def homes_of(model: nn.Module) -> Homes:
     """Parent and name of every module of a model, by the id of the module."""
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -273,9 +329,10 @@ def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
     owner, norm, activation, then, *_ = epilogue.members()
     assert owner is not None
     owner.__dict__["epilogue"] = epilogue
+    inner = activation_in(norm)
     for module in (norm, activation):
-        if module is not None:
-            module.__class__ = _ABSORBED[type(module)]
+        if module is not None and module is not inner:
+            module.__class__ = _absorbed(type(module))
             module.__dict__["absorbed"] = epilogue
     if then is not None:
         then.__dict__["absorbed"] = epilogue

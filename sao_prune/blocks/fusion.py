@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import record_calls
-from .epilogue import ACTIVATIONS, NORMS, Epilogue
+from .epilogue import ACTIVATIONS, Epilogue, activation_in, is_activation, is_norm
 
 _SEES_THROUGH = (nn.Dropout, nn.Identity, nn.Sequential)
 # What is asked of a tensor without a use of its values.
@@ -103,8 +103,14 @@ class _Watch(TorchFunctionMode):
         if self.inside and self.inside[-1][0] is module:
             _, source = self.inside.pop()
             if isinstance(output, Tensor) and id(module) not in self.layers:
-                name = "norm" if isinstance(module, NORMS) else "activation"
-                self._keep(output, _Result(replace(source.chain, **{name: module}), source))  # type: ignore[arg-type]
+                norm, act = is_norm(module), activation_in(module)
+                act = None if isinstance(act, nn.Identity) else act
+                chain = (
+                    replace(source.chain, norm=module, activation=act)
+                    if norm
+                    else replace(source.chain, activation=module)
+                )
+                self._keep(output, _Result(chain, source))
         if id(module) in self.layers and isinstance(output, Tensor):
             self._keep(output, _Result(Chain(module)))
 
@@ -137,14 +143,12 @@ def _extends(chain: Chain, module: nn.Module, x: Tensor) -> bool:
     """Whether a module may join a chain as its next step."""
     if chain.activation is not None or chain.between:
         return False
-    if type(module) in NORMS:
+    if is_norm(module):
         batch: Any = module
         averages = batch.running_mean is not None and isinstance(batch.momentum, float) and batch.eps > 0
         matrix = isinstance(chain.owner, nn.Linear | _linear())
         return chain.norm is None and averages and (not matrix or x.dim() == 2)
-    if type(module) is nn.GELU and module.approximate != "none":
-        return False
-    return type(module) in ACTIVATIONS
+    return is_activation(module)
 
 
 def chains(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) -> dict[int, Chain]:

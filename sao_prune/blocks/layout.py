@@ -75,6 +75,17 @@ class Layout:
         outputs[self.outputs.index] = torch.arange(len(self.outputs.index), dtype=torch.int32, device=device)
         return inputs, outputs
 
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Where the tables of a layout on the CPU are.
+
+        Raises:
+            RuntimeError: if it is elsewhere.
+        """
+        if not all(table.is_cpu for table in self.tables):
+            raise RuntimeError(f"the sets are on {self.inputs.index.device}, the other operands on the CPU")
+        return self.tables[0].data_ptr(), self.tables[1].data_ptr()
+
     def to(self, device: torch.device) -> Layout:
         """The same layout with its indices on another device."""
         if self.inputs.index.device == device:

@@ -58,15 +58,14 @@ def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, wher
     _check_memory(x, blocks, bias)
     weight = layout.pack(blocks)
     space = weight.dim() - 3
-    dims = {space} if where is None else {len(where.stride), len(where.padding), len(where.dilation), x.dim() - 2}
-    if dims != {0 if where is None else space}:
+    if space if where is None else {len(where.stride), len(where.padding), len(where.dilation), x.dim() - 2} != {space}:
         given = f"an input of shape {tuple(x.shape)}, blocks of shape {tuple(blocks.shape)}"
         raise RuntimeError(
             f"expected as many dimensions of space everywhere, got {given}" + (f", {where}" if where else "")
         )
-    types = [t.dtype for t in (x, blocks, bias) if t is not None]
-    if len(set(types)) > 1:
-        raise RuntimeError(f"expected operands of one type, got {', '.join(map(str, types))}")
+    if blocks.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
+        types = [str(t.dtype) for t in (x, blocks, bias) if t is not None]
+        raise RuntimeError(f"expected operands of one type, got {', '.join(types)}")
     layout.check(x, -1 if where is None else 1, bias)
     return weight
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, HardSwish
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +60,13 @@ def _step(net: nn.Module, x: Tensor, run=None) -> list[Tensor | None]:
     return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
 
 
-CASES = pytest.mark.parametrize("make", [_images, _tokens])
+def _images_of_timm() -> tuple[nn.Module, Tensor]:
+    first, second = (BlockConv2d(interleaved(16, 16, 4), 3, padding=1) for _ in range(2))
+    norms = BatchNormAct2d(16, act_layer=nn.SiLU), BatchNormAct2d(16, apply_act=False)
+    return _made(nn.Sequential(first, norms[0], second, norms[1], nn.ReLU()), torch.randn(4, 16, 9, 9))
+
+
+CASES = pytest.mark.parametrize("make", [_images, _tokens, _images_of_timm])
 
 
 class _Branches(nn.Module):
@@ -217,3 +224,20 @@ def test_expand_gives_the_very_classes_back():
     sao_prune.expand(net)
     assert [type(m) for m in net] == kinds
     assert not any({"epilogue", "absorbed"} & vars(m).keys() for m in net.modules())
+
+
+def test_norms_of_timm_that_are_something_else_run_themselves():
+    net, x = _images_of_timm()
+    assert _names(net) == [("batch_norm", "silu"), ("batch_norm", "relu")]
+    expected = _step(_plain(net), x)
+    assert_all_close(_step(net, x), expected)
+    assert net[1].drop(x) is x
+    for change in ({"act": HardSwish()}, {"drop": nn.Dropout(0.9)}):
+        changed = copy.deepcopy(net)
+        for name, module in change.items():
+            setattr(changed[1], name, module)
+        changed.eval()
+        torch.testing.assert_close(changed(x), _plain(changed)(x), rtol=1e-4, atol=1e-5)
+    other = nn.Sequential(BlockConv2d(interleaved(16, 16, 4), 3, padding=1), BatchNormAct2d(16, act_layer=HardSwish))
+    other, x = _made(other, x)
+    assert _names(other) == [()]

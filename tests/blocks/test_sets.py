@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import sao_prune
 from sao_prune.blocks import BlockConv2d, BlockLinear
+from sao_prune.blocks.layout import layout_of_topology
 from sao_prune.topology import decode_sets, encode_sets, interleaved
 
 from .cases import block_layers, irregular, topologies, uneven
@@ -225,3 +226,10 @@ def test_ranks_of_other_topologies_agree_once_their_buffers_are_broadcast(held, 
     _close(y0, before)
     assert torch.equal(y0, y1)
     assert all(torch.equal(value, state1[key]) for key, value in state0.items())
+
+
+def test_kernels_are_given_no_tables_of_another_device():
+    layout = layout_of_topology(interleaved(8, 8, 2))
+    assert layout.addresses == tuple(table.data_ptr() for table in layout.tables)
+    with pytest.raises(RuntimeError, match="the sets are on meta"):
+        _ = layout.to(torch.device("meta")).addresses

@@ -72,6 +72,9 @@ def block_slots(topology: BlockTopology, parts: int = 1) -> Tensor:
     return torch.cat(slots)
 
 
+_STORED = (nn.Parameter, Tensor)
+
+
 def is_plain(x: Any) -> bool:
     """Whether a layer has to run as ordinary operations: exported, traced, under functorch or forward-mode AD."""
     return (
@@ -144,14 +147,22 @@ class BlockModule(nn.Module):
         layout = layout_of_topology(topology, execution.merge).to(self._layout.inputs.index.device)
         self.__dict__.update(execution=execution, _layout=layout)
 
+    @property
+    def sets(self) -> tuple[Tensor, Tensor]:
+        """The two buffers."""
+        rows, cols = self._buffers.get("row_set"), self._buffers.get("col_set")
+        return (self.row_set, self.col_set) if rows is None or cols is None else (rows, cols)
+
     def values(self) -> Tensor:
         """The blocks that the layer computes with."""
         return self.stored()
 
     def stored(self) -> Tensor:
         """The parameter; what another library has quantized, in floating point again."""
-        blocks: Any = self.blocks
-        if isinstance(blocks, Proxy) or type(blocks) in (nn.Parameter, Tensor):
+        # Found without `nn.Module.__getattr__`, which takes as long as a small operation; not so once parametrized.
+        blocks: Any = self._parameters.get("blocks")
+        blocks = self.blocks if blocks is None else blocks
+        if type(blocks) in _STORED or isinstance(blocks, Proxy):
             return blocks  # type: ignore[no-any-return]
         if not isinstance(blocks, Tensor) or type(blocks).dequantize is Tensor.dequantize:
             return blocks

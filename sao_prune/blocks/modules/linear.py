@@ -84,13 +84,14 @@ class BlockLinear(BlockModule):
             return x
         run = self.execution
         blocks = self.values()
-        bias: Tensor | None = self.bias
+        bias: Tensor | None = self._parameters.get("bias")
+        bias = self.bias if bias is None else bias
         plain = is_plain(x)
         epilogue = self.epilogue if self.copies == 1 else None
         if epilogue is not None and epilogue.begin(x, plain):
             return epilogue.done(self._fused(x, epilogue))
         if isinstance(x, Proxy):
-            return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
+            return run_linear(x, blocks, bias, *self.sets, run.backend)
         if run.dense and not plain:
             return F.linear(x, self.weight, bias)
         if self.copies > 1:
@@ -99,14 +100,14 @@ class BlockLinear(BlockModule):
             if is_batched(self.row_set) and blocks.dim() == 3:
                 return functional.block_linear_by_sets(x, blocks, bias, self.row_set, self.col_set)
             return functional.block_linear(x, blocks, bias, self.layout)
-        return run_linear(x, blocks, bias, self.row_set, self.col_set, run.backend)
+        return run_linear(x, blocks, bias, *self.sets, run.backend)
 
     def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        own, sets = (x, self.values(), self.bias), (self.row_set, self.col_set)
+        own, sets = (x, self.values(), self.bias), self.sets
         norm, activation, then = epilogue.parts()
         y: Tensor
         if then is not None:
-            second = then.values(), then.bias, *sets, then.row_set, then.col_set
+            second = then.values(), then.bias, *sets, *then.sets
             y = operators.block_mlp(*own, *second, activation, self.execution.backend)[0]
         elif norm is not None:
             y = normed(norm, own, sets, activation, self.execution.backend, ((), (), (), 1))

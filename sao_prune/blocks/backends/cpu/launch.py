@@ -30,6 +30,7 @@ _PIXELS = (0, 2, 3, 1)
 ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known derivative": 6}
 
 _Argument = Tensor | int | None
+_NUMBERS = frozenset((int, bool, type(None)))
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Derivative:
     numbers: Tensor | None = None
 
 
+# The product alone, and what the kernels are told then.
+PLAIN = Forward()
+_NOTHING = (0, None, None, None)
+
 Results = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -75,7 +80,11 @@ def ready(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 or not is_there(t):
+        if t.dtype is not torch.float32 or not t.is_cpu:
+            return False
+        # As `is_there`; without elements there is no pointer either.
+        start = t.data_ptr()
+        if start == 0 or start == t.storage_offset() * 4:
             return False
     return library() is not None
 
@@ -93,7 +102,7 @@ class Call(ABC):
         self.layout = layout
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         """The result, derivatives and moments if the plan asks for them."""
 
     @abstractmethod
@@ -104,6 +113,8 @@ class Call(ABC):
 
     def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
         """The last arguments of a forward pass, and its results."""
+        if plan is PLAIN:
+            return _NOTHING, (y, None, None)
         derivatives = empty_like(y) if plan.keep else None
         moments = (_numbers(y, self.layout), _numbers(y, self.layout)) if plan.moments else None
         return (ACTS[plan.act], derivatives, *(moments or (None, None))), (y, derivatives, moments)
@@ -120,9 +131,7 @@ def call(name: str, *arguments: _Argument) -> None:
     Raises:
         MemoryError: if there is none for its buffers.
     """
-    kernels = library()
-    assert kernels is not None
-    if getattr(kernels, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]):
+    if getattr(library(), name)(*[a if type(a) in _NUMBERS else a.data_ptr() for a in arguments]):  # type: ignore
         raise MemoryError(f"{name}: no memory for its buffers")
 
 
@@ -154,12 +163,12 @@ class Rows(Call):
         super().__init__(layout)
         self.column_major = column_major
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         batch, n = x.shape
         m, threads = self.layout.channels, torch.get_num_threads()
         y = empty((batch, m), _COLUMNS if self.column_major else None)
         length = panel_lines(batch, 1, n + m, _FORWARD, threads)
-        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.tables
+        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.addresses
         layouts = is_column_major(x), self.column_major
         extras, results = self._extras(y, plan)
         call("rows_forward", x, weight, bias, y, *geometry, *layouts, length, threads, *extras)
@@ -176,7 +185,7 @@ class Rows(Call):
         dw, db = self._weights(weight, needs)
         length = panel_lines(batch, 1, n + m, _BACKWARD, threads)
         layouts = is_column_major(grad), columns, columns
-        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.tables
+        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.addresses
         tensors = grad, x, weight, dx, dw, db
         call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(derivative, self.column_major))
         return dx, dw, db
@@ -201,9 +210,9 @@ class Planes(Call):
         channels = x.shape[1], self.layout.channels
         return len(x), *channels, *space, *self.kernel, *self.dilation, *weight.shape[:3]
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         y = empty((len(x), self.layout.channels, *x.shape[2:]))
-        tables, threads = self.layout.tables, torch.get_num_threads()
+        tables, threads = self.layout.addresses, torch.get_num_threads()
         extras, results = self._extras(y, plan)
         call("planes_forward", x, weight, bias, y, *self._geometry(x, weight), *tables, threads, *extras)
         return results
@@ -211,7 +220,7 @@ class Planes(Call):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
-        tables, threads = self.layout.tables, torch.get_num_threads()
+        tables, threads = self.layout.addresses, torch.get_num_threads()
         dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
         tensors = dense(grad), x, weight, dx, dw, db
@@ -227,9 +236,9 @@ class Pixels(Planes):
         pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
         return max(_IMAGE // ((x.shape[1] + self.layout.channels) * pitch), self.kernel[0])
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = Forward()) -> Results:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         y = empty((len(x), self.layout.channels, *x.shape[2:]), _PIXELS)
-        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.tables
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.addresses
         extras, results = self._extras(y, plan)
         call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads(), *extras)
         return results
@@ -240,7 +249,7 @@ class Pixels(Planes):
         threads = torch.get_num_threads()
         dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
-        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.tables
+        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.addresses
         grad = grad.contiguous(memory_format=torch.channels_last)
         tensors = grad, x, weight, dx, dw, db
         call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(derivative, False))

@@ -11,7 +11,7 @@ from ...functional import Geometry
 from ...layout import Layout
 from ...permutation import dense, is_channels_last, is_column_major
 from ..torch import Gradients, is_transposed
-from .launch import Call, Derivative, Forward, Pixels, Planes, Rows
+from .launch import PLAIN, Call, Derivative, Forward, Pixels, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
 OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
@@ -24,12 +24,17 @@ def derivative_of(activation: str, values: Tensor | None) -> Derivative | None:
     return Derivative(OF_RESULT.get(activation, "known derivative"), values)
 
 
+def forward_of(activation: str, keep: bool) -> Forward:
+    """The product and an activation."""
+    return Forward(activation, keep) if activation or keep else PLAIN
+
+
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `backends.torch.linear_forward`."""
     operand, call = _linear_call(x, layout)
-    y, kept, _ = call.forward(operand, *_contiguous(weight, bias), Forward(activation, keep))
+    y, kept, _ = call.forward(operand, *_contiguous(weight, bias), forward_of(activation, keep))
     return _shaped(y, x, layout.channels), None if kept is None else _shaped(kept, x, layout.channels)
 
 
@@ -53,14 +58,16 @@ def linear_backward(
 def _linear_call(x: Tensor, layout: Layout) -> tuple[Tensor, Call]:
     if is_transposed(x):
         return x.mT.flatten(0, -3), Planes(layout, (1,), (1,))
-    flat = _flat(x, x)
+    flat = _rows(x)
     return flat, Rows(layout, is_column_major(flat))
 
 
 def _flat(t: Tensor, x: Tensor) -> Tensor:
     """A tensor like the input or the result of a linear layer as the kernels take it, by how the input lies."""
-    if is_transposed(x):
-        return dense(t.mT).flatten(0, -3)
+    return dense(t.mT).flatten(0, -3) if is_transposed(x) else _rows(t)
+
+
+def _rows(t: Tensor) -> Tensor:
     flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return flat if flat.is_contiguous() or is_column_major(flat) else flat.contiguous()
 
@@ -90,7 +97,7 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `backends.torch.conv_forward`, of convolutions that `suits_conv`."""
     operand, weight, call = conv_call(x, weight, layout, geometry)
-    y, kept, _ = call.forward(operand, *_contiguous(weight, bias), Forward(activation, keep))
+    y, kept, _ = call.forward(operand, *_contiguous(weight, bias), forward_of(activation, keep))
     return as_image(y, x), None if kept is None else as_image(kept, x)
 
 

@@ -6,6 +6,7 @@ work as a kernel's own. Whether it does so depends on what else the process has 
 
 from __future__ import annotations
 
+import math
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -116,6 +117,8 @@ def empty(shape: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
         shape: of the tensor.
         order: its dimensions from the outermost in memory to the innermost; ``None``: as they come.
     """
+    if order is None and math.prod(shape) * 4 < _LEAST:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     strides, stride = [1] * len(shape), 1
     for dim in reversed(order or range(len(shape))):
         strides[dim] = stride

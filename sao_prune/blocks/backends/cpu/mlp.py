@@ -70,7 +70,7 @@ def _arguments(
     channels = flat.shape[1], layout1.channels, layout2.channels
     threads = torch.get_num_threads()
     lines = panel_lines(height, batch, sum(channels), _PLANES if planes else _ROWS, threads)
-    one, two = (*w1.shape, *layout1.tables), (*w2.shape, *layout2.tables)
+    one, two = (*w1.shape, *layout1.addresses), (*w2.shape, *layout2.addresses)
     return batch, height, *channels, *one, *two, planes, lines, threads, ACTS[activation]
 
 

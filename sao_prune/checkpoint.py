@@ -21,6 +21,7 @@ from .blocks.adopt import adopt
 from .blocks.build import settle
 from .blocks.plan import Plan, carry_out, machine, plan_of
 from .blocks.swap import Changes, restore
+from .discovery.trace import evaluating
 from .held import held_tensors
 from .model import report
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
@@ -170,8 +171,8 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
     """Load a state whose block layers are the model's; changes nothing if it does not fit."""
     # A module that is used twice has its entries under both paths, as state_dict has them.
     modules = dict(model.named_modules(remove_duplicate=False))
-    held = _held_names(modules)
-    ours = _pruned_names(modules) - held
+    computed = _computed_names(modules)
+    ours = _pruned_names(modules) - computed
     theirs = masked_names(state, set(model.state_dict()), ours)
     to_prune = sorted(theirs - ours)
     for name in ours - theirs:
@@ -180,7 +181,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
             state[f"{name}_orig"] = state.pop(name)
             state[f"{name}_mask"] = mask_of(modules, name)
     check_fit(model, state, to_prune, ours - theirs, strict)
-    check_masks(state, theirs | {name for name in held if f"{name}_mask" in state})
+    check_masks(state, theirs | {name for name in computed if f"{name}_mask" in state})
     for name, parameter in model.named_parameters():
         check_writable(name, parameter)
     backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -193,8 +194,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
         if isinstance(error, Exception):
             raise CheckpointError(f"the model refused the checkpoint and is unchanged: {first_line(error)}") from error
         raise
-    for module in modules.values():
-        refresh(module)
+    with evaluating(model):  # in train mode some parametrizations change what they have just loaded
+        for module in modules.values():
+            refresh(module)
 
 
 def _put_back(model: nn.Module, backup: Mapping[str, Tensor]) -> None:
@@ -246,13 +248,16 @@ def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def _held_names(modules: Mapping[str, nn.Module]) -> set[str]:
-    """The weights that are held, by the names that they have without."""
-    return {
-        f"{path}.{tensor.removesuffix('_orig')}" if path else tensor.removesuffix("_orig")
-        for path, module in modules.items()
-        for tensor in held_tensors(module)
-    }
+def _computed_names(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The weights whose parameters hold, parametrizations or norms compute, by the names that they have without."""
+    tensors = [(path, tensor.removesuffix("_orig")) for path, m in modules.items() for tensor in held_tensors(m)]
+    tensors += [
+        (path, hook._tensor_name)
+        for path, m in modules.items()
+        for hook in pruning_hooks(m)
+        if f"{hook._tensor_name}_orig" not in m._parameters
+    ]
+    return {f"{path}.{tensor}" if path else tensor for path, tensor in tensors}
 
 
 def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> Snapshot:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import remove as torch_remove
+from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Unpack
 
 from .algorithms import RG, SAO, Method, ResidualRecord, resolve
@@ -57,10 +58,12 @@ class PlanOptions(TypedDict, total=False):
     example_input: Any
 
 
+# Topologies are drawn as numbers, whatever mode (fake tensors, for one) a model is looked at in.
+@_disable_current_modes()
 def plan(
     model: nn.Module, sparsity: Amount | None = None, *, method: str | Method = "sao", **options: Unpack[PlanOptions]
 ) -> Report:
-    """Tell what `apply` would do, touching no weight; works on the meta device.
+    """Tell what `apply` would do, touching no weight; works on the meta device and with fake tensors.
 
     Args:
         model: any module.
@@ -97,6 +100,7 @@ def plan(
     return _warn(result, layerwise=chosen.layerwise)
 
 
+@_disable_current_modes()
 def apply(
     model: nn.Module,
     sparsity: Amount | None = None,
@@ -128,7 +132,7 @@ def apply(
     Raises:
         TypeError: if the model is no module, or an option has the wrong type.
         ValueError: if the amount is out of range, a pattern matches nothing, no layer can be pruned, a chosen layer
-            is pruned already, or weights are on the meta device.
+            is pruned already, or weights are on the meta device or fake.
 
     Warns:
         SparsityWarning: if layers cannot have the requested sparsity to within a percentage point.
@@ -313,7 +317,7 @@ def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> st
 
 def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool) -> Tensor:
     tensor = getattr(modules[weight.module], weight.tensor)
-    if not meta:
+    if not (meta and tensor.is_meta):
         check_writable(weight.name, tensor)
     return tensor.detach()
 
@@ -337,5 +341,5 @@ def _report(
 def _warn(result: Report, *, layerwise: bool) -> Report:
     message = result.warning(layerwise=layerwise)
     if message:
-        warnings.warn(message, SparsityWarning, stacklevel=3)
+        warnings.warn(message, SparsityWarning, stacklevel=4)
     return result

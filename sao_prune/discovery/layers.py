@@ -88,6 +88,8 @@ def _raw_parameters(
     known = {id(parameter_of(m, stored.tensor)) for m in modules.values() for stored in stored_weights(m)}
     for name, parameter in model.named_parameters():
         path, _, tensor = name.rpartition(".")
+        if path not in modules:
+            continue
         owner = modules[path]
         lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
         if id(parameter) in known or lazy or parameter.dim() < 2 or is_block_layer(owner):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.prune import PruningContainer
 
 from ..algorithms import Draw
@@ -54,8 +55,10 @@ def check_writable(name: str, weight: Tensor) -> None:
     """Refuse weights that cannot be pruned in place.
 
     Raises:
-        ValueError: for weights on the meta device, made in inference mode, or that lie on themselves.
+        ValueError: for weights on the meta device or fake ones, made in inference mode, or that lie on themselves.
     """
+    if isinstance(weight, FakeTensor):
+        raise ValueError(f"{name} is a fake tensor, which has no values: plan() takes it, pruning needs real weights")
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: plan() works there, pruning needs real weights")
     if weight.is_inference() or torch.is_inference_mode_enabled():

@@ -20,7 +20,7 @@ from ..algorithms.magnitude import keep_top, unit_scores
 from ..allocation import Allocation, Budget, allocate
 from ..discovery import PrunableWeight, weight_of
 from ..seeds import Seed, base_seed, named_generator
-from .attachment import attach, stored
+from .attachment import attach, check_writable, stored
 from .derived import current
 from .hooks import MaskPruning, is_pruned_tensor
 
@@ -216,6 +216,7 @@ def _allocation(weight: PrunableWeight, budget: Budget) -> Allocation:
 def _by_method(cls: type[P], module: nn.Module, name: str, budget: Budget, method: Method, seed: Seed) -> P:
     weight = weight_of(module, name)
     value = stored(module, name)
+    check_writable(weight.name, value)
     (draw,) = method.draw([_allocation(weight, budget)], [value], base_seed(seed))
     attach(module, draw, cls)
     return _last_hook(cls, module, name)

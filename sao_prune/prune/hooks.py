@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .derived import derive, place, settle
 from .offload import Unload, is_offloaded
@@ -58,7 +60,7 @@ class MaskPruning(BasePruningMethod):
         if not self.called:
             self.called = True
         if f"{self._tensor_name}_orig" not in module._parameters:
-            _run_last(module, self)
+            _run_last(module, self, inputs)
         place(module, self._tensor_name, derive(module, self._tensor_name))
         if "_hf_hook" in module.__dict__:
             _unload_afterwards(module, self._tensor_name)
@@ -160,11 +162,16 @@ def _is_local(module: nn.Module, original: Tensor, mask: Tensor) -> bool:
     return original.shape == mask.shape and not is_offloaded(module, original)
 
 
-def _run_last(module: nn.Module, hook: MaskPruning) -> None:
+def _run_last(module: nn.Module, hook: MaskPruning, inputs: Any) -> None:
     """Let other hooks of a module, `torch.nn.utils.weight_norm` for one, compute the parameter before it is masked."""
     hooks = module._forward_pre_hooks
     if next(reversed(hooks.values())) is not hook:
-        for key in [key for key, known in hooks.items() if known is hook]:
+        known = list(hooks.values())
+        for later in known[known.index(hook) + 1 :]:
+            # In this pass they come too late.
+            if isinstance(later, WeightNorm | SpectralNorm):
+                later(module, inputs)
+        for key in [key for key, one in hooks.items() if one is hook]:
             hooks[key] = hooks.pop(key)
 
 

@@ -537,27 +537,6 @@ def test_frozen_zeros_survive_conversions_and_copies(swap, twin):
     assert type(model[1]).__name__ == "BlockLinear"
 
 
-@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
-def test_old_norms_of_the_parameter_under_a_mask(norm):
-    model = layers()
-    norm(model[1], "weight_orig")
-    optimiser = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(3):
-        optimiser.zero_grad()
-        model(torch.randn(2, 16)).sum().backward()
-        optimiser.step()
-    assert masks_hold(model)
-    expected = model.eval()(torch.ones(1, 16))
-    with pytest.raises(ValueError, match="nothing was removed"):
-        sao_prune.remove(model)
-    remove = (
-        torch.nn.utils.remove_weight_norm if norm is torch.nn.utils.weight_norm else torch.nn.utils.remove_spectral_norm
-    )
-    remove(model[1], "weight_orig")
-    sao_prune.remove(model)
-    assert torch.allclose(model(torch.ones(1, 16)), expected, atol=1e-5)
-
-
 def test_global_pruning_with_a_layerwise_method_says_what_to_do():
     pairs = [(nn.Linear(4, 4), "weight")]
     with pytest.raises(TypeError, match=r"layer by layer; call sao_prune\.apply"):

@@ -129,7 +129,9 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Dataset]:
 def fit(
     args: argparse.Namespace, model: nn.Module, data: Dataset, epochs: int, lr: float, teacher: nn.Module | None = None
 ) -> None:
-    """Train in place, with distillation where there is a teacher."""
+    """Train in place, with distillation where there is a teacher; no epochs leave the model as it is."""
+    if not epochs:
+        return
     distill = DistillSpec(args.distill, args.temperature) if teacher is not None else None
     schedule = ScheduleSpec("cosine", warmup_epochs=int(epochs > 1))
     spec = TrainSpec(epochs, args.batch_size, "adamw", weight_decay=0.05, clip=1.0, schedule=schedule, distill=distill)

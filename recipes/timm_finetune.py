@@ -8,8 +8,9 @@ name, such as ``torch/cifar10``. What happens, in order:
 1. The dense model is made, then trained for ``--teacher-epochs``. Without ``--pretrained`` (the default, which needs no
    network) it starts from random weights, with it its head is still random unless the classes are the weights' own: in
    both cases training gives it something to teach. ``--teacher FILE`` keeps it for other methods to learn from.
-2. A copy is pruned. GMP, LMP, LRP and RG keep the values of the weights that stay. SAO and EOI put orthogonal ones
-   there: of the dense model they keep the layers that are not pruned, and the rest reaches them by distillation alone.
+2. A copy is pruned. GMP, LMP, LRP and RG keep the values of the weights that stay; Project fits them, on
+   ``--calibration`` training images, so that layers compute what they did. SAO and EOI put orthogonal ones there: of
+   the dense model they keep the layers that are not pruned, and the rest reaches them by distillation alone.
 3. The copy is trained for ``--epochs`` on ``(1 - w) * cross-entropy + w * distillation``, w being ``--distill-weight``.
 4. The weights go to ``--output`` (for `sao_prune.load`), the results as JSON beside it and to standard output.
 """
@@ -23,7 +24,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,15 +34,16 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import sao_prune
+from sao_prune import Distillation, Distiller
 from sao_prune.algorithms import resolve
 
 log = logging.getLogger("timm_finetune")
-NEED_DATA = ("snip", "grasp", "project")
-METHODS = [name for name in sao_prune.methods() if name not in NEED_DATA]
+NEED_LABELS = ("snip", "grasp")
+METHODS = [name for name in sao_prune.methods() if name not in NEED_LABELS]
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
 
 
@@ -65,6 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained", action="store_true", help="start from timm's weights; needs a network or a filled cache")
     add("--method", default="sao", choices=METHODS, help="how to prune")
     add("--sparsity", type=number(0, 1), default=0.875, help="share of zeros in the pruned layers")
+    add("--calibration", type=number(2, kind=int), default=512, help="images that --method project fits values on")
     add("--execution", default="masked", choices=("masked", "compact"), help="how the sparse model runs")
     add("--data", required=True, help="image folder, or a name such as torch/cifar10")
     add("--data-dir", default="data", help="where a named data set lies")
@@ -95,7 +97,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.opt not in timm.optim.list_optimizers():
         parser.error(f"--opt {args.opt} is none of timm's: {', '.join(timm.optim.list_optimizers())}")
     if args.execution == "compact" and not resolve(args.method).structured:
-        parser.error(f"--execution compact needs a method that prunes in blocks (sao, rg), got --method {args.method}")
+        parser.error(
+            f"--execution compact needs a method that prunes in blocks (sao, rg, project), got --method {args.method}"
+        )
     untaught = not (args.pretrained or args.teacher_epochs or (args.teacher and args.teacher.is_file()))
     if untaught and args.distill_weight > 0:
         parser.error("a random dense model has nothing to teach: train it, read a --teacher, or --distill-weight 0")
@@ -173,27 +177,8 @@ def create_dense(args: argparse.Namespace, classes: int) -> nn.Module:
         )
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A dense model to learn from, and how much of the loss it makes."""
-
-    model: nn.Module
-    weight: float
-    temperature: float
-
-    def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy and distillation (Hinton et al., 2015), weighted; the gradient's scale does not depend on T."""
-        if self.weight == 0:
-            return F.cross_entropy(logits, labels)
-        with torch.no_grad():
-            taught = F.log_softmax(self.model(images).float() / self.temperature, dim=1)
-        learnt = F.log_softmax(logits / self.temperature, dim=1)
-        divergence = F.kl_div(learnt, taught, reduction="batchmean", log_target=True) * self.temperature**2
-        return (1 - self.weight) * F.cross_entropy(logits, labels) + self.weight * divergence
-
-
 def train(
-    args: argparse.Namespace, model: nn.Module, loader: Any, epochs: int, teacher: Teacher | None = None
+    args: argparse.Namespace, model: nn.Module, loader: Any, epochs: int, teacher: nn.Module | None = None
 ) -> tuple[nn.Module, float]:
     """Train in place; the model (or the average of its weights) and the seconds it took."""
     timm.utils.random_seed(args.seed)  # so that every method sees the same batches, whatever happened before
@@ -202,6 +187,8 @@ def train(
     steps = {"step_on_epochs": False, "updates_per_epoch": len(loader)}
     scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, num_epochs=epochs, **warm_up, **steps)
     average = timm.utils.ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
+    options = Distillation(args.distill_weight, args.temperature)
+    distiller = None if teacher is None else Distiller(model, teacher, options)
     start, step = time.perf_counter(), 0
     for epoch in range(epochs):
         model.train()
@@ -209,7 +196,8 @@ def train(
         for images, labels in loader:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(images)
-                loss = teacher.loss(images, logits.float(), labels) if teacher else F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels)
+                loss = loss if distiller is None else distiller.loss(images, logits, loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -219,7 +207,7 @@ def train(
                 average.update(model, step=step)
             losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
-        log.info(f"{'sparse' if teacher else 'dense'} epoch {epoch + 1}/{epochs}: training loss {mean:.4f}")
+        log.info(f"{'dense' if teacher is None else 'sparse'} epoch {epoch + 1}/{epochs}: training loss {mean:.4f}")
         if not math.isfinite(mean):
             fail(f"the training loss became {mean}: try a smaller --lr than {args.lr}")
     return (model if average is None else average.module), time.perf_counter() - start
@@ -253,10 +241,11 @@ def prepare_teacher(args: argparse.Namespace, dense: nn.Module, loader: Any) -> 
     return dense.eval().requires_grad_(False), seconds
 
 
-def sparse_copy(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
-    """The dense model pruned; the seed decides what is drawn."""
+def sparse_copy(args: argparse.Namespace, dense: nn.Module, loader: Any = None) -> nn.Module:
+    """The dense model pruned; the seed decides what is drawn, and the loader's first images what Project fits."""
     student = copy.deepcopy(dense).requires_grad_(True)
-    sao_prune.apply(student, args.sparsity, method=args.method, seed=args.seed)
+    method = sao_prune.Project((images for images, _ in loader), samples=args.calibration) if loader else args.method
+    sao_prune.apply(student, args.sparsity, method=method, seed=args.seed)
     if args.execution == "compact":
         sao_prune.compact(student)
     return student
@@ -269,16 +258,20 @@ def main(arguments: list[str] | None = None) -> None:
     train_set, test_set, classes = open_data(args)
     dense = create_dense(args, classes).to(args.device)
     train_loader, test_loader = open_loaders(args, dense, train_set, test_set)
-    try:
-        sparse_copy(args, dense)  # before hours of training show that it cannot be
+    project = args.method == "project"
+    try:  # before hours of training show that it cannot be
+        if project:  # which would fit values to a model that is not trained yet
+            sao_prune.plan(dense, args.sparsity, method="project")
+        else:
+            sparse_copy(args, dense)
     except ValueError as error:
         fail(f"{args.model} cannot be pruned: {error}")
     dense, teacher_seconds = prepare_teacher(args, dense, train_loader)
     results = {"dense_accuracy": evaluate(args, dense, test_loader)}
-    student = sparse_copy(args, dense)
+    timm.utils.random_seed(args.seed)  # so that Project sees the same images whether the dense model was read or not
+    student = sparse_copy(args, dense, train_loader if project else None)
     results["pruned_accuracy"] = evaluate(args, student, test_loader)
-    teacher = Teacher(dense, args.distill_weight, args.temperature)
-    student, seconds = train(args, student, train_loader, args.epochs, teacher)
+    student, seconds = train(args, student, train_loader, args.epochs, dense)
     results["accuracy"] = evaluate(args, student, test_loader)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sao_prune.save(student, args.output)

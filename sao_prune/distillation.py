@@ -247,8 +247,8 @@ def _pairs(blocks: Sequence[str] | Mapping[str, str], student: nn.Module, teache
         for pattern in blocks:
             names = [pattern] if pattern in known["student"] else [n for n in known["student"] if _fits(n, pattern)]
             found.update({name: name for name in names or [pattern]})
-    for owner, names in (("student", found), ("teacher", found.values())):
-        for name in names:
+    for owner, wanted in (("student", [*found]), ("teacher", [*found.values()])):
+        for name in wanted:
             if name not in known[owner]:
                 some = ", ".join([n for n in known[owner] if n][:8])
                 hint = nearest(name, [*known[owner]])

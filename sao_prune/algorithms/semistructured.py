@@ -185,8 +185,8 @@ def _maxima(one: Tensor, other: Tensor) -> Tensor:
 def _disjoint(gain: Tensor, m: int, least: float) -> list[tuple[int, int]]:
     """The best swaps of places, none of which touch the same set."""
     best, place = gain.view(gain.shape[0], -1, m).max(2)
-    ranked = torch.argsort(best.flatten(), descending=True, stable=True)
-    ranked = ranked[best.flatten()[ranked] > least].tolist()
+    order = torch.argsort(best.flatten(), descending=True, stable=True)
+    ranked = order[best.flatten()[order] > least].tolist()
     taken: set[int] = set()
     swaps = []
     for index in ranked:

@@ -149,9 +149,10 @@ class _Trainer:
         total = torch.zeros((), device=self._device)
         for step, (x, target, count) in enumerate(self._batches(history.epochs)):
             total += self._step(state.optimizer, x, target, count)
-            if state.pruner is not None and state.pruner.step(state.optimizer) and state.average is not None:
-                _share_masks(state.average.module, self.model)
+            pruned = None if state.pruner is None else state.pruner.step(state.optimizer)
             if isinstance(state.average, ModelEmaV3):
+                if pruned is not None:
+                    _share_masks(state.average.module, self.model)
                 state.average.update(self.model, step=history.epochs * self._steps + step + 1)
         # Read once, at the end, so that a GPU need not wait after every step.
         loss, seconds, cpu = summed(

@@ -85,15 +85,6 @@ def with_steps(plan: Plan, candidates: Sequence[Candidate], chains: dict[int, Ch
     return replace(plan, choices=new)
 
 
-def mode_of(model: nn.Module, example_input: Any, tune: _Mode) -> _Mode:
-    """What can be timed of a model: some layers have no backward in eval mode (cuDNN's recurrent ones)."""
-    try:
-        run_model(model, example_input, tune)
-    except RuntimeError:
-        return "infer"
-    return tune
-
-
 def time_model(model: nn.Module, example_input: Any, mode: _Mode, best: float) -> float:
     """Fewest seconds of a run of the whole model; infinite if it does not run so, as with views that a memory format
     does not allow. One that is clearly slower than ``best`` runs once."""

@@ -43,8 +43,9 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
         if isinstance(module, nn.RNNBase):
             arguments.setdefault(id(module), (args, named))
         if args and isinstance(args[0], Tensor):
-            # Only shape, type and memory order matter: keep no activation alive.
-            inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
+            # Only shape, type and memory order matter: keep no activation alive. Nobody is to take it for a use.
+            with torch._C.DisableTorchFunction():
+                inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
         count[id(module)] = count.get(id(module), 0) + 1
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]

@@ -79,20 +79,23 @@ def compact(
     settle_all(model)
     before = plan_of(model)
     found = list(layers(model))
-    calls = None if example_input is None else record_calls(model, [m for _, m in found], example_input)
-    eligible = candidates(model, found, None if calls is None else called_in(found, calls))
-    records = records_of(found, eligible)
-    ready = [e for e in eligible if not isinstance(e.found, Ineligible)]
-    if not ready:
-        raise ValueError(_nothing(model, records))
-    whole = composites_of(eligible)
-    single = [candidate_of(e) for e in ready if isinstance(e.form, LayerForm)]
-    warn_replaced([parameter_of(e.module, e.weight.tensor) for e in ready if e.weight is not None], "compact")
+    watched = [m for _, m in found]
     detach(model)
     try:
+        calls: Calls | None = None
         follow: dict[int, Chain] = {}
-        if fuse and calls is not None and plan is None and cpu.library() is not None:
-            follow = chains(model, single_of(found), example_input)
+        if example_input is not None and fuse and plan is None and cpu.library() is not None:
+            follow, calls = chains(model, single_of(found), example_input, watched)
+        elif example_input is not None:
+            calls = record_calls(model, watched, example_input)
+        eligible = candidates(model, found, None if calls is None else called_in(found, calls))
+        records = records_of(found, eligible)
+        ready = [e for e in eligible if not isinstance(e.found, Ineligible)]
+        if not ready:
+            raise ValueError(_nothing(model, records))
+        whole = composites_of(eligible)
+        single = [candidate_of(e) for e in ready if isinstance(e.form, LayerForm)]
+        warn_replaced([parameter_of(e.module, e.weight.tensor) for e in ready if e.weight is not None], "compact")
         chosen = _chosen(model, whole, single, calls, example_input, tune, plan, follow, before)
         undo = _convert(model, whole, single, chosen)
     except BaseException:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .calls import record_calls
+from .calls import Calls, record_calls
 from .epilogue import ACTIVATIONS, Epilogue, activation_in, is_activation, is_norm
 
 _SEES_THROUGH = (nn.Dropout, nn.Identity, nn.Sequential)
@@ -151,13 +151,16 @@ def _extends(chain: Chain, module: nn.Module, x: Tensor) -> bool:
     return is_activation(module)
 
 
-def chains(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) -> dict[int, Chain]:
-    """What follows each layer, by the id of the module, in a run of the model in eval mode.
+def chains(
+    model: nn.Module, layers: Iterable[nn.Module], example_input: Any, watched: Iterable[nn.Module] = ()
+) -> tuple[dict[int, Chain], Calls]:
+    """What follows each layer, by the id of the module, in a run of the model in eval mode, and `Calls` of that run.
 
     Args:
         model: any module, without epilogues.
         layers: the layers in it.
         example_input: what to run it on.
+        watched: modules whose calls are recorded.
 
     Raises:
         ValueError: if the model fails on the example input.
@@ -170,7 +173,8 @@ def chains(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) ->
     ]
     try:
         with watch:
-            watch.used(record_calls(model, [], example_input).output)
+            calls = record_calls(model, watched, example_input)
+            watch.used(calls.output)
         for kept in list(watch.results.values()):
             kept.uses += 1  # somebody has put it aside
     finally:
@@ -192,7 +196,7 @@ def chains(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) ->
             found[key] = replace(chain, then=None)
         elif chain.then is not None:
             taken.add(id(chain.then))
-    return found
+    return found, calls
 
 
 def _longest(result: _Result) -> Chain:

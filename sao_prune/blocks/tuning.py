@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .autotune import Candidate, Timings, default_plan, inputs_of, layer_key, mode_of, time_layer, time_model
+from .autotune import Candidate, Timings, default_plan, inputs_of, layer_key, time_layer, time_model
 from .backends import cpu
 from .calls import Calls, record_calls
 from .modules import Execution
@@ -116,16 +116,18 @@ def _fastest(
     model: nn.Module, plans: Sequence[Plan], example_input: Any, tune: Literal["train", "infer"], convert: Convert
 ) -> int:
     """The plan with which the whole model is fastest: what its other parts gain from a format, layers do not tell."""
-    mode = mode_of(model, example_input, tune)
     seconds: list[float] = []
     with _progress("timing the model", len(plans)) as advance:
         for plan in plans:
             undo = convert(plan)
             try:
-                seconds.append(time_model(model, example_input, mode, min(seconds, default=float("inf"))))
+                seconds.append(time_model(model, example_input, tune, min(seconds, default=float("inf"))))
             finally:
                 undo()
             advance()
+    if tune == "train" and min(seconds) == float("inf"):
+        # Some layers have no backward in eval mode (cuDNN's recurrent ones).
+        return _fastest(model, plans, example_input, "infer", convert)
     return seconds.index(min(seconds))
 
 

@@ -20,12 +20,12 @@ from sao_prune.nn import ECOConv2d
 
 def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """One training step."""
-    optimiser = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

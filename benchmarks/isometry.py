@@ -93,12 +93,12 @@ def certificates(steps: int) -> None:
         start = perf_counter()
         torch.manual_seed(0)
         model = LipConvNet(5, width=8, in_chans=1, groups=groups, seed=0)
-        optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         for _ in range(steps):
             batch = torch.randint(1400, (64,))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.cross_entropy(4 * model(x[batch]), y[batch]).backward()
-            optimiser.step()
+            optimizer.step()
         for radius in (36 / 255, 0.5, 1.0):
             c = analysis.certified_accuracy(model, x[1400:], y[1400:], radius)
             attacked = analysis.pgd_l2(model, x[1400:], y[1400:], radius)

@@ -24,6 +24,7 @@ LOOKS = {
         "ink": "#1a1a1a",
         "faint": "#dcdfe3",
         "ours": "#0072B2",
+        "second": "#8CC3E3",
         "others": ("#C2410C", "#00805A"),
     },
     "dark": {
@@ -31,6 +32,7 @@ LOOKS = {
         "ink": "#e6e6e6",
         "faint": "#3a3f47",
         "ours": "#56B4E9",
+        "second": "#2C6F97",
         "others": ("#FF8A3D", "#2FCB9E"),
     },
 }
@@ -78,9 +80,9 @@ def draw_accuracy(axes: Axes, look: dict, numbers: dict) -> None:
         spread = [[max(0.0, m - v) for m, v in zip(mean, low)], [max(0.0, v - m) for m, v in zip(mean, high)]]
         axes.errorbar(at, mean, spread, color=colour, linestyle=dashes, marker=marker, linewidth=width, capsize=3)
     notes = {
-        "dense": (0.35, dense[0] + 4.2, look["ink"]),
-        NAMES["SAO"]: (2.45, 68.5, look["ours"]),
-        NAMES["LMP-S"]: (1.5, 45, look["others"][0]),
+        "dense": (0.3, dense[0] + 4.5, look["ink"]),
+        NAMES["SAO"]: (2.4, 66, look["ours"]),
+        NAMES["LMP-S"]: (1.48, 45, look["others"][0]),
         NAMES["RG-S"]: (1.03, 2.5, look["others"][1]),
     }
     for text, (x, y, colour) in notes.items():
@@ -90,14 +92,18 @@ def draw_accuracy(axes: Axes, look: dict, numbers: dict) -> None:
     axes.grid(True, color=look["faint"], linewidth=0.6)
 
 
-def draw_speed(axes: Axes, look: dict, work: str, numbers: dict[str, float], order: list[str]) -> None:
-    bars = axes.barh(range(len(order)), [numbers[m] for m in order], 0.62, color=look["ours"])
-    axes.bar_label(bars, [f"{numbers[m]:.1f}x" for m in order], padding=4, color=look["ink"], fontweight="bold")
+def draw_speed(axes: Axes, look: dict, numbers: dict[str, dict[str, float]], order: list[str]) -> None:
+    for place, (work, models) in zip((-0.21, 0.21), numbers.items()):
+        heights = [models[model] for model in order]
+        fill = look["ours"] if work == "train" else look["second"]
+        bars = axes.barh([index + place for index in range(len(order))], heights, 0.38, color=fill, label=WORK[work])
+        axes.bar_label(bars, [f"{height:.1f}x" for height in heights], padding=4, color=look["ink"])
     axes.axvline(1, color=look["ink"], linewidth=1.2)
     axes.set_yticks(range(len(order)), order)
     axes.invert_yaxis()
-    axes.set(title=WORK[work], xlim=(0, 16.5), xlabel="times as fast as the dense model")
+    axes.set(xlim=(0, 15.5), xlabel="times as fast as the dense model")
     axes.grid(True, axis="x", color=look["faint"], linewidth=0.6)
+    axes.legend(loc="lower right", frameon=False, labelcolor=look["ink"])
 
 
 def finish(figure: Figure, look: dict, path: Path) -> None:
@@ -118,13 +124,11 @@ def main() -> None:
     order = sorted(speed["train"], key=speed["train"].__getitem__, reverse=True)
     with rc_context(RESOLUTION):
         for theme, look in LOOKS.items():
-            figure = Figure((7.2, 3.6), layout="constrained")
+            figure = Figure((5.8, 3.5), layout="constrained")
             draw_accuracy(figure.add_subplot(), look, accuracy)
             finish(figure, look, HERE / f"front-accuracy-{theme}.svg")
-            figure = Figure((7.2, 2.9), layout="constrained")
-            for panel, work in enumerate(WORK):
-                draw_speed(figure.add_subplot(1, 2, 1 + panel), look, work, speed[work], order)
-            figure.axes[1].set_yticklabels([])
+            figure = Figure((5.8, 3.5), layout="constrained")
+            draw_speed(figure.add_subplot(), look, speed, order)
             finish(figure, look, HERE / f"front-speed-{theme}.svg")
     with (HERE / "front.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows())

@@ -85,7 +85,7 @@ def run(
             folder = run_recipe(path, options, display, profile)
     except KeyboardInterrupt:
         if first:
-            print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
+            print("interrupted: finished trials are on the disk, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if first:
         _show(folder, console)

@@ -20,7 +20,7 @@ from .schema import Scalar, rule, unknown
 from .structured import structured
 
 if TYPE_CHECKING:
-    from .recipe import Arm
+    from .recipe import Configuration as Arm
 
 Examples = tuple[Tensor, Tensor]
 _PRUNINGS = 20

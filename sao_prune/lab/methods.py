@@ -166,7 +166,7 @@ class Pruned:
     """What pruning left.
 
     Attributes:
-        sparsity: share of zeros in the pruned layers.
+        sparsity: of the pruned layers.
         parameters, nonzero: of the whole network, biases and norms included.
         flops: multiply-adds of one image that meet a weight that is not zero; ``dense_flops`` before pruning.
         note: what a reader must know.

@@ -49,7 +49,7 @@ class ZooRun:
         architecture: which one.
         parameters: parameters of the whole model.
         layers: layers that were pruned.
-        sparsity: share of zeros in them.
+        sparsity: of them.
         image: shape of the input, batch included.
         unused: pruned layers that a training step gives no gradient, dense or pruned.
         readers: torch functions that read masked weights.

@@ -25,7 +25,7 @@ INTERRUPTED = 130
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A timm or torchvision name; timm/NAME or torchvision/NAME to choose.")],
-    sparsity: Annotated[float | None, typer.Option(help="Share of zeros in the pruned layers, in [0, 1).")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity of the pruned layers, in [0, 1).")] = None,
     degree: Annotated[float | None, typer.Option(help="Edges of a node on a layer's smaller side.")] = None,
     groups: Annotated[int | None, typer.Option(help="Blocks of a layer.")] = None,
     method: Annotated[str, typer.Option(help="A name from sao_prune.methods().")] = "sao",
@@ -85,7 +85,7 @@ def run(
             folder = run_recipe(path, options, display, profile)
     except KeyboardInterrupt:
         if first:
-            print("interrupted: finished cells are on the disk, the same command goes on from there", file=sys.stderr)
+            print("interrupted: finished trials are on the disk, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if first:
         _show(folder, console)
@@ -116,7 +116,7 @@ def report(
 @app.command()
 def zoo(
     pattern: Annotated[str, typer.Option("--filter", help="Glob pattern on the names of architectures.")] = "*",
-    sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.96875,
+    sparsity: Annotated[float, typer.Option(help="Sparsity of the pruned layers, in [0, 1).")] = 0.96875,
     run: Annotated[
         bool, typer.Option("--run", help="Also train, copy, bake, save and load one of each family.")
     ] = False,

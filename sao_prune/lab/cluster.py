@@ -1,4 +1,4 @@
-"""Cells on a Ray cluster."""
+"""Trials on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .cells import Cell
 from .errors import LabError
 from .executors import Executor, Result, WorkerLost
 from .isolate import one_line
+from .trials import Trial
 from .work import Worker, Workplace
 
 # More than a cluster's scheduler should have to hold.
@@ -22,12 +22,12 @@ MOST_SLOTS = 1024
 
 
 class RayCluster(Executor):
-    """A Ray cluster: each cell a task with its request for processors. Results come back as values.
+    """A Ray cluster: each trial a task with its request for processors. Results come back as values.
 
     Args:
         place: with absolute paths; a node that lacks the folder uses one of its own among its temporary files.
         address: of the cluster, or ``auto``.
-        cpus, gpus: what one cell asks for.
+        cpus, gpus: what one trial asks for.
 
     Raises:
         LabError: if Ray is not installed, no cluster answers, or no node of it is large enough.
@@ -41,14 +41,14 @@ class RayCluster(Executor):
             self._ray.shutdown()
             offers = "; ".join(sorted({f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes}))
             raise LabError(
-                f"no node of the Ray cluster at {address!r} is large enough: one cell asks for {cpus:g} CPUs and "
+                f"no node of the Ray cluster at {address!r} is large enough: one trial asks for {cpus:g} CPUs and "
                 f"{gpus:g} GPUs, its {len(nodes)} nodes have {offers}"
             )
-        # A lost cell is the sweep's to try again, which tells of it; Ray would do so in silence.
+        # A lost trial is the sweep's to try again, which tells of it; Ray would do so in silence.
         self._task = self._ray.remote(_work_anywhere).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
 
-    def submit(self, cell: Cell) -> Future[Result]:
-        """Hand a cell to the cluster."""
+    def submit(self, trial: Trial) -> Future[Result]:
+        """Hand a trial to the cluster."""
         future: Future[Result] = Future()
 
         def pass_on(answer: Future[tuple[Result | None, str]]) -> None:
@@ -60,12 +60,12 @@ class RayCluster(Executor):
                 else:
                     future.set_exception(LabError(told))
             elif isinstance(error, self._ray.exceptions.RayTaskError):
-                # It did not get as far as the cell: the node lacks a package, say.
+                # It did not get as far as the trial: the node lacks a package, say.
                 future.set_exception(LabError(one_line(getattr(error, "cause", error))))
             else:
                 future.set_exception(WorkerLost(one_line(error)))
 
-        self._task.remote(self._place, cell).future().add_done_callback(pass_on)
+        self._task.remote(self._place, trial).future().add_done_callback(pass_on)
         return future
 
     def __exit__(self, *error: object) -> None:
@@ -105,7 +105,7 @@ def _knock(address: str) -> None:
 
 
 def count_slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
-    """How many cells the nodes have room for at a time; a cell does not stretch over two nodes.
+    """How many trials the nodes have room for at a time; a trial does not stretch over two nodes.
 
     Args:
         nodes: the resources of each, by Ray's names.
@@ -124,15 +124,15 @@ def count_slots(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
 _worker: Worker | None = None
 
 
-def _work_anywhere(place: Workplace, cell: Cell) -> tuple[Result | None, str]:
-    """A cell's record, or one line on why there is none: the driver need not know the exception's class."""
+def _work_anywhere(place: Workplace, trial: Trial) -> tuple[Result | None, str]:
+    """A trial's record, or one line on why there is none: the driver need not know the exception's class."""
     global _worker
     if not place.folder.is_dir():
         place = replace(place, folder=_own_folder(place.folder.name))
     try:
         if _worker is None or _worker.place != place:
             _worker = Worker(place)
-        return _worker.work(cell), ""
+        return _worker.work(trial), ""
     except Exception as error:
         return None, str(error) if isinstance(error, LabError) else one_line(error)
 

@@ -100,14 +100,14 @@ def _identity(*parts: str) -> Callable[[Row], Hashable]:
     """A row's key, made of the named parts and of its method."""
 
     def key(row: Row) -> Hashable:
-        arm = row.arm
+        configuration = row.configuration
         every = {
-            "case": arm.setting.label,
-            "network": arm.setting.network.name,
-            "options": tuple(sorted(arm.options.items())),
-            "amount": tuple(sorted(arm.prune.items())),
+            "case": configuration.setting.label,
+            "network": configuration.setting.network.name,
+            "options": tuple(sorted(configuration.options.items())),
+            "amount": tuple(sorted(configuration.prune.items())),
         }
-        method = arm.method.name, tuple(sorted(arm.method.options.items()))
+        method = configuration.method.name, tuple(sorted(configuration.method.options.items()))
         return method, *(every[part] for part in parts)
 
     return key

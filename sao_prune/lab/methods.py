@@ -20,7 +20,7 @@ from .schema import Scalar, rule, unknown
 from .structured import structured
 
 if TYPE_CHECKING:
-    from .recipe import Arm
+    from .recipe import Configuration as Arm
 
 Examples = tuple[Tensor, Tensor]
 _PRUNINGS = 20
@@ -166,7 +166,7 @@ class Pruned:
     """What pruning left.
 
     Attributes:
-        sparsity: share of zeros in the pruned layers.
+        sparsity: of the pruned layers.
         parameters, nonzero: of the whole network, biases and norms included.
         flops: multiply-adds of one image that meet a weight that is not zero; ``dense_flops`` before pruning.
         note: what a reader must know.

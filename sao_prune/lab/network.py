@@ -14,7 +14,7 @@ import sao_prune.models
 
 from ..seeds import named_generator
 from .errors import LabError
-from .initialise import fixup_, he_
+from .initialization import fixup_, he_
 
 
 def build_network(

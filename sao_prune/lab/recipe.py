@@ -1,4 +1,4 @@
-"""A recipe: the grid of cells that one comparison trains, written in YAML."""
+"""A recipe: the grid of trials that one comparison trains, written in YAML."""
 
 from __future__ import annotations
 
@@ -146,16 +146,16 @@ class Setting:
             return "methods", "two methods have the same label; tell them apart with label:"
         return None
 
-    def arms(self) -> Iterator[Arm]:
+    def configurations(self) -> Iterator[Configuration]:
         """Every network x amount x method; dense once a network, since no amount changes it."""
         for options in self.network.grid():
             for method in self.methods:
                 for amount in [{}] if method.is_dense else self.prune.grid():
-                    yield Arm(self, options, method, amount)
+                    yield Configuration(self, options, method, amount)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Configuration:
     """One method on one network at one amount: what the learning rate is chosen for, and one row of the table.
 
     Attributes:
@@ -191,9 +191,9 @@ class Arm:
         return train.further() if self.method.is_trained_first else train.first()
 
     @property
-    def dense(self) -> Arm:
-        """The dense network that a -T method of this arm starts from."""
-        return Arm(self.setting, self.options, MethodSpec("dense"), {})
+    def dense(self) -> Configuration:
+        """The dense network that a -T method of this configuration starts from."""
+        return Configuration(self.setting, self.options, MethodSpec("dense"), {})
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,24 @@ class Recipe:
     settings: tuple[Setting, ...]
     title: str | None = None
 
-    def arms(self) -> Iterator[Arm]:
-        """The arms of all cases, in order."""
-        return (arm for setting in self.settings for arm in setting.arms())
+    def configurations(self) -> Iterator[Configuration]:
+        """The configurations of all cases, in order."""
+        return (configuration for setting in self.settings for configuration in setting.configurations())
 
-    def every_arm(self) -> list[Arm]:
-        """The arms, and the dense ones that -T methods need though the recipe does not list them."""
-        arms = list(self.arms())
-        for arm in [arm.dense for arm in arms if arm.method.is_trained_first]:
-            there = (a.setting == arm.setting and a.options == arm.options for a in arms if a.method.is_dense)
+    def every_configuration(self) -> list[Configuration]:
+        """The configurations, and the dense ones that -T methods need though the recipe does not list them."""
+        configurations = list(self.configurations())
+        for configuration in [
+            configuration.dense for configuration in configurations if configuration.method.is_trained_first
+        ]:
+            there = (
+                a.setting == configuration.setting and a.options == configuration.options
+                for a in configurations
+                if a.method.is_dense
+            )
             if not any(there):
-                arms.append(arm)
-        return arms
+                configurations.append(configuration)
+        return configurations
 
 
 @dataclass(frozen=True)
@@ -275,9 +281,9 @@ def read_recipe(path: Path, profile: str | None = None) -> RecipeFile:
     body, cases = body.take("cases")
     parts = [body] if cases is None else [body.overlaid(case) for case in cases.items()]
     recipe = Recipe(head.name, tuple(part.build(Setting) for part in parts), head.title)
-    titles = [arm.title for arm in recipe.arms()]
+    titles = [configuration.title for configuration in recipe.configurations()]
     if len(set(titles)) < len(titles) and cases is not None:
-        raise cases.error("two cases have the same arms; tell them apart with label:")
+        raise cases.error("two cases have the same configurations; tell them apart with label:")
     return RecipeFile(recipe, path.read_text(encoding="utf-8") if profile is None else whole.text(), names)
 
 

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON line a finished cell, safe against being killed at any moment."""
+"""Results on disk: one JSON line a finished trial, safe against being killed at any moment."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def _parse(path: Path, raw: bytes, warn: Callable[[str], None]) -> tuple[dict[st
         if record is not None:
             records[record["key"]] = record
         elif number == len(lines):
-            warn(f"{path}:{number}: the last line is damaged and is dropped; its cell will run again")
+            warn(f"{path}:{number}: the last line is damaged and is dropped; its trial will run again")
             break
         elif line.strip():
-            warn(f"{path}:{number}: a damaged line is ignored; its cell will run again")
+            warn(f"{path}:{number}: a damaged line is ignored; its trial will run again")
         sound += len(line)
     return records, sound
 

@@ -48,7 +48,7 @@ def structured(
     Channels that depend on each other go together (Fang et al., CVPR 2023, through the package torch-pruning). They are
     ranked by the mean squared norm of their weights, relative to their layer's; ties, as between the rows of orthogonal
     weights, thin all layers alike. As few go as meet the share, and every layer keeps one. The outputs of the last
-    layer stay. The model's parameters are new ones afterwards: make the optimiser then.
+    layer stay. The model's parameters are new ones afterwards: make the optimizer then.
 
     Args:
         model: a dense network of convolutions and linear layers.

@@ -9,10 +9,10 @@ from statistics import fmean, median, stdev
 
 from scipy import stats
 
-from .cells import choose_lr, count_cells, final_cells, known_cells, selection_cells, spectrum_cell
 from .errors import ResultsError
-from .recipe import Arm, Recipe, load_recipe
+from .recipe import Configuration, Recipe, load_recipe
 from .results import Record, read_results
+from .trials import choose_lr, count_trials, final_trials, known_trials, selection_trials, spectrum_trial
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of the comparison. Accuracies are fractions.
+    """One configuration of the comparison. Accuracies are fractions.
 
     Attributes:
         flops: multiply-adds of one image that meet a weight that is not zero; ``dense_flops`` without pruning.
@@ -58,7 +58,7 @@ class Row:
         notes: what a reader must know about this row.
     """
 
-    arm: Arm
+    configuration: Configuration
     lr: float | None
     sparsity: float | None
     parameters: int | None
@@ -98,7 +98,7 @@ class Summary:
 
     Attributes:
         recipe_text: the recipe as YAML.
-        done, cells: finished cells, and those that the whole recipe has.
+        done, trials: finished trials, and those that the whole recipe has.
         seconds, cpu_seconds: of all trainings together, those that chose learning rates included.
         environments: a line for each set of versions and hardware.
     """
@@ -107,7 +107,7 @@ class Summary:
     recipe_text: str
     rows: tuple[Row, ...]
     done: int
-    cells: int
+    trials: int
     seconds: float
     cpu_seconds: float
     environments: tuple[str, ...]
@@ -130,38 +130,47 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
         raise ResultsError(f"{folder} holds no run (recipe.yaml and results.jsonl): make one with `sao-prune run`")
     recipe = load_recipe(folder / "recipe.yaml")
     records = read_results(path, warn)
-    done = [cell.key for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key in records]
-    # Arms of two cases may share a cell: it was worked once, and counts for each.
+    done = [
+        trial.key
+        for configuration in recipe.every_configuration()
+        for trial in known_trials(configuration, records)
+        if trial.key in records
+    ]
+    # Configurations of two cases may share a trial: it was worked once, and counts for each.
     used = [records[key] for key in dict.fromkeys(done)]
     if not used:
         raise ResultsError(f"{path} has no result of the recipe beside it yet: let `sao-prune run` go on")
-    rows = [_row(arm, records) for arm in recipe.arms()]
+    rows = [_row(configuration, records) for configuration in recipe.configurations()]
     return Summary(
         recipe=recipe,
         recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         rows=tuple(replace(row, against_sao=_against_sao(row, rows)) for row in rows),
         done=len(done),
-        cells=sum(count_cells(arm)[0] for arm in recipe.every_arm()),
+        trials=sum(count_trials(configuration)[0] for configuration in recipe.every_configuration()),
         seconds=sum(record["result"].get("seconds", 0.0) for record in used),
         cpu_seconds=sum(record["result"].get("cpu_seconds", 0.0) for record in used),
         environments=tuple(sorted({_environment(record) for record in used})),
     )
 
 
-def _row(arm: Arm, records: Mapping[str, Record]) -> Row:
-    lr, cells, spectrum = choose_lr(arm, records), final_cells(arm, records) or [], spectrum_cell(arm)
-    cells = [cell for cell in cells if cell.key in records]
-    done = [records[cell.key]["result"] for cell in cells]
+def _row(configuration: Configuration, records: Mapping[str, Record]) -> Row:
+    lr, trials, spectrum = (
+        choose_lr(configuration, records),
+        final_trials(configuration, records) or [],
+        spectrum_trial(configuration),
+    )
+    trials = [trial for trial in trials if trial.key in records]
+    done = [records[trial.key]["result"] for trial in trials]
     measured = None if spectrum is None else records.get(spectrum.key, {}).get("result")
     first = done[0] if done else (measured or {})
-    starts = [records.get(cell.start.key, {}).get("result", {}) for cell in cells if cell.start is not None]
+    starts = [records.get(trial.start.key, {}).get("result", {}) for trial in trials if trial.start is not None]
 
     def typical(key: str) -> float | None:
         times = [result[key] + (starts[i].get(key, 0.0) if starts else 0.0) for i, result in enumerate(done)]
         return median(times) if times else None
 
     return Row(
-        arm=arm,
+        configuration=configuration,
         lr=lr,
         sparsity=first.get("sparsity"),
         parameters=first.get("parameters"),
@@ -171,52 +180,52 @@ def _row(arm: Arm, records: Mapping[str, Record]) -> Row:
         seconds=typical("seconds"),
         cpu_seconds=typical("cpu_seconds"),
         execution=first.get("execution", ""),
-        rates=tuple(_rates(arm, records)),
+        rates=tuple(_rates(configuration, records)),
         accuracies=tuple(result["accuracy"] for result in done),
-        seeds=tuple(cell.seed for cell in cells),
+        seeds=tuple(trial.seed for trial in trials),
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
         spectrum=measured,
-        notes=tuple(_notes(arm, lr, done, first)),
+        notes=tuple(_notes(configuration, lr, done, first)),
     )
 
 
-def _rates(arm: Arm, records: Mapping[str, Record]) -> Iterator[Rate]:
+def _rates(configuration: Configuration, records: Mapping[str, Record]) -> Iterator[Rate]:
     """What each rate of the grid reached so far."""
-    choosing = selection_cells(arm, records)
+    choosing = selection_trials(configuration, records)
     if choosing is None:
-        choosing = {lr: [] for lr in arm.setting.lr.grid}
-    for lr, cells in choosing.items():
-        done = [records[cell.key]["result"] for cell in cells if cell.key in records]
-        whole = bool(done) and len(done) == len(cells)
+        choosing = {lr: [] for lr in configuration.setting.lr.grid}
+    for lr, trials in choosing.items():
+        done = [records[trial.key]["result"] for trial in trials if trial.key in records]
+        whole = bool(done) and len(done) == len(trials)
         mean = fmean(result["accuracy"] for result in done) if whole else None
         yield Rate(lr, mean, sum(result["status"] != "ok" for result in done))
 
 
-def _notes(arm: Arm, lr: float | None, done: list[Record], first: Record) -> Iterator[str]:
+def _notes(configuration: Configuration, lr: float | None, done: list[Record], first: Record) -> Iterator[str]:
     if first.get("note"):
         yield first["note"]
-    diverged, rates = sum(result["status"] != "ok" for result in done), arm.setting.lr.grid
+    diverged, rates = sum(result["status"] != "ok" for result in done), configuration.setting.lr.grid
     if diverged:
         yield f"{diverged} of {len(done)} runs diverged"
-    if 0 < len(done) < len(arm.setting.seeds):
-        yield f"{len(done)} of {len(arm.setting.seeds)} runs are done"
+    if 0 < len(done) < len(configuration.setting.seeds):
+        yield f"{len(done)} of {len(configuration.setting.seeds)} runs are done"
     if lr is not None and len(rates) > 2 and lr in (min(rates), max(rates)):
         yield f"the chosen lr, {lr:g}, is at the edge of the grid"
 
 
 def _against_sao(row: Row, rows: Sequence[Row]) -> Paired | None:
     """The comparison with the first SAO row of the same network and amount."""
-    arm = row.arm
+    configuration = row.configuration
     same = [
         other
         for other in rows
-        if other.arm.method.name == "sao"
-        and other.arm.setting == arm.setting
-        and other.arm.options == arm.options
-        and (arm.method.is_dense or other.arm.prune == arm.prune)
+        if other.configuration.method.name == "sao"
+        and other.configuration.setting == configuration.setting
+        and other.configuration.options == configuration.options
+        and (configuration.method.is_dense or other.configuration.prune == configuration.prune)
     ]
-    amounts = len(arm.setting.prune.grid())
-    if not same or same[0] is row or (arm.method.is_dense and amounts > 1):
+    amounts = len(configuration.setting.prune.grid())
+    if not same or same[0] is row or (configuration.method.is_dense and amounts > 1):
         return None
     return paired(row.by_seed, same[0].by_seed)
 

@@ -1,4 +1,4 @@
-"""Runs a recipe: every method under identical conditions, every finished cell on the disk."""
+"""Runs a recipe: every method under identical conditions, every finished trial on the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from statistics import fmean
 
 import torch
 
-from .cells import Cell, choose_lr, count_cells, known_cells
 from .cluster import RayCluster
 from .data import DataSource, load_dataset
 from .display import Display, MethodProgress
@@ -25,9 +24,10 @@ from .network import build_network
 from .recipe import Recipe, read_recipe
 from .results import Record, ResultsLog
 from .train import History, in_turn, process_group, rank, world
+from .trials import Trial, choose_lr, count_trials, known_trials
 from .work import OnEpoch, Workplace, denormals_flushed, pick_device
 
-# A cell whose worker died this often is left to the next run.
+# A trial whose worker died this often is left to the next run.
 TRIES = 3
 
 
@@ -38,7 +38,7 @@ class RunOptions:
     Attributes:
         jobs: processes on this machine; with more than one, each has its share of the cores.
         ray: address of a Ray cluster, or ``auto``; takes the place of ``jobs``.
-        cpus, gpus: of the cluster, for one cell.
+        cpus, gpus: of the cluster, for one trial.
         tensorboard: write event files below the run's folder.
     """
 
@@ -72,7 +72,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
 
     Raises:
         LabError: if the recipe, the data, the network, a method or the device cannot be had, before any training; or
-            at the end, if a cell failed.
+            at the end, if a trial failed.
     """
     with denormals_flushed(), process_group(options.device) as own_device:
         if own_device is not None and (options.jobs > 1 or options.ray is not None):
@@ -80,7 +80,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
         file = read_recipe(path, profile)
         recipe = file.recipe
         display.stage(f"checking the data, networks and methods of {recipe.name}")
-        in_turn(lambda: check_arms(recipe, options.source))
+        in_turn(lambda: check_configurations(recipe, options.source))
         folder = options.out / recipe.name
         place = _workplace(options, folder, own_device)
         if rank() > 0:
@@ -97,7 +97,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
     return folder
 
 
-def check_arms(recipe: Recipe, source: DataSource) -> None:
+def check_configurations(recipe: Recipe, source: DataSource) -> None:
     """Find out whether all data is there, every network can be built and every method applied, before hours are spent.
 
     Raises:
@@ -107,17 +107,17 @@ def check_arms(recipe: Recipe, source: DataSource) -> None:
         data = load_dataset(setting.data, source)
         for options in setting.network.grid():
             model = build_network(setting.network.name, options, len(data.classes), data.sizes)
-            for arm in setting.arms():
-                if arm.options == options:
-                    check_method(model, arm)
+            for configuration in setting.configurations():
+                if configuration.options == options:
+                    check_method(model, configuration)
 
 
 class Sweep:
-    """The cells of one recipe, with their results in one log, handed out as they become known."""
+    """The trials of one recipe, with their results in one log, handed out as they become known."""
 
     def __init__(self, recipe: Recipe, log: ResultsLog, display: Display, place: Workplace) -> None:
         self._log, self._display, self._place = log, display, place
-        self._arms = recipe.every_arm()
+        self._configurations = recipe.every_configuration()
         self._counted: set[tuple[int, str]] = set()
         self._live: set[str] = set()
         self._trained: set[str] = set()
@@ -125,109 +125,113 @@ class Sweep:
         self._failed: dict[str, str] = {}
 
     def run(self, executor: Executor) -> None:
-        """All cells that are not on the disk yet.
+        """All trials that are not on the disk yet.
 
         Raises:
-            LabError: at the end, if a cell failed; the others are done.
+            LabError: at the end, if a trial failed; the others are done.
         """
-        self._display.start(sum(count_cells(arm)[1] for arm in self._arms), 0)
+        self._display.start(sum(count_trials(configuration)[1] for configuration in self._configurations), 0)
         self._account()
         self._display.methods(self._progress(set()))
-        under_way: dict[Future[Record], Cell] = {}
+        under_way: dict[Future[Record], Trial] = {}
         while True:
             while len(under_way) < executor.slots:
-                cell = next(self._missing({cell.key for cell in under_way.values()}), None)
-                if cell is None:
+                trial = next(self._missing({trial.key for trial in under_way.values()}), None)
+                if trial is None:
                     break
                 # Before it begins: one that works in this process comes back when it is done.
-                self._display.methods(self._progress({cell.key, *(other.key for other in under_way.values())}))
-                under_way[executor.submit(cell)] = cell
+                self._display.methods(self._progress({trial.key, *(other.key for other in under_way.values())}))
+                under_way[executor.submit(trial)] = trial
             if not under_way:
                 break
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 self._collect(under_way.pop(future), future)
             self._account()
-            self._display.methods(self._progress({cell.key for cell in under_way.values()}))
+            self._display.methods(self._progress({trial.key for trial in under_way.values()}))
         if self._failed:
             first = next(iter(self._failed.values()))
-            raise LabError(f"{len(self._failed)} cells failed; the same command tries them again. The first: {first}")
+            raise LabError(f"{len(self._failed)} trials failed; the same command tries them again. The first: {first}")
 
-    def on_epoch(self, cell: Cell) -> OnEpoch:
+    def on_epoch(self, trial: Trial) -> OnEpoch:
         """What shows the progress of a training in this process."""
-        epochs = cell.steps
-        self._live.add(cell.key)
+        epochs = trial.steps
+        self._live.add(trial.key)
 
         def tell(history: History) -> None:
             done = len(history.accuracy)
             # A diverged training takes its remaining steps at once.
             steps = 1 if history.status == "ok" else epochs - done + 1
-            self._display.step(cell.title, f"epoch {done}/{epochs}, accuracy {history.accuracy[-1]:.1%}", steps)
+            self._display.step(trial.title, f"epoch {done}/{epochs}, accuracy {history.accuracy[-1]:.1%}", steps)
 
         return tell
 
-    def _missing(self, busy: Set[str]) -> Iterator[Cell]:
-        """The cells that can be begun now, in the order of work; dense ones again where their weights are wanted."""
+    def _missing(self, busy: Set[str]) -> Iterator[Trial]:
+        """The trials that can be begun now, in the order of work; dense ones again where their weights are wanted."""
         records = self._log.records
-        for arm in self._arms:
-            for cell in known_cells(arm, records):
-                if cell.key in records or cell.key in busy or cell.key in self._failed:
+        for configuration in self._configurations:
+            for trial in known_trials(configuration, records):
+                if trial.key in records or trial.key in busy or trial.key in self._failed:
                     continue
-                if cell.start is None:
-                    yield cell
+                if trial.start is None:
+                    yield trial
                     continue
-                start = cell.start.key
+                start = trial.start.key
                 if start in busy or start in self._failed or start not in records:
                     continue
                 # What was trained in this run is where its worker can find it, which may be another machine's disk.
-                yield cell if start in self._trained or self._place.weights(cell.start).is_file() else cell.start
+                yield trial if start in self._trained or self._place.weights(trial.start).is_file() else trial.start
 
-    def _collect(self, cell: Cell, future: Future[Record]) -> None:
+    def _collect(self, trial: Trial, future: Future[Record]) -> None:
         error = future.exception()
         if error is None:
-            self._log.append({"key": cell.key, **future.result()})
-            self._trained.add(cell.key)
+            self._log.append({"key": trial.key, **future.result()})
+            self._trained.add(trial.key)
             return
-        self._tries[cell.key] += 1
+        self._tries[trial.key] += 1
         told = str(error) if isinstance(error, LabError) else one_line(error)
-        if lost(error) and self._tries[cell.key] < TRIES:
-            self._display.note(f"{cell.title}: its worker was lost ({told}); once more")
+        if lost(error) and self._tries[trial.key] < TRIES:
+            self._display.note(f"{trial.title}: its worker was lost ({told}); once more")
             return
-        self._failed[cell.key] = f"{cell.title}: {told}"
-        self._display.note(f"failed: {cell.title}: {told}")
+        self._failed[trial.key] = f"{trial.title}: {told}"
+        self._display.note(f"failed: {trial.title}: {told}")
 
     def _account(self) -> None:
         """Tell of what is done and was not told yet."""
         records = self._log.records
-        for index, arm in enumerate(self._arms):
+        for index, configuration in enumerate(self._configurations):
             final = False
-            cells = known_cells(arm, records)
-            for cell in cells:
-                if cell.key not in records or (index, cell.key) in self._counted:
+            trials = known_trials(configuration, records)
+            for trial in trials:
+                if trial.key not in records or (index, trial.key) in self._counted:
                     continue
-                self._counted.add((index, cell.key))
-                final |= cell.kind == "final"
-                if cell.key in self._live and cell.kind != "spectrum":
-                    self._live.discard(cell.key)
+                self._counted.add((index, trial.key))
+                final |= trial.kind == "final"
+                if trial.key in self._live and trial.kind != "spectrum":
+                    self._live.discard(trial.key)
                 else:
-                    self._display.step(cell.title, "done", cell.steps)
-            finals = [records[cell.key]["result"] for cell in cells if cell.kind == "final" and cell.key in records]
-            if final and len(finals) == len(arm.setting.seeds):
-                accuracy, lr = fmean(result["accuracy"] for result in finals), choose_lr(arm, records)
-                self._display.note(f"{arm.title}: {accuracy:.1%} on the test set (mean of {len(finals)}), lr {lr:g}")
+                    self._display.step(trial.title, "done", trial.steps)
+            finals = [
+                records[trial.key]["result"] for trial in trials if trial.kind == "final" and trial.key in records
+            ]
+            if final and len(finals) == len(configuration.setting.seeds):
+                accuracy, lr = fmean(result["accuracy"] for result in finals), choose_lr(configuration, records)
+                self._display.note(
+                    f"{configuration.title}: {accuracy:.1%} on the test set (mean of {len(finals)}), lr {lr:g}"
+                )
 
     def _progress(self, busy: Set[str]) -> list[MethodProgress]:
         """How far each method is, in the order of the recipe."""
         records, found = self._log.records, dict[str, MethodProgress]()
-        for arm in self._arms:
-            title, cells = arm.method.title, known_cells(arm, records)
+        for configuration in self._configurations:
+            title, trials = configuration.method.title, known_trials(configuration, records)
             before = found.get(title, MethodProgress(title, 0, 0, 0))
-            done = [cell for cell in cells if cell.key in records]
-            running = sum(cell.key in busy and cell.key not in records for cell in cells)
+            done = [trial for trial in trials if trial.key in records]
+            running = sum(trial.key in busy and trial.key not in records for trial in trials)
             best = {"select": before.held_out, "final": before.test}
-            for cell in done:
-                if cell.kind in best:
-                    best[cell.kind] = max(best[cell.kind] or 0.0, records[cell.key]["result"]["accuracy"])
-            left = count_cells(arm)[0] - len(done) - running
+            for trial in done:
+                if trial.kind in best:
+                    best[trial.kind] = max(best[trial.kind] or 0.0, records[trial.key]["result"]["accuracy"])
+            left = count_trials(configuration)[0] - len(done) - running
             found[title] = MethodProgress(
                 title,
                 before.done + len(done),

@@ -1,4 +1,4 @@
-"""Does one cell's work: what a process, wherever it runs, turns into a result."""
+"""Does one trial's work: what a process, wherever it runs, turns into a result."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch import nn
 import sao_prune
 
 from ..seeds import named_generator
-from .cells import Cell
 from .data import Dataset, DataSource, DataSpec, load_dataset
 from .depth import depth_spectrum
 from .errors import LabError
 from .files import replacing
 from .methods import Gradual, Pruned, prune_network, schedule_network
 from .network import initial_network
-from .recipe import Arm
+from .recipe import Configuration
 from .train import History, TensorBoardWriter, from_first, rank, train, world
+from .trials import Trial
 
 # Each is many samples: one a step.
 _SEQUENCES = 64
@@ -37,7 +37,7 @@ OnEpoch = Callable[[History], None]
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a worker must know beside the cell; another process can be given it.
+    """What a worker must know beside the trial; another process can be given it.
 
     Attributes:
         folder: of the run; weights and checkpoints lie below it.
@@ -51,17 +51,17 @@ class Workplace:
     threads: int | None = None
     tensorboard: bool = False
 
-    def weights(self, cell: Cell) -> Path:
-        """Where the trained weights of a cell lie."""
-        return self.folder / "weights" / f"{cell.key}.safetensors"
+    def weights(self, trial: Trial) -> Path:
+        """Where the trained weights of a trial lie."""
+        return self.folder / "weights" / f"{trial.key}.safetensors"
 
-    def checkpoint(self, cell: Cell) -> Path:
+    def checkpoint(self, trial: Trial) -> Path:
         """Where a training that is not finished is saved."""
-        return self.folder / "unfinished" / f"{cell.key}.pt"
+        return self.folder / "unfinished" / f"{trial.key}.pt"
 
 
 class Worker:
-    """Does cells one after the other, and keeps data and initial networks between them."""
+    """Does trials one after the other, and keeps data and initial networks between them."""
 
     def __init__(self, place: Workplace) -> None:
         self.place = place
@@ -71,68 +71,69 @@ class Worker:
         self._data = lru_cache(maxsize=2)(self._load)
         self._initial = lru_cache(maxsize=2)(self._draw_initial)
 
-    def work(self, cell: Cell, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
-        """The record of a cell, all but its key.
+    def work(self, trial: Trial, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+        """The record of a trial, all but its key.
 
         Raises:
             LabError: if the library refuses the method, or the data cannot be had.
         """
         with denormals_flushed():
-            result = self._measure(cell) if cell.kind == "spectrum" else self._train(cell, on_epoch)
+            result = self._measure(trial) if trial.kind == "spectrum" else self._train(trial, on_epoch)
         return {
-            "title": cell.title,
-            "cell": cell.content(),
+            "title": trial.title,
+            # What a trial was called when the format was made.
+            "cell": trial.content(),
             "result": result,
             "environment": describe_environment(self._device),
         }
 
-    def network(self, cell: Cell) -> tuple[nn.Module, Pruned]:
-        """The pruned network that a cell starts from, on the CPU, so that every device starts from the same weights."""
-        model, pruned, _ = self._pruned(cell)
+    def network(self, trial: Trial) -> tuple[nn.Module, Pruned]:
+        """The pruned network that a trial starts from, on the CPU, so that all devices start from the same weights."""
+        model, pruned, _ = self._pruned(trial)
         return model, pruned
 
-    def _pruned(self, cell: Cell) -> tuple[nn.Module, Pruned, Gradual | None]:
-        arm, model, data = cell.arm, self._unpruned(cell), self._data_of(cell)
-        if arm.method.is_gradual:
-            steps = arm.train.steps(len(data.train_y))
-            gradual = schedule_network(model, arm, cell.seed, data.example, steps)
+    def _pruned(self, trial: Trial) -> tuple[nn.Module, Pruned, Gradual | None]:
+        configuration, model, data = trial.configuration, self._unpruned(trial), self._data_of(trial)
+        if configuration.method.is_gradual:
+            steps = configuration.train.steps(len(data.train_y))
+            gradual = schedule_network(model, configuration, trial.seed, data.example, steps)
             return model, gradual.left(), gradual
-        chosen = examples(data, cell.seed, arm.method.per_class) if arm.method.needs_data else None
-        return model, prune_network(model, arm, cell.seed, data.example, chosen), None
+        chosen = examples(data, trial.seed, configuration.method.per_class) if configuration.method.needs_data else None
+        return model, prune_network(model, configuration, trial.seed, data.example, chosen), None
 
-    def _unpruned(self, cell: Cell) -> nn.Module:
+    def _unpruned(self, trial: Trial) -> nn.Module:
         """The initial network, or what a -T method's dense training has left of it."""
-        model = deepcopy(self._initial(_network_key(cell.arm), cell.seed))
-        if cell.start is not None:
-            model.load_state_dict(self._start_weights(cell.start))
+        model = deepcopy(self._initial(_network_key(trial.configuration), trial.seed))
+        if trial.start is not None:
+            model.load_state_dict(self._start_weights(trial.start))
         return model
 
-    def _train(self, cell: Cell, on_epoch: OnEpoch | None) -> dict[str, Any]:
-        setting, place = cell.arm.setting, self.place
-        assert cell.lr is not None
-        model, pruned, gradual = self._pruned(cell)
-        data, spec = self._data_of(cell), cell.arm.train
-        checkpoint = place.checkpoint(cell)
+    def _train(self, trial: Trial, on_epoch: OnEpoch | None) -> dict[str, Any]:
+        setting, place = trial.configuration.setting, self.place
+        assert trial.lr is not None
+        model, pruned, gradual = self._pruned(trial)
+        data, spec = self._data_of(trial), trial.configuration.train
+        checkpoint = place.checkpoint(trial)
         model = model.to(self._device)
-        teacher = self._unpruned(cell).to(self._device) if spec.distill is not None else None
-        with self._recorder(cell, on_epoch) as record:
+        teacher = self._unpruned(trial).to(self._device) if spec.distill is not None else None
+        with self._recorder(trial, on_epoch) as record:
             history = train(
                 model,
                 data,
                 spec,
-                cell.lr,
-                cell.seed,
+                trial.lr,
+                trial.seed,
                 record,
                 augment=setting.data.augment,
                 checkpoint=checkpoint,
-                key=cell.key,
+                key=trial.key,
                 pruner=None if gradual is None else gradual.pruner,
                 teacher=teacher,
             )
         if gradual is not None:
             pruned = gradual.left()
-        if cell.leaves_weights and rank() == 0:
-            _write_weights(model, place.weights(cell))
+        if trial.leaves_weights and rank() == 0:
+            _write_weights(model, place.weights(trial))
         if rank() == 0:
             checkpoint.unlink(missing_ok=True)
         return {
@@ -148,12 +149,12 @@ class Worker:
         }
 
     @contextmanager
-    def _recorder(self, cell: Cell, on_epoch: OnEpoch | None) -> Iterator[OnEpoch | None]:
+    def _recorder(self, trial: Trial, on_epoch: OnEpoch | None) -> Iterator[OnEpoch | None]:
         """What a training calls after every epoch: the progress display, and TensorBoard's writer if wanted."""
         if not self.place.tensorboard or rank() > 0:
             yield on_epoch
             return
-        name = "".join(c if c.isalnum() or c in ".,=" else "_" for c in f"{cell.kind} {cell.title} {cell.key}")
+        name = "".join(c if c.isalnum() or c in ".,=" else "_" for c in f"{trial.kind} {trial.title} {trial.key}")
         with TensorBoardWriter(self.place.folder / "tensorboard" / name) as writer:
 
             def both(history: History) -> None:
@@ -163,30 +164,30 @@ class Worker:
 
             yield both
 
-    def _measure(self, cell: Cell) -> dict[str, Any]:
-        model, pruned = self.network(cell)
-        data = self._data(cell.arm.setting.data)
+    def _measure(self, trial: Trial) -> dict[str, Any]:
+        model, pruned = self.network(trial)
+        data = self._data(trial.configuration.setting.data)
         image = data.standardise(data.train_x[:1])[0]
         return {**asdict(pruned), **asdict(depth_spectrum(model.to(self._device), image))}
 
-    def _start_weights(self, cell: Cell) -> dict[str, torch.Tensor]:
-        path = self.place.weights(cell)
+    def _start_weights(self, trial: Trial) -> dict[str, torch.Tensor]:
+        path = self.place.weights(trial)
         if world() > 1:
             if not from_first(path.is_file()):
-                self._train(cell, None)
+                self._train(trial, None)
             return from_first(_read_weights(path) if rank() == 0 else {})
         if not path.is_file():
             # The file is on another machine, or was deleted: the same training gives the same weights.
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 if not path.is_file():
-                    self._train(cell, None)
+                    self._train(trial, None)
         return _read_weights(path)
 
-    def _data_of(self, cell: Cell) -> Dataset:
-        spec = cell.arm.setting.data
+    def _data_of(self, trial: Trial) -> Dataset:
+        spec = trial.configuration.setting.data
         data = self._data(spec)
-        return data.holdout(spec.holdout) if cell.kind == "select" else data
+        return data.holdout(spec.holdout) if trial.kind == "select" else data
 
     def _load(self, spec: DataSpec) -> Dataset:
         return load_dataset(spec, self.place.source).to(self._device)
@@ -216,9 +217,9 @@ def examples(data: Dataset, seed: int, per_class: int = 10) -> tuple[torch.Tenso
     return x.cpu(), y.cpu()
 
 
-def _network_key(arm: Arm) -> tuple[Any, ...]:
-    setting = arm.setting
-    return setting.network.name, tuple(arm.options.items()), setting.data, setting.gain, setting.init
+def _network_key(configuration: Configuration) -> tuple[Any, ...]:
+    setting = configuration.setting
+    return setting.network.name, tuple(configuration.options.items()), setting.data, setting.gain, setting.init
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

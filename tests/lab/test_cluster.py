@@ -1,4 +1,4 @@
-"""Cells on a Ray cluster: the same results, whatever becomes of its nodes, and errors of one line."""
+"""Trials on a Ray cluster: the same results, whatever becomes of its nodes, and errors of one line."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from sao_prune.lab import cluster
-from sao_prune.lab.cells import Cell
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.sweep import RunOptions, run_recipe
+from sao_prune.lab.trials import Trial
 from sao_prune.lab.work import Workplace
 from tests.lab.test_executors import LONG, by_key, until
 from tests.lab.test_sweep import lines
@@ -40,7 +40,7 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
         ([], 1, 0, 0),
     ],
 )
-def test_a_cell_fits_on_one_node(nodes: list[dict[str, float]], cpus: float, gpus: float, slots: int) -> None:
+def test_a_trial_fits_on_one_node(nodes: list[dict[str, float]], cpus: float, gpus: float, slots: int) -> None:
     assert cluster.count_slots(nodes, cpus, gpus) == slots
 
 
@@ -56,10 +56,10 @@ def test_a_node_without_the_drivers_folder_uses_one_of_its_own(
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(cluster, "_worker", None)
     recipe = load_recipe(micro(("[dense, sao, rg-s, gmp-s]", "[dense, gmp-t]")))
-    dense, pruned = recipe.arms()
-    start = Cell("final", dense, 0, 0.1)
-    place, cell = Workplace(tmp_path / "nowhere" / "micro"), Cell("final", pruned, 0, 0.1, start)
-    record, told = cluster._work_anywhere(place, cell)
+    dense, pruned = recipe.configurations()
+    start = Trial("final", dense, 0, 0.1)
+    place, trial = Workplace(tmp_path / "nowhere" / "micro"), Trial("final", pruned, 0, 0.1, start)
+    record, told = cluster._work_anywhere(place, trial)
     assert record is not None, told
     assert record["result"]["status"] == "ok"
     assert [path.stem for path in tmp_path.glob("sao-prune-*/micro/weights/*.safetensors")] == [start.key]
@@ -68,8 +68,8 @@ def test_a_node_without_the_drivers_folder_uses_one_of_its_own(
 
 def test_an_error_comes_back_as_one_line(micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_worker", None)
-    arm = next(load_recipe(micro()).arms())
-    record, told = cluster._work_anywhere(Workplace(tmp_path, device="cuda:99"), Cell("final", arm, 0, 0.1))
+    configuration = next(load_recipe(micro()).configurations())
+    record, told = cluster._work_anywhere(Workplace(tmp_path, device="cuda:99"), Trial("final", configuration, 0, 0.1))
     assert record is None
     assert told
     assert "\n" not in told
@@ -98,7 +98,7 @@ def nodes(made: Any, count: int) -> Iterator[list[Any]]:
 
 
 def workers() -> list[int]:
-    """Processes that are at a cell."""
+    """Processes that are at a trial."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -22,15 +22,17 @@ def pair(tmp_path: Path) -> Pair:
     """The folders of two made-up runs; B reads one point higher for every seed."""
 
     def make(a: str, b: str) -> tuple[Path, Path]:
-        return made_up(tmp_path / "first", a), made_up(tmp_path / "second", b, level=lambda cell: accuracy(cell) + 0.01)
+        return made_up(tmp_path / "first", a), made_up(
+            tmp_path / "second", b, level=lambda trial: accuracy(trial) + 0.01
+        )
 
     return make
 
 
 def test_rows_are_matched_and_paired_by_their_seeds(pair: Pair) -> None:
     found = compare(*pair(PLAIN, FASTER), pytest.fail)
-    assert [match.b.arm.method.name for match in found.matches] == ["dense", "sao", "gmp-t"]
-    assert all(match.a.arm.method == match.b.arm.method for match in found.matches)
+    assert [match.b.configuration.method.name for match in found.matches] == ["dense", "sao", "gmp-t"]
+    assert all(match.a.configuration.method == match.b.configuration.method for match in found.matches)
     assert [match.common for match in found.matches] == [2, 2, 2]
     assert [match.difference for match in found.matches] == pytest.approx([0.01] * 3)
     assert found.unmatched == ((), ())
@@ -68,7 +70,7 @@ def test_what_only_one_run_has_is_told(pair: Pair, tmp_path: Path) -> None:
 def test_other_networks_are_matched_by_method_and_amount(pair: Pair) -> None:
     found = compare(*pair(AMOUNTS.replace("[3, 6]", "3"), AMOUNTS.replace("[3, 6]", "9")), pytest.fail)
     assert len(found.matches) == 1 + 2 * 3
-    assert all(match.a.arm.prune == match.b.arm.prune for match in found.matches)
+    assert all(match.a.configuration.prune == match.b.configuration.prune for match in found.matches)
 
 
 def test_runs_that_share_nothing_are_refused(pair: Pair) -> None:

@@ -1,4 +1,4 @@
-"""Cells in processes of their own: the same results, and no death that costs more than its cell."""
+"""Trials in processes of their own: the same results, and no death that costs more than its trial."""
 
 import json
 import multiprocessing
@@ -15,12 +15,12 @@ from threading import Thread
 
 import pytest
 
-from sao_prune.lab.cells import Cell
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.executors import InProcess, WorkerLost
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.results import ResultsLog
 from sao_prune.lab.sweep import TRIES, RunOptions, Sweep, run_recipe
+from sao_prune.lab.trials import Trial
 from sao_prune.lab.work import Workplace
 from tests.lab.test_sweep import lines, without_clock
 
@@ -107,7 +107,7 @@ def test_two_jobs_give_the_records_of_one(micro: Micro, tmp_path: Path, display,
     assert [note.split(":")[0] for note in display.notes].count("SAO") == 2
 
 
-def test_a_killed_worker_costs_its_cell_only(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
+def test_a_killed_worker_costs_its_trial_only(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
     path = micro(FEW, ONE_SEED, LONG)
     killed: list[int] = []
 
@@ -152,11 +152,11 @@ def test_an_interrupt_ends_all_at_once(micro: Micro, tmp_path: Path) -> None:
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130
         until(lambda: not any(map(alive, below)), 5)
-    assert err == "interrupted: finished cells are on the disk, the same command goes on from there\n"
+    assert err == "interrupted: finished trials are on the disk, the same command goes on from there\n"
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_cell_that_fails_is_told_and_the_others_finish(micro: Micro, tmp_path: Path, display, jobs: int) -> None:
+def test_a_trial_that_fails_is_told_and_the_others_finish(micro: Micro, tmp_path: Path, display, jobs: int) -> None:
     dense = ("[dense, sao, rg-s, gmp-s]", "[dense, gmp-t]")
     folder = run_recipe(micro(dense), RunOptions(tmp_path), display)
     weights = sorted((folder / "weights").glob("*.safetensors"))
@@ -166,7 +166,7 @@ def test_a_cell_that_fails_is_told_and_the_others_finish(micro: Micro, tmp_path:
     assert {path.stem for path in weights} >= set(finals)
     (folder / "weights" / f"{finals[0]}.safetensors").write_bytes(b"damaged")
 
-    with pytest.raises(LabError, match=r"^1 cells failed; .* The first: .*cannot read the dense weights") as caught:
+    with pytest.raises(LabError, match=r"^1 trials failed; .* The first: .*cannot read the dense weights") as caught:
         run_recipe(micro(dense), RunOptions(tmp_path, jobs=jobs), display)
     assert "\n" not in str(caught.value)
     assert len(lines(folder)) == len(kept) + 3
@@ -174,17 +174,17 @@ def test_a_cell_that_fails_is_told_and_the_others_finish(micro: Micro, tmp_path:
 
 
 class Failing(InProcess):
-    """Fails the cells of one method, as a worker does that is lost or an error that comes back."""
+    """Fails the trials of one method, as a worker does that is lost or an error that comes back."""
 
     def __init__(self, place: Workplace, method: str, error: Exception) -> None:
-        super().__init__(place, lambda cell: lambda history: None)
+        super().__init__(place, lambda trial: lambda history: None)
         self.method, self.error = method, error
-        self.submitted: list[Cell] = []
+        self.submitted: list[Trial] = []
 
-    def submit(self, cell: Cell) -> Future:
-        self.submitted.append(cell)
-        if cell.arm.method.name != self.method:
-            return super().submit(cell)
+    def submit(self, trial: Trial) -> Future:
+        self.submitted.append(trial)
+        if trial.configuration.method.name != self.method:
+            return super().submit(trial)
         future: Future = Future()
         future.set_exception(self.error)
         return future
@@ -195,13 +195,13 @@ def sweep_with(path: Path, folder: Path, display, method: str, error: Exception)
     with ResultsLog(folder / "results.jsonl", display.note) as log, Failing(place, method, error) as executor:
         with pytest.raises(LabError) as caught:
             Sweep(load_recipe(path), log, display, place).run(executor)
-        return [cell.key for cell in executor.submitted], str(caught.value)
+        return [trial.key for trial in executor.submitted], str(caught.value)
 
 
 def test_a_lost_worker_is_replaced_so_often_and_no_more(micro: Micro, tmp_path: Path, display) -> None:
     path = micro(FEW, ("[0.1, 0.01]", "0.1"))
     keys, said = sweep_with(path, tmp_path, display, "sao", WorkerLost("gone"))
-    assert said.startswith("3 cells failed")
+    assert said.startswith("3 trials failed")
     assert sorted(map(keys.count, set(keys))) == [1, 1, 1, TRIES, TRIES, TRIES]
 
 
@@ -213,7 +213,7 @@ def test_dense_weights_that_cannot_be_trained_again_end_the_run(micro: Micro, tm
     for path_of_weights in (folder / "weights").iterdir():
         path_of_weights.unlink()
     keys, said = sweep_with(path, folder, display, "dense", ValueError("no"))
-    assert said.startswith("2 cells failed")
+    assert said.startswith("2 trials failed")
     assert len(keys) == len(set(keys)) == 2
 
 

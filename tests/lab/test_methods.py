@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sao_prune.lab.cells import Cell, final_cells, known_cells, selection_cells
 from sao_prune.lab.cost import multiply_adds
 from sao_prune.lab.data import load_dataset
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.results import read_results
 from sao_prune.lab.summary import summarise
 from sao_prune.lab.sweep import RunOptions, run_recipe
+from sao_prune.lab.trials import Trial, final_trials, known_trials, selection_trials
 from sao_prune.lab.work import Worker, Workplace, examples
 
 Micro = Callable[..., Path]
@@ -35,10 +35,10 @@ def test_a_trained_method_prunes_what_the_dense_training_left(micro: Micro, tmp_
     assert kinds.count(("gmp-t", "final")) == 4
     assert ("gmp-t", "spectrum") not in kinds
 
-    arm = list(load_recipe(path).arms())[2]
-    cell = final_cells(arm, records)[0]
-    model, pruned = Worker(Workplace(folder)).network(cell)
-    dense = load_file(folder / "weights" / f"{cell.start.key}.safetensors")
+    configuration = list(load_recipe(path).configurations())[2]
+    trial = final_trials(configuration, records)[0]
+    model, pruned = Worker(Workplace(folder)).network(trial)
+    dense = load_file(folder / "weights" / f"{trial.start.key}.safetensors")
     assert pruned.sparsity == pytest.approx(0.75, abs=1e-3)
     for name, module in model.named_modules():
         if hasattr(module, "weight_mask"):
@@ -48,18 +48,20 @@ def test_a_trained_method_prunes_what_the_dense_training_left(micro: Micro, tmp_
 
 
 def test_a_trained_method_waits_for_the_rate_of_its_dense_phase(micro: Micro) -> None:
-    arm = next(load_recipe(micro((METHODS, "[gmp-t]"))).arms())
-    assert selection_cells(arm, {}) is None
-    assert known_cells(arm, {}) == []
-    dense = selection_cells(arm.dense, {})
+    configuration = next(load_recipe(micro((METHODS, "[gmp-t]"))).configurations())
+    assert selection_trials(configuration, {}) is None
+    assert known_trials(configuration, {}) == []
+    dense = selection_trials(configuration.dense, {})
     records = {
-        cell.key: {"result": {"status": "ok", "accuracy": lr, "loss": 1.0}}
+        trial.key: {"result": {"status": "ok", "accuracy": lr, "loss": 1.0}}
         for lr, group in dense.items()
-        for cell in group
+        for trial in group
     }
-    assert {cell.start.lr for group in selection_cells(arm, records).values() for cell in group} == {0.1}
+    assert {trial.start.lr for group in selection_trials(configuration, records).values() for trial in group} == {0.1}
     # Rates are chosen from dense phases that have not seen the held-out part.
-    assert {cell.start.kind for group in selection_cells(arm, records).values() for cell in group} == {"select"}
+    assert {trial.start.kind for group in selection_trials(configuration, records).values() for trial in group} == {
+        "select"
+    }
 
 
 def test_lost_weights_are_trained_again(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
@@ -113,7 +115,7 @@ def test_multiply_adds_by_layer() -> None:
 
 def test_cells_keep_their_keys_when_options_with_defaults_are_spelled_out(micro: Micro) -> None:
     def key(*changes: tuple[str, str]) -> str:
-        return Cell("final", next(load_recipe(micro(*changes)).arms()), 0, 0.1).key
+        return Trial("final", next(load_recipe(micro(*changes)).configurations()), 0, 0.1).key
 
     spelled = ("batch_size: 256", "batch_size: 256, momentum: 0.9, label_smoothing: 0, schedule: constant")
     assert key(spelled) == key()
@@ -124,8 +126,8 @@ def test_cells_keep_their_keys_when_options_with_defaults_are_spelled_out(micro:
 def test_isometric_residual_blocks_are_counted_in_the_note_and_plain_sao_is_untouched(micro: Micro) -> None:
     mlp = "{name: sao_mlp, depth: 2, options: {activation: tanh}}"
     path = micro((METHODS, "[sao, sao-iso]"), (mlp, "{name: sao_resnet, depth: 8, options: {norm: none}}"))
-    plain, isometric = load_recipe(path).arms()
+    plain, isometric = load_recipe(path).configurations()
     worker = Worker(Workplace(path.parent))
-    notes = [worker.network(Cell("final", arm, 0, 0.1))[1].note for arm in (plain, isometric)]
+    notes = [worker.network(Trial("final", configuration, 0, 0.1))[1].note for configuration in (plain, isometric)]
     assert "residual" not in notes[0]
     assert notes[1].startswith("residual blocks: 1 exact, 2 near")

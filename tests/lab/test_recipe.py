@@ -1,13 +1,13 @@
-"""Recipes: read right, refused with file, line and key, and cells that are told apart by what matters."""
+"""Recipes: read right, refused with file, line and key, and trials that are told apart by what matters."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sao_prune.lab.cells import Cell
 from sao_prune.lab.errors import RecipeError
 from sao_prune.lab.recipe import find_recipe, load_recipe, read_recipe, shipped_recipes
+from sao_prune.lab.trials import Trial
 
 Micro = Callable[..., Path]
 
@@ -72,16 +72,21 @@ def test_numbers_as_people_write_them(micro: Micro) -> None:
 
 
 def test_dense_is_trained_once_whatever_the_amounts(micro: Micro) -> None:
-    arms = list(load_recipe(micro(("groups: 4", "groups: [2, 4]"))).arms())
-    assert [arm.title for arm in arms if arm.method.is_dense] == ["Dense"]
-    assert [arm.title for arm in arms if arm.method.name == "sao"] == ["SAO, groups 2", "SAO, groups 4"]
+    configurations = list(load_recipe(micro(("groups: 4", "groups: [2, 4]"))).configurations())
+    assert [configuration.title for configuration in configurations if configuration.method.is_dense] == ["Dense"]
+    assert [configuration.title for configuration in configurations if configuration.method.name == "sao"] == [
+        "SAO, groups 2",
+        "SAO, groups 4",
+    ]
 
 
 def test_keys_depend_on_what_the_result_depends_on_and_on_nothing_else(micro: Micro) -> None:
     def key(*changes: tuple[str, str], seed: int = 0, lr: float = 0.1) -> str:
         recipe = load_recipe(micro(*changes))
-        arm = next(arm for arm in recipe.arms() if arm.method.name == "sao")
-        return Cell("final", arm, seed, lr).key
+        configuration = next(
+            configuration for configuration in recipe.configurations() if configuration.method.name == "sao"
+        )
+        return Trial("final", configuration, seed, lr).key
 
     base = key()
     assert key(("name: micro", "name: other")) == base
@@ -133,28 +138,28 @@ def test_cases_share_the_rest(micro: Micro) -> None:
     first, second = recipe.settings
     assert (first.network.depth, second.network.depth) == ((3,), (2,))
     assert (first.train.epochs, second.train.epochs) == (2, 1)
-    assert [arm.title for arm in recipe.arms()][:1] == ["SAO, a"]
+    assert [configuration.title for configuration in recipe.configurations()][:1] == ["SAO, a"]
 
 
 def test_every_option_can_be_an_axis(micro: Micro) -> None:
     recipe = load_recipe(micro(("activation: tanh", "activation: [tanh, relu], skips: [false, true]")))
-    titles = [arm.title for arm in recipe.arms() if arm.method.is_dense]
+    titles = [configuration.title for configuration in recipe.configurations() if configuration.method.is_dense]
     assert titles == ["Dense, tanh, no skips", "Dense, tanh, skips", "Dense, relu, no skips", "Dense, relu, skips"]
 
 
 def test_a_method_that_trains_first_brings_its_dense_network(micro: Micro) -> None:
     recipe = load_recipe(micro(("[dense, sao, rg-s, gmp-s]", "[sao, gmp-t]")))
-    assert [arm.title for arm in recipe.arms()] == ["SAO", "GMP-T"]
-    assert [arm.title for arm in recipe.every_arm()] == ["SAO", "GMP-T", "Dense"]
+    assert [configuration.title for configuration in recipe.configurations()] == ["SAO", "GMP-T"]
+    assert [configuration.title for configuration in recipe.every_configuration()] == ["SAO", "GMP-T", "Dense"]
     listed = load_recipe(micro(("[dense, sao, rg-s, gmp-s]", "[{name: dense, label: Base}, gmp-t]")))
-    assert [arm.title for arm in listed.every_arm()] == ["Base", "GMP-T"]
+    assert [configuration.title for configuration in listed.every_configuration()] == ["Base", "GMP-T"]
 
 
 @pytest.mark.parametrize(
     ("added", "said"),
     [
         ("cases: []", "expected a list of cases"),
-        ("cases: [{network: {depth: 2}}, {gain: 1.1}]", "two cases have the same arms"),
+        ("cases: [{network: {depth: 2}}, {gain: 1.1}]", "two cases have the same configurations"),
         ("cases: [{network: {dept: 2}}]", r"network\.dept: unknown key 'dept'; did you mean 'depth'"),
         ("profiles: {quick: 3}", "expected keys and values, got '3'"),
     ],

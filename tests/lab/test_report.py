@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sao_prune.lab.cells import Cell, known_cells
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.report import costs, print_report, write_report
 from sao_prune.lab.report.chart import MOST_PANELS
@@ -21,6 +20,7 @@ from sao_prune.lab.report.table import groups
 from sao_prune.lab.report.versus import depth_chart, sparsity_chart
 from sao_prune.lab.report.words import command
 from sao_prune.lab.summary import summarise
+from sao_prune.lab.trials import Trial, known_trials
 
 PLAIN = """\
 name: plain
@@ -43,48 +43,51 @@ Ran = Callable[..., Path]
 
 @pytest.fixture
 def ran(tmp_path: Path) -> Ran:
-    """A run's folder with made-up results; accuracies are ``level`` of the cell, or a law of its own."""
+    """A run's folder with made-up results; accuracies are ``level`` of the trial, or a law of its own."""
 
-    def make(text: str, keep: int | None = None, level: Callable[[Cell], float] | None = None) -> Path:
+    def make(text: str, keep: int | None = None, level: Callable[[Trial], float] | None = None) -> Path:
         return made_up(tmp_path, text, keep, level)
 
     return make
 
 
-def made_up(folder: Path, text: str, keep: int | None = None, level: Callable[[Cell], float] | None = None) -> Path:
+def made_up(folder: Path, text: str, keep: int | None = None, level: Callable[[Trial], float] | None = None) -> Path:
     """Write a run's recipe and its results, of which the first ``keep`` remain."""
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(text)
     recipe, records = load_recipe(folder / "recipe.yaml"), {}
     while missing := [
-        cell for arm in recipe.every_arm() for cell in known_cells(arm, records) if cell.key not in records
+        trial
+        for configuration in recipe.every_configuration()
+        for trial in known_trials(configuration, records)
+        if trial.key not in records
     ]:
-        records |= {cell.key: record(cell, level or accuracy) for cell in missing}
+        records |= {trial.key: record(trial, level or accuracy) for trial in missing}
     lines = [json.dumps(made) for made in records.values()]
     (folder / "results.jsonl").write_text("\n".join(lines[:keep]) + "\n")
     return folder
 
 
-def accuracy(cell: Cell) -> float:
+def accuracy(trial: Trial) -> float:
     """Best at lr 0.03; SAO above the others."""
-    bonus = {"dense": 0.05, "sao": 0.02}.get(cell.arm.method.name, 0.0)
-    return 0.8 + bonus - 0.01 * abs(math.log(cell.lr / 0.03)) + 0.001 * cell.seed
+    bonus = {"dense": 0.05, "sao": 0.02}.get(trial.configuration.method.name, 0.0)
+    return 0.8 + bonus - 0.01 * abs(math.log(trial.lr / 0.03)) + 0.001 * trial.seed
 
 
-def record(cell: Cell, level: Callable[[Cell], float]) -> dict:
-    prune = cell.arm.prune
+def record(trial: Trial, level: Callable[[Trial], float]) -> dict:
+    prune = trial.configuration.prune
     sparsity = prune.get("sparsity", 1 - 1 / prune.get("groups", 1))
     result = {"sparsity": sparsity, "parameters": 100, "nonzero": 50, "flops": 40, "dense_flops": 80, "note": ""}
-    if cell.kind == "spectrum":
+    if trial.kind == "spectrum":
         values = {"depth": [1, 2], "mean": [1.0, 0.5], "smallest": [0.5, 0.0], "largest": [2.0, None]}
         result |= {**values, "directions": 64}
     else:
-        reached = level(cell)
-        curve = [reached * epoch / cell.steps for epoch in range(1, cell.steps + 1)]
+        reached = level(trial)
+        curve = [reached * epoch / trial.steps for epoch in range(1, trial.steps + 1)]
         result |= {"status": "ok", "accuracy": reached, "loss": 1.0, "seconds": 10.0, "cpu_seconds": 20.0}
         result |= {"execution": "compact", "curve": {"accuracy": curve}}
     made = {"sao_prune": "1", "torch": "2", "python": "3", "device": "cpu: none", "threads": 1}
-    return {"key": cell.key, "cell": cell.content(), "result": result, "environment": made}
+    return {"key": trial.key, "cell": trial.content(), "result": result, "environment": made}
 
 
 class Page(HTMLParser):
@@ -134,7 +137,7 @@ def page(folder: Path) -> Page:
 
 
 @pytest.mark.parametrize("text", [PLAIN, CASES])
-def test_the_page_stands_alone_and_names_every_arm(ran: Ran, text: str) -> None:
+def test_the_page_stands_alone_and_names_every_configuration(ran: Ran, text: str) -> None:
     folder = ran(text)
     found = page(folder)
     assert len(set(found.ids)) == len(found.ids)
@@ -150,8 +153,8 @@ def test_the_page_stands_alone_and_names_every_arm(ran: Ran, text: str) -> None:
             assert block.title in ["", *headers]
     for row in summary.rows:
         # Once in the results, once among the learning rates.
-        assert headers.count(row.arm.method.title) == 2 * sum(
-            other.arm.method == row.arm.method for other in summary.rows
+        assert headers.count(row.configuration.method.title) == 2 * sum(
+            other.configuration.method == row.configuration.method for other in summary.rows
         )
     assert len(found.all("summary")) == 1
     assert folder.joinpath("recipe.yaml").read_text() in found.all("pre")
@@ -219,14 +222,14 @@ def test_every_rate_is_shown_and_the_chosen_one_stands_out(ran: Ran) -> None:
 
 def test_the_best_pruned_row_is_emphasised_and_ties_are_shared(ran: Ran) -> None:
     (group,) = groups(summarise(ran(PLAIN), pytest.fail))
-    assert [row.arm.method.name for row in group.blocks[0].best()] == ["sao"]
-    (group,) = groups(summarise(ran(PLAIN, level=lambda cell: 0.5), pytest.fail))
+    assert [row.configuration.method.name for row in group.blocks[0].best()] == ["sao"]
+    (group,) = groups(summarise(ran(PLAIN, level=lambda trial: 0.5), pytest.fail))
     assert group.blocks[0].best() == []
     ties = PLAIN.replace("gmp-t]", "rg-s, gmp-t]")
     (group,) = groups(
-        summarise(ran(ties, level=lambda cell: 0.5 - 0.1 * cell.arm.method.is_trained_first), pytest.fail)
+        summarise(ran(ties, level=lambda trial: 0.5 - 0.1 * trial.configuration.method.is_trained_first), pytest.fail)
     )
-    assert [row.arm.method.name for row in group.blocks[0].best()] == ["sao", "rg-s"]
+    assert [row.configuration.method.name for row in group.blocks[0].best()] == ["sao", "rg-s"]
 
 
 @pytest.mark.parametrize("keep", [1, 9])

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sao_prune.lab.cells import Cell, choose_lr, final_cells, selection_cells
 from sao_prune.lab.errors import LabError, ResultsError
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.report import write_report
 from sao_prune.lab.summary import summarise
 from sao_prune.lab.sweep import RunOptions, run_recipe
+from sao_prune.lab.trials import Trial, choose_lr, final_trials, selection_trials
 from sao_prune.lab.work import Worker, Workplace
 
 Micro = Callable[..., Path]
-CELLS = 4 * (1 + 2 + 2)
+TRIALS = 4 * (1 + 2 + 2)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -45,7 +45,7 @@ def test_end_to_end(micro: Micro, tmp_path: Path, display) -> None:
     assert [(m.done, m.running, m.left) for m in display.told[-1]] == [(5, 0, 0)] * 4
     assert Counter(line["cell"]["kind"] for line in lines(folder)) == {"spectrum": 4, "select": 8, "final": 8}
     summary = write_report(folder, pytest.fail)
-    assert (summary.done, summary.cells) == (CELLS, CELLS)
+    assert (summary.done, summary.trials) == (TRIALS, TRIALS)
     assert [m.test for m in display.told[-1]] == [max(row.accuracies) for row in summary.rows]
     dense, sao, *_ = summary.rows
     assert dense.sparsity == 0
@@ -68,7 +68,10 @@ def test_end_to_end(micro: Micro, tmp_path: Path, display) -> None:
 def test_all_methods_start_from_the_same_dense_network(micro: Micro, tmp_path: Path) -> None:
     recipe = load_recipe(micro(("gmp-s]", "gmp-s, lmp-s, lrp-s, rg-n]")))
     worker = Worker(Workplace(tmp_path))
-    networks = {arm.method.name: worker.network(Cell("final", arm, 1, 0.1))[0] for arm in recipe.arms()}
+    networks = {
+        configuration.method.name: worker.network(Trial("final", configuration, 1, 0.1))[0]
+        for configuration in recipe.configurations()
+    }
     dense = networks["dense"].state_dict()
     for name, model in networks.items():
         state = model.state_dict()
@@ -82,35 +85,37 @@ def test_all_methods_start_from_the_same_dense_network(micro: Micro, tmp_path: P
 
 def test_learning_rates_are_chosen_on_the_held_out_part_only(micro: Micro, tmp_path: Path, display) -> None:
     recipe = load_recipe(micro())
-    arm = next(recipe.arms())
+    configuration = next(recipe.configurations())
     records = {}
-    choosing = selection_cells(arm, {})
-    for lr, cells in choosing.items():
-        for cell in cells:
-            assert (cell.kind, cell.content()["holdout"]) == ("select", 0.2)
-            records[cell.key] = {"result": {"status": "ok", "accuracy": lr, "loss": 1.0}}
-    assert choose_lr(arm, {}) is None
-    assert choose_lr(arm, records) == 0.1
-    assert [(cell.lr, cell.content().get("holdout")) for cell in final_cells(arm, records)] == [(0.1, None)] * 2
+    choosing = selection_trials(configuration, {})
+    for lr, trials in choosing.items():
+        for trial in trials:
+            assert (trial.kind, trial.content()["holdout"]) == ("select", 0.2)
+            records[trial.key] = {"result": {"status": "ok", "accuracy": lr, "loss": 1.0}}
+    assert choose_lr(configuration, {}) is None
+    assert choose_lr(configuration, records) == 0.1
+    assert [(trial.lr, trial.content().get("holdout")) for trial in final_trials(configuration, records)] == [
+        (0.1, None)
+    ] * 2
 
     best = choosing[0.1][0].key
     records[best]["result"].update(status="diverged", loss=None)
-    assert choose_lr(arm, records) == 0.01
+    assert choose_lr(configuration, records) == 0.01
     for record in records.values():
         record["result"].update(status="ok", accuracy=0.5, loss=1.0)
-    assert choose_lr(arm, records) == 0.01
+    assert choose_lr(configuration, records) == 0.01
     records[best]["result"].update(loss=0.5)
-    assert choose_lr(arm, records) == 0.1
+    assert choose_lr(configuration, records) == 0.1
 
 
 def test_a_grid_of_one_is_not_searched(micro: Micro) -> None:
     recipe = load_recipe(micro(("[0.1, 0.01]", "0.1")))
-    arm = next(recipe.arms())
-    assert selection_cells(arm, {}) == {}
-    assert choose_lr(arm, {}) == 0.1
+    configuration = next(recipe.configurations())
+    assert selection_trials(configuration, {}) == {}
+    assert choose_lr(configuration, {}) == 0.1
 
 
-def test_a_diverged_cell_is_a_result(micro: Micro, tmp_path: Path, display) -> None:
+def test_a_diverged_trial_is_a_result(micro: Micro, tmp_path: Path, display) -> None:
     path = micro(("[0.1, 0.01]", "1e30"), ("[dense, sao, rg-s, gmp-s]", "dense"), ("tanh", "relu"))
     folder = run_recipe(path, RunOptions(tmp_path), display)
     assert display.done == display.total
@@ -120,7 +125,7 @@ def test_a_diverged_cell_is_a_result(micro: Micro, tmp_path: Path, display) -> N
     assert "2 of 2 runs diverged" in write_report(folder, pytest.fail).rows[0].notes
 
 
-def test_kill_9_loses_at_most_the_cell_in_flight(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
+def test_kill_9_loses_at_most_the_trial_in_flight(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
     path = micro(("epochs: 2", "epochs: 5"), ("[dense, sao, rg-s, gmp-s]", "[dense, sao]"))
     folder = tmp_path / "runs" / "micro"
     command = [sys.executable, "-c", "from sao_prune.cli import main; main()", "run", str(path), "--out"]
@@ -170,7 +175,7 @@ def test_an_unfinished_run_is_reported_as_such(micro: Micro, tmp_path: Path, dis
     kept = (folder / "results.jsonl").read_text().splitlines(keepends=True)[:4]
     (folder / "results.jsonl").write_text("".join(kept))
     summary = write_report(folder, pytest.fail)
-    assert (summary.done, summary.cells) == (4, CELLS)
+    assert (summary.done, summary.trials) == (4, TRIALS)
     assert summary.rows[0].notes == ("1 of 2 runs are done",)
     assert summary.rows[1].mean is None
     assert "unfinished: 4 of 20" in (folder / "report.md").read_text()

@@ -41,7 +41,7 @@ def test_two_processes_give_the_results_of_one(micro: Micro, tmp_path: Path, dis
     ours, theirs = ({line["key"]: line for line in lines(folder)} for folder in (two, one))
     assert len(lines(two)) == len(ours)
     assert {line["environment"]["processes"] for line in ours.values()} == {2}
-    # Choices of the learning rate agree, so the same cells were trained.
+    # Choices of the learning rate agree, so the same trials were trained.
     assert ours.keys() == theirs.keys()
     for key, line in ours.items():
         a, b = line["result"], theirs[key]["result"]
@@ -54,7 +54,7 @@ def test_two_processes_give_the_results_of_one(micro: Micro, tmp_path: Path, dis
             assert a["nonzero"] == b["nonzero"]
 
 
-def test_an_error_in_a_cell_ends_all(micro: Micro, tmp_path: Path, display) -> None:
+def test_an_error_in_a_trial_ends_all(micro: Micro, tmp_path: Path, display) -> None:
     path = micro(("[dense, sao, rg-s, gmp-s]", "[dense, gmp-t]"), ("[0.1, 0.01]", "0.1"))
     folder = run_recipe(path, RunOptions(tmp_path), display)
     kept = [line for line in lines(folder) if line["cell"]["method"]["name"] == "dense"]

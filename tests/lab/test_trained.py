@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sao_prune.lab.cells import Cell
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.summary import summarise
 from sao_prune.lab.sweep import RunOptions, run_recipe
+from sao_prune.lab.trials import Trial
 
 Micro = Callable[..., Path]
 METHODS = "[dense, sao, rg-s, gmp-s]"
@@ -18,8 +18,10 @@ ONE = [("[0.1, 0.01]", "0.1"), ("seeds: [0, 1]", "seeds: 0")]
 
 
 def test_every_method_prunes_the_same_dense_network(micro: Micro, tmp_path: Path, display) -> None:
-    arms = "[dense, gmp-gradual, two-four-permuted-t]"
-    path = micro((METHODS, arms), ("groups: 4", "groups: 2"), ("epochs: 2", "epochs: 2, further_epochs: 1"), *ONE)
+    configurations = "[dense, gmp-gradual, two-four-permuted-t]"
+    path = micro(
+        (METHODS, configurations), ("groups: 4", "groups: 2"), ("epochs: 2", "epochs: 2, further_epochs: 1"), *ONE
+    )
     folder = run_recipe(path, RunOptions(tmp_path), display)
     dense, *rows = summarise(folder, pytest.fail).rows
     assert display.done == display.total
@@ -37,9 +39,9 @@ def test_the_dense_phase_is_shared_by_cases_that_differ_in_what_follows(micro: M
     cases = "cases: [{label: a}, {label: b, train: {further_epochs: 1}}, {label: c, train: {distill: 0.9}}]\n"
     path = micro((METHODS, "[dense, sao, lmp-t]"), ("seeds: [0, 1]\n", f"seeds: [0, 1]\n{cases}"))
     keys: dict[str, set[str]] = {}
-    for arm in load_recipe(path).arms():
-        start = Cell("final", arm.dense, 0, 0.1) if arm.method.is_trained_first else None
-        keys.setdefault(arm.method.name, set()).add(Cell("final", arm, 0, 0.1, start).key)
+    for configuration in load_recipe(path).configurations():
+        start = Trial("final", configuration.dense, 0, 0.1) if configuration.method.is_trained_first else None
+        keys.setdefault(configuration.method.name, set()).add(Trial("final", configuration, 0, 0.1, start).key)
         if start is not None:
             keys.setdefault("start", set()).add(start.key)
     assert {name: len(found) for name, found in keys.items()} == {"dense": 1, "sao": 1, "start": 1, "lmp-t": 3}

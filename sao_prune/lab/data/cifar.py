@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -28,37 +29,40 @@ _SHAPE = (3, 32, 32)
 
 @dataclass(frozen=True)
 class _Cifar:
-    """Where a set lies, in which files, and under which keys."""
+    """A set as torchvision describes it: its class's name, and what that does not say."""
 
     torchvision: str
-    folder: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
     labels: str
-    meta: tuple[str, str]
     classes: int
 
+    @property
+    def published(self) -> Any:
+        """torchvision's class, for the folder, files, checksums and archive that it names; it is never made.
 
-_SETS = {
-    "cifar-10": _Cifar(
-        "CIFAR10",
-        "cifar-10-batches-py",
-        tuple(f"data_batch_{i}" for i in range(1, 6)),
-        ("test_batch",),
-        "labels",
-        ("batches.meta", "label_names"),
-        10,
-    ),
-    "cifar-100": _Cifar(
-        "CIFAR100", "cifar-100-python", ("train",), ("test",), "fine_labels", ("meta", "fine_label_names"), 100
-    ),
-}
+        Raises:
+            DataError: if torchvision is not installed.
+        """
+        try:
+            from torchvision import datasets
+        except ImportError as error:
+            raise DataError("CIFAR needs torchvision: pip install 'sao-prune[lab]'") from error
+        return getattr(datasets, self.torchvision)
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """MD5 of every file."""
+        cls = self.published
+        return dict([*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])])
+
+
+_SETS = {"cifar-10": _Cifar("CIFAR10", "labels", 10), "cifar-100": _Cifar("CIFAR100", "fine_labels", 100)}
 
 
 def read_cifar(name: str, size: int, source: DataSource) -> RawSet:
     """Read ``cifar-10`` or ``cifar-100``, 32 x 32 in colour, from where torchvision puts it, or fetch it."""
     spec = _SETS[name]
-    usual = (spec.folder, *(f"{parent}/{spec.folder}" for parent in (name, spec.torchvision, spec.torchvision.lower())))
+    cls = spec.published
+    usual = (cls.base_folder, *(f"{parent}/{cls.base_folder}" for parent in (name, cls.__name__, cls.__name__.lower())))
     folders = source.folders(*usual)
     folder = _find(spec, folders)
     if folder is None and source.download:
@@ -68,20 +72,20 @@ def read_cifar(name: str, size: int, source: DataSource) -> RawSet:
         raise missing(
             name,
             folders,
-            f"point --data-dir at the folder that holds {spec.folder} (unpack {name}-python.tar.gz there)",
+            f"point --data-dir at the folder that holds {cls.base_folder} (unpack {cls.filename} there)",
             "have it downloaded with --download",
         )
-    file, key = spec.meta
-    classes = tuple(_load(name, folder / file)[key])
+    file = folder / cls.meta["filename"]
+    classes = tuple(_load(name, file)[cls.meta["key"]])
     if len(classes) != spec.classes:
-        raise DataError(f"{folder / file}: {len(classes)} class names, not {spec.classes}; fetch it again")
-    train, test = (_read_part(name, folder, files) for files in (spec.train, spec.test))
+        raise DataError(f"{file}: {len(classes)} class names, not {spec.classes}; fetch it again")
+    train, test = (_read_part(name, folder, [file for file, _ in files]) for files in (cls.train_list, cls.test_list))
     return RawSet(classes, 3, train, test)
 
 
 def _fetch(spec: _Cifar, torchvision: Any, folder: Path) -> None:
     """Fetch and unpack the archive that torchvision knows; its class would also unpickle what is in it."""
-    cls = getattr(torchvision.datasets, spec.torchvision)
+    cls = spec.published
     torchvision.datasets.utils.download_and_extract_archive(
         cls.url, str(folder), filename=cls.filename, md5=cls.tgz_md5
     )
@@ -89,11 +93,11 @@ def _fetch(spec: _Cifar, torchvision: Any, folder: Path) -> None:
 
 def _find(spec: _Cifar, folders: list[Path]) -> Path | None:
     """The first folder with all files."""
-    files = (*spec.train, *spec.test, spec.meta[0])
+    files = spec.checksums
     return next((folder for folder in folders if all((folder / file).is_file() for file in files)), None)
 
 
-def _read_part(name: str, folder: Path, files: tuple[str, ...]) -> Part:
+def _read_part(name: str, folder: Path, files: Sequence[str]) -> Part:
     spec = _SETS[name]
     images, labels = [], []
     for file in files:
@@ -111,7 +115,7 @@ def _read_part(name: str, folder: Path, files: tuple[str, ...]) -> Part:
 
 def _load(name: str, path: Path) -> dict[str, Any]:
     content = read_bytes(path)
-    verify(name, path, content)
+    verify(name, path, content, _SETS[name].checksums.get(path.name))
     try:
         found = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # Damage can surface as any exception at all.

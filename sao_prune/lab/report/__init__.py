@@ -37,7 +37,7 @@ def write_report(folder: Path, warn: Callable[[str], None]) -> Summary:
         ResultsError: if the folder holds no results.
     """
     summary = summarise(folder, warn)
-    style = styles([(row.arm.method.title, row.arm.method.is_dense) for row in summary.rows])
+    style = styles([(row.configuration.method.title, row.configuration.method.is_dense) for row in summary.rows])
     charts = []
     for name, make in _CHARTS.items():
         chart, path = make(summary), folder / f"{name}.png"

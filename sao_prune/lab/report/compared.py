@@ -36,7 +36,7 @@ _COLUMNS: dict[str, Callable[[Match], str]] = {
 
 # The columns of comparison.csv: plain numbers, for programs.
 _FIELDS: dict[str, Callable[[Match], object]] = {
-    "method": lambda match: match.b.arm.title,
+    "method": lambda match: match.b.configuration.title,
     "accuracy_mean_a": lambda match: match.a.mean,
     "accuracy_mean_b": lambda match: match.b.mean,
     "difference": lambda match: match.difference,
@@ -93,7 +93,7 @@ def _tables(found: Comparison) -> list[Table]:
     names, matches = full_names(match.b for match in found.matches), list(found.matches)
 
     def line(match: Match) -> Line:
-        title = match.b.arm.method.title
+        title = match.b.configuration.method.title
         return Line(title, names[title], row_title(match.b), tuple(Text(text(match)) for text in _COLUMNS.values()))
 
     def of(row: Row) -> list[Match]:
@@ -130,7 +130,7 @@ def _caption(found: Comparison) -> str:
 def _missing(found: Comparison) -> list[str]:
     """What only one of the runs has."""
     return [
-        f"only in {letter}: {'; '.join(row.arm.title for row in rows)}"
+        f"only in {letter}: {'; '.join(row.configuration.title for row in rows)}"
         for letter, rows in zip("AB", found.unmatched)
         if rows
     ]

@@ -65,7 +65,7 @@ def _panel(title: str, cost: _Cost, rows: Sequence[Row]) -> Panel:
         return math.log10(cost.of(row) or 1)
 
     lines = []
-    for method, members in rows_by(rows, lambda row: row.arm.method.title).items():
+    for method, members in rows_by(rows, lambda row: row.configuration.method.title).items():
         members.sort(key=lambda row: row.sparsity or 0.0)
         lines.append(over_seeds(method, tuple(map(place, members)), [row.accuracies for row in members], "bars"))
     return Panel(title, tuple(lines), cost.label, _ticks([place(row) for row in rows], cost))

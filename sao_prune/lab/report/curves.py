@@ -27,7 +27,7 @@ def accuracy_chart(summary: Summary) -> Chart | None:
         runs = [[*curve, *[curve[-1]] * (longest - len(curve))] for curve in row.curves]
         epochs = range(longest, 0, -step)[::-1]
         values = [[run[epoch - 1] for run in runs] for epoch in epochs]
-        return over_seeds(row.arm.method.title, tuple(map(float, epochs)), values, "band")
+        return over_seeds(row.configuration.method.title, tuple(map(float, epochs)), values, "band")
 
     panels, left_out = _panels(summary, line)
     if not panels:
@@ -50,7 +50,7 @@ def spectrum_chart(summary: Summary) -> Chart | None:
         if row.spectrum is None or not row.spectrum["depth"]:
             return None
         mean, low, high = (_above_floor(row.spectrum[key]) for key in ("mean", "smallest", "largest"))
-        return Line(row.arm.method.title, tuple(map(float, row.spectrum["depth"])), mean, low, high)
+        return Line(row.configuration.method.title, tuple(map(float, row.spectrum["depth"])), mean, low, high)
 
     panels, left_out = _panels(summary, line)
     if not panels:
@@ -71,10 +71,10 @@ def _panels(summary: Summary, line: Callable[[Row], Line | None]) -> tuple[tuple
     """A panel for every network and amount, with dense in each of its network; only the sparsest if there are many."""
     by_network: list[list[Panel]] = []
     for group in groups(summary):
-        dense = [row for row in group.rows if row.arm.method.is_dense]
+        dense = [row for row in group.rows if row.configuration.method.is_dense]
         of_network = []
         for block in group.blocks:
-            pruned = [row for row in block.rows if not row.arm.method.is_dense]
+            pruned = [row for row in block.rows if not row.configuration.method.is_dense]
             if not pruned and len(group.blocks) > 1:
                 continue
             members = sorted([*dense, *pruned], key=lambda row: summary.rows.index(row))

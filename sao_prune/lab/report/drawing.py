@@ -31,8 +31,9 @@ DARK |= {f"c{i}": c for i, c in enumerate(("#56b4e9", "#ff8a3d", "#2fcb9e", "#e7
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 
-# Inches: of a panel of a PNG by the columns it shares the width with, and of the broad SVGs.
+# Inches: of a panel of a PNG by the columns it shares the width with, of a letter of a tick, and of the broad SVGs.
 _PNG_WIDTHS = {1: 8.0, 2: 5.2, 3: 4.1}
+_LETTER = 0.075
 _BROAD = {1: (10.4, 4.0), 2: (5.2, 3.1)}
 
 Styles = Mapping[str, int]
@@ -58,7 +59,7 @@ def draw_png(chart: Chart, path: Path, heading: str, style: Styles) -> None:
         for index, panel in enumerate(chart.panels):
             axes = figure.add_subplot(lines, columns, index + 1)
             axes.set_title(fill(panel.title, 48), fontsize=9.5)
-            _draw(axes, chart, panel, style)
+            _draw(figure, axes, chart, panel, style)
         handles = [Line2D([], [], **_look(style[method]), markersize=4.5, linewidth=1.6) for method in chart.methods]
         labels = [fill(_shown(method), 36) for method in chart.methods]
         columns = min(len(labels), 2 * columns)
@@ -101,7 +102,8 @@ def _panel(
     figure = Figure(figsize=size)
     # The same margins in every panel, so that axes stand below one another.
     left, bottom = 0.567 / size[0], 0.462 / size[1]
-    _draw(figure.add_axes((left, bottom, 1 - left - 0.063 / size[0], 1 - bottom - 0.07 / size[1])), chart, panel, style)
+    axes = figure.add_axes((left, bottom, 1 - left - 0.063 / size[0], 1 - bottom - 0.07 / size[1]))
+    _draw(figure, axes, chart, panel, style)
     titles = [names.get(line.method, line.method) for line in panel.lines]
     told = [
         line.method if line.method == title else f"{line.method}: {title}" for line, title in zip(panel.lines, titles)
@@ -120,7 +122,7 @@ def draw_swatch(index: int, place: str) -> str:
         return _svg(figure, f"{place}-style{index}", "swatch")
 
 
-def _draw(axes: Axes, chart: Chart, panel: Panel, style: Styles) -> None:
+def _draw(figure: Figure, axes: Axes, chart: Chart, panel: Panel, style: Styles) -> None:
     for order, line in enumerate(panel.lines):
         _line(axes, line, style[line.method], order)
     axes.set(xlabel=panel.label or chart.labels[0], ylabel=chart.labels[1], ylim=chart.limits)
@@ -144,7 +146,9 @@ def _draw(axes: Axes, chart: Chart, panel: Panel, style: Styles) -> None:
         low, high = min(places), max(places)
         room = max(0.06 * (high - low), 0.02 if panel.ticks else 0.1)
         axes.set_xlim(low - room, high + room)
-        axes.set_xticks(*zip(*_apart(ticks, high - low, axes)))
+        # The axis in inches: its panel may be broad or slim.
+        inches = axes.get_position().width * figure.get_figwidth()
+        axes.set_xticks(*zip(*_apart(ticks, (high - low) / inches)))
     axes.grid(True, which="major", color=LIGHT["faint"], linewidth=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -185,14 +189,12 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _apart(ticks: Sequence[Tick], span: float, axes: Axes) -> list[Tick]:
-    """The ticks whose texts do not run into one another."""
-    # A letter's share of the axis: 8.5 points high, it is about 0.075 inches wide.
-    letter = 0.075 / (axes.get_position().width * axes.get_figure().get_figwidth())
+def _apart(ticks: Sequence[Tick], inch: float) -> list[Tick]:
+    """The ticks whose texts do not run into one another, on an axis where an inch is so much."""
     kept = [ticks[0]]
     for tick in ticks[1:]:
         widest = max(len(tick[1]), len(kept[-1][1]))
-        if tick[0] - kept[-1][0] >= span * letter * (widest + 1):
+        if tick[0] - kept[-1][0] >= _LETTER * inch * (widest + 1):
             kept.append(tick)
     return kept
 

@@ -19,8 +19,10 @@ _FULL = {
     "rg-u": "Ramanujan-graph mask with uniform values",
     "gmp-s": "Global magnitude pruning of the initial weights",
     "gmp-t": "Global magnitude pruning of trained weights",
+    "gmp-gradual": "Global magnitude pruning of trained weights, more of them over training",
     "lmp-s": "Local magnitude pruning of the initial weights",
     "lmp-t": "Local magnitude pruning of trained weights",
+    "lmp-gradual": "Local magnitude pruning of trained weights, more of them over training",
     "lrp-s": "Local random pruning of the initial weights",
     "lrp-t": "Local random pruning of trained weights",
     "eoi": "Exact orthogonal initialisation by Givens rotations",
@@ -29,6 +31,8 @@ _FULL = {
     "synflow": "Iterative synaptic flow pruning",
     "project": "Projection of a trained model onto blocks, sets chosen by energy",
     "project-random": "Projection of a trained model onto blocks, random sets",
+    "two-four-t": "2:4 magnitude pruning of trained weights: two of every four in a row stay",
+    "two-four-permuted-t": "2:4 magnitude pruning of trained weights, its columns permuted to keep more of them",
     "structured-s": "Structured pruning: whole channels of the initial network go",
     "structured-t": "Structured pruning: whole channels of a trained network go",
 }
@@ -50,7 +54,7 @@ def full_name(method: MethodSpec) -> str:
 
 def full_names(rows: Iterable[Row]) -> dict[str, str]:
     """The full name of every method of a table, by the name that the table shows."""
-    return {row.arm.method.title: full_name(row.arm.method) for row in rows}
+    return {row.configuration.method.title: full_name(row.configuration.method) for row in rows}
 
 
 def _sentence(name: str) -> str:

@@ -87,7 +87,7 @@ def _environment() -> Environment:
 
 
 def _file(name: str) -> str:
-    return resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
 def _plain(text: str) -> str:

@@ -35,8 +35,8 @@ class Block:
 
     def best(self) -> list[Row]:
         """The pruned rows whose mean accuracy reads highest; none where all finished ones read the same."""
-        finished = [row for row in self.rows if len(row.accuracies) == len(row.arm.setting.seeds)]
-        rivals = [row for row in finished if not row.arm.method.is_dense]
+        finished = [row for row in self.rows if len(row.accuracies) == len(row.configuration.setting.seeds)]
+        rivals = [row for row in finished if not row.configuration.method.is_dense]
         read = [float(percent(row.mean)) for row in rivals]
         return [row for row, value in zip(rivals, read) if min(read) < value == max(read)]
 
@@ -63,25 +63,29 @@ def groups(summary: Summary) -> list[Group]:
     found = []
     for setting in summary.recipe.settings:
         for options in setting.network.grid():
-            rows = [row for row in summary.rows if row.arm.setting == setting and row.arm.options == options]
+            rows = [
+                row
+                for row in summary.rows
+                if row.configuration.setting == setting and row.configuration.options == options
+            ]
             amounts = setting.prune.grid()
             if len(amounts) == 1:
                 blocks = [Block("", tuple(rows))]
             else:
                 blocks = [_block(rows, amount) for amount in [{}, *amounts]]
             if rows:
-                found.append(Group(rows[0].arm.network_title, tuple(block for block in blocks if block.rows)))
+                found.append(Group(rows[0].configuration.network_title, tuple(block for block in blocks if block.rows)))
     return found
 
 
 def _block(rows: Sequence[Row], amount: object) -> Block:
-    members = tuple(row for row in rows if row.arm.prune == amount)
-    return Block(members[0].arm.amount_title if members else "", members)
+    members = tuple(row for row in rows if row.configuration.prune == amount)
+    return Block(members[0].configuration.amount_title if members else "", members)
 
 
 def row_title(row: Row) -> str:
     """Its name inside its group: the method, and the amount where there are several."""
-    return ", ".join(text for text in (row.arm.method.title, row.arm.amount_title) if text)
+    return ", ".join(text for text in (row.configuration.method.title, row.configuration.amount_title) if text)
 
 
 def percent(value: float | None, digits: int = 2, sign: str = "") -> str:
@@ -107,7 +111,7 @@ def _difference(row: Row) -> str:
 
 
 def _p_value(row: Row) -> str:
-    return number(row.against_sao and row.against_sao.p, ".2g")
+    return number(None if row.against_sao is None else row.against_sao.p, ".2g")
 
 
 def _operations(row: Row) -> str:
@@ -160,8 +164,8 @@ def stored_bytes(row: Row) -> int | None:
 
 # The columns of results.csv: plain numbers, for programs.
 FIELDS: dict[str, Callable[[Row], object]] = {
-    "method": lambda row: row.arm.title,
-    "network": lambda row: row.arm.setting.network.name,
+    "method": lambda row: row.configuration.title,
+    "network": lambda row: row.configuration.setting.network.name,
     "sparsity": lambda row: row.sparsity,
     "accuracy_mean": lambda row: row.mean,
     "accuracy_sd": lambda row: row.spread,

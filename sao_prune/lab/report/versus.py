@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from ..recipe import Arm, LearningRates
+from ..recipe import Configuration, LearningRates
 from ..summary import Row, Summary
 from .chart import Chart, Line, Panel, accuracy_limits, at_most, over_seeds, rows_by
 from .table import groups
@@ -18,15 +18,15 @@ def sparsity_chart(summary: Summary) -> Chart | None:
     panels: list[Panel] = []
     ticks: dict[float, str] = {}
     for group in groups(summary):
-        amounts = group.rows[0].arm.setting.prune.grid()
-        pruned = [row for row in group.rows if row.accuracies and not row.arm.method.is_dense]
+        amounts = group.rows[0].configuration.setting.prune.grid()
+        pruned = [row for row in group.rows if row.accuracies and not row.configuration.method.is_dense]
         if len(amounts) < 2 or len({row.sparsity for row in pruned}) < 2:
             continue
         lines = list(_levels(group.rows))
-        for members in rows_by(pruned, lambda row: row.arm.method.title).values():
+        for members in rows_by(pruned, lambda row: row.configuration.method.title).values():
             members.sort(key=lambda row: row.sparsity or 0.0)
             lines.append(_points([_place(row.sparsity) for row in members], members))
-        for amount, rows in rows_by(pruned, lambda row: tuple(row.arm.prune.items())).items():
+        for amount, rows in rows_by(pruned, lambda row: tuple(row.configuration.prune.items())).items():
             share = dict(amount).get("sparsity") or fmean(row.sparsity or 0.0 for row in rows)
             ticks[_place(share)] = f"{100 * share:.5g}"
         panels.append(Panel(group.title, tuple(lines)))
@@ -54,13 +54,13 @@ def depth_chart(summary: Summary) -> Chart | None:
     panels: list[Panel] = []
     depths: set[int] = set()
     finished = [row for row in summary.rows if row.accuracies]
-    for rows in rows_by(finished, lambda row: _all_but_depth(row.arm)).values():
-        there, amounts = {_depth(row) for row in rows}, rows[0].arm.setting.prune.grid()
+    for rows in rows_by(finished, lambda row: _all_but_depth(row.configuration)).values():
+        there, amounts = {_depth(row) for row in rows}, rows[0].configuration.setting.prune.grid()
         if len(there) < max(2, len(amounts)):
             continue
         for amount in amounts:
-            members = [row for row in rows if row.arm.prune in ({}, amount)]
-            panels.append(Panel(_title_without_depth(members[-1].arm), tuple(_by_depth(members))))
+            members = [row for row in rows if row.configuration.prune in ({}, amount)]
+            panels.append(Panel(_title_without_depth(members[-1].configuration), tuple(_by_depth(members))))
         depths |= there
     shown, left_out = at_most(panels)
     if not shown:
@@ -79,20 +79,20 @@ def depth_chart(summary: Summary) -> Chart | None:
 
 
 def _by_depth(rows: Iterable[Row]) -> Iterator[Line]:
-    for members in rows_by(rows, lambda row: row.arm.method.title).values():
+    for members in rows_by(rows, lambda row: row.configuration.method.title).values():
         members.sort(key=_depth)
         yield _points([math.log2(_depth(row)) for row in members], members)
 
 
 def _points(x: Sequence[float], rows: Sequence[Row]) -> Line:
-    return over_seeds(rows[0].arm.method.title, tuple(x), [row.accuracies for row in rows], "bars")
+    return over_seeds(rows[0].configuration.method.title, tuple(x), [row.accuracies for row in rows], "bars")
 
 
 def _levels(rows: Iterable[Row]) -> Iterator[Line]:
     """Dense, which no amount changes."""
     for row in rows:
-        if row.arm.method.is_dense and row.accuracies:
-            yield over_seeds(row.arm.method.title, (0.0,), [row.accuracies], "level")
+        if row.configuration.method.is_dense and row.accuracies:
+            yield over_seeds(row.configuration.method.title, (0.0,), [row.accuracies], "level")
 
 
 def _dense_level(panels: Iterable[Panel]) -> str:
@@ -107,18 +107,21 @@ def _place(sparsity: float | None) -> float:
 
 def _depth(row: Row) -> int:
     """Of its network; 1 for one that has no such option."""
-    depth = row.arm.options.get("depth")
+    depth = row.configuration.options.get("depth")
     return depth if isinstance(depth, int) else 1
 
 
-def _all_but_depth(arm: Arm) -> str:
+def _all_but_depth(configuration: Configuration) -> str:
     """What two rows share that differ at most in depth, method, amount and learning rate."""
-    setting, options = arm.setting, {key: value for key, value in arm.options.items() if key != "depth"}
+    setting, options = (
+        configuration.setting,
+        {key: value for key, value in configuration.options.items() if key != "depth"},
+    )
     network = replace(setting.network, depth=None)
     return repr((options, replace(setting, network=network, label=None, methods=(), lr=LearningRates((1.0,)))))
 
 
-def _title_without_depth(arm: Arm) -> str:
-    options = {key: value for key, value in arm.options.items() if key != "depth"}
-    network = replace(arm.setting.network, depth=None)
-    return ", ".join([*network.varying(options), *arm.setting.prune.varying(arm.prune)])
+def _title_without_depth(configuration: Configuration) -> str:
+    options = {key: value for key, value in configuration.options.items() if key != "depth"}
+    network = replace(configuration.setting.network, depth=None)
+    return ", ".join([*network.varying(options), *configuration.setting.prune.varying(configuration.prune)])

@@ -110,5 +110,5 @@ def _parts(blocks: Iterable[Block], line: Callable[[Row], Line]) -> tuple[Part, 
 def _line(
     row: Row, names: Mapping[str, str], texts: Iterable[Text], marks: tuple[int, ...] = (), best: bool = False
 ) -> Line:
-    title = row.arm.method.title
+    title = row.configuration.method.title
     return Line(title, names[title], row_title(row), tuple(texts), marks, best)

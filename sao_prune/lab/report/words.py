@@ -50,15 +50,15 @@ def remarks(summary: Summary) -> list[str]:
     titles: dict[str, list[str]] = {}
     for row in summary.rows:
         for note in row.notes:
-            titles.setdefault(note, []).append(row.arm.title)
+            titles.setdefault(note, []).append(row.configuration.title)
     return [*progress(summary), *(f"{note}: {'; '.join(of_note)}" for note, of_note in titles.items())]
 
 
 def progress(summary: Summary) -> list[str]:
     """What is unfinished."""
-    if summary.done == summary.cells:
+    if summary.done == summary.trials:
         return []
-    done = f"{summary.done} of {summary.cells} cells are done"
+    done = f"{summary.done} of {summary.trials} trials are done"
     return [f"unfinished: {done}; the command that began the run goes on with it"]
 
 
@@ -122,7 +122,7 @@ def _amounts(prune: PruneSpec) -> str:
 
 
 def _trained_first(summary: Summary) -> bool:
-    return any(row.arm.method.is_trained_first for row in summary.rows)
+    return any(row.configuration.method.is_trained_first for row in summary.rows)
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -26,8 +26,8 @@ from .distributed import own_share, rank, share_buffers, summed, world
 from .evaluate import evaluate
 from .execution import execution_form
 from .history import History
-from .optimise import make_optimizer, make_scheduler
-from .regularise import Objective
+from .optimizer import make_optimizer, make_scheduler
+from .regularization import Objective
 from .spec import TrainSpec
 
 _FEW = 8

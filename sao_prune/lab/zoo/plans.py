@@ -32,13 +32,13 @@ class ZooPlan:
         layers: layers that would be pruned; ``weights`` in all, of which ``kept`` stay.
         even: of these layers, how many have a group count that divides both sides.
         off_target: of these layers, how many miss the requested sparsity by more than a percentage point.
-        skipped: layers left alone, counted by reason.
+        skipped: layers skipped, counted by reason.
         skipped_weights: their weights.
         outside: entries of other tensors with two or more dimensions (embeddings, raw parameters).
         findings: what is not as it must be, one line each.
         seconds: wall-clock time to build and plan.
         left_out: why it is none of the zoo: no small model of a transformers family can be made, or none that runs.
-        error: why there is no plan. An architecture whose every layer but first and last is left alone for a
+        error: why there is no plan. An architecture whose every layer but first and last is skipped for a
             reason has no error and no ``layers``.
     """
 
@@ -81,7 +81,7 @@ def plan_zoo(chosen: Sequence[Architecture], sparsity: float = 0.96875, *, jobs:
 
     Args:
         chosen: from `architectures`.
-        sparsity: share of zeros.
+        sparsity: as requested, in [0, 1).
         jobs: processes at a time.
 
     Yields:

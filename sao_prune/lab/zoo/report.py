@@ -59,7 +59,7 @@ class Zoo:
 
     @property
     def untouched(self) -> list[ZooPlan]:
-        """Architectures whose every layer but first and last is left alone for a reason."""
+        """Architectures whose every layer but first and last is skipped for a reason."""
         return [p for p in self.plans if not p.layers and not p.failure]
 
 
@@ -78,8 +78,8 @@ def print_zoo(zoo: Zoo, console: Console) -> None:
     """Totals, reasons, the runs, and every failure."""
     sections = [
         (f"The zoo at {_percent(zoo.sparsity)} sparsity", *plan_totals(zoo)),
-        ("Layers left alone", *reasons(zoo)),
-        *([("Architectures left alone", *untouched(zoo))] if zoo.untouched else []),
+        ("Layers skipped", *reasons(zoo)),
+        *([("Architectures skipped", *untouched(zoo))] if zoo.untouched else []),
         *([("Families left out", *left_out(zoo))] if zoo.left_out else []),
         *([("At work", *run_totals(zoo))] if zoo.runs else []),
         *([("Failures", *failures(zoo))] if zoo.failures else []),
@@ -102,7 +102,7 @@ def write_markdown(zoo: Zoo, path: Path) -> None:
     parts += [_markdown(*left_out(zoo))] if zoo.left_out else []
     if zoo.untouched:
         parts += [
-            "Left alone as a whole, because every layer but the first and the last is:",
+            "Skipped as a whole, because every layer but the first and the last is:",
             _markdown(*untouched(zoo)),
         ]
     parts += ["## Failures", _markdown(*failures(zoo)) if zoo.failures else "None."]
@@ -130,7 +130,7 @@ def plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
     measures: list[tuple[str, Callable[[Sequence[ZooPlan]], str]]] = [
         ("architectures", lambda ps: f"{len(ps):,}"),
         ("with layers to prune", lambda ps: f"{sum(p.layers > 0 for p in ps):,}"),
-        ("left alone as a whole", lambda ps: f"{sum(not p.layers and not p.failure for p in ps):,}"),
+        ("skipped as a whole", lambda ps: f"{sum(not p.layers and not p.failure for p in ps):,}"),
         ("failures", lambda ps: f"{sum(p.failure is not None for p in ps):,}"),
         ("layers to prune", lambda ps: f"{_sum(ps, 'layers'):,}"),
         ("of these with even sets", lambda ps: f"{_sum(ps, 'even'):,}"),
@@ -139,15 +139,15 @@ def plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
         ("weights in them", lambda ps: f"{_sum(ps, 'weights'):,}"),
         ("of these kept", lambda ps: f"{_sum(ps, 'kept'):,}"),
         ("sparsity", lambda ps: _percent(1 - _sum(ps, "kept") / max(1, _sum(ps, "weights")))),
-        ("layers left alone", lambda ps: f"{sum(sum(p.skipped.values()) for p in ps):,}"),
-        ("weights left alone", lambda ps: f"{_sum(ps, 'skipped_weights'):,}"),
+        ("layers skipped", lambda ps: f"{sum(sum(p.skipped.values()) for p in ps):,}"),
+        ("weights skipped", lambda ps: f"{_sum(ps, 'skipped_weights'):,}"),
         ("weights in no known layer", lambda ps: f"{_sum(ps, 'outside'):,}"),
     ]
     return ("", *columns), [(name, *(measure(ps) for ps in columns.values())) for name, measure in measures]
 
 
 def reasons(zoo: Zoo) -> tuple[Row, list[Row]]:
-    """How many layers are left alone for which reason."""
+    """How many layers are skipped for which reason."""
     columns = _by_library(zoo.plans)
     counts = {name: sum((Counter(p.skipped) for p in plans), Counter[str]()) for name, plans in columns.items()}
     names = [reason for reason, _ in sum(counts.values(), Counter[str]()).most_common()]
@@ -213,7 +213,7 @@ def runs(zoo: Zoo, library: str) -> tuple[Row, list[Row]]:
 
 def families(zoo: Zoo) -> tuple[Row, list[Row]]:
     """One row a family: what was planned."""
-    head = ("library", "family", "architectures", "layers", "uneven", "left alone", "sparsity", "failures")
+    head = ("library", "family", "architectures", "layers", "uneven", "skipped", "sparsity", "failures")
     rows: list[Row] = []
     ordered = sorted(zoo.plans, key=lambda p: p.architecture)
     for (library, family), group in groupby(ordered, key=lambda p: (p.architecture.library, p.architecture.family)):

@@ -66,7 +66,7 @@ def run_zoo(
 
     Args:
         chosen: from `representatives` or `sao_prune.lab.zoo.architectures`.
-        sparsity: share of zeros.
+        sparsity: as requested, in [0, 1).
         jobs: processes at a time; each may need several GiB.
         timeout: seconds for each.
 

@@ -49,7 +49,7 @@ class ZooRun:
         architecture: which one.
         parameters: parameters of the whole model.
         layers: layers that were pruned.
-        sparsity: share of zeros in them.
+        sparsity: of them.
         image: shape of the input, batch included.
         unused: pruned layers that a training step gives no gradient, dense or pruned.
         readers: torch functions that read masked weights.
@@ -144,7 +144,7 @@ class Trial:
                     name for name, p in self._originals() if p.grad is not None and before[name] == _fingerprint(p)
                 ]
                 if unchanged:
-                    raise BrokenLawError(f"the optimiser step does not change {_some(unchanged)}")
+                    raise BrokenLawError(f"the optimizer step does not change {_some(unchanged)}")
         self._check_masks()
         now = {n.removesuffix("_orig") for n, p in self.model.named_parameters() if p.grad is not None}
         if now != self.trained:

@@ -21,7 +21,7 @@ class VisitOptions:
 
     Attributes:
         pattern: glob pattern on the names of architectures.
-        sparsity: share of zeros.
+        sparsity: as requested, in [0, 1).
         run: also put some of them to work.
         libraries: of which libraries.
         jobs: processes at a time; with ``run`` each may need 8 GiB, and a larger model runs alone.

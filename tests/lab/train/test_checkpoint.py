@@ -57,7 +57,7 @@ def same_bits(one: nn.Module, two: nn.Module) -> bool:
 def test_resumed_is_bit_for_bit_uninterrupted(
     blobs: Dataset, network: Maker, tmp_path: Path, kind: str, spec: TrainSpec
 ) -> None:
-    file = tmp_path / "deep" / "cell.pt"
+    file = tmp_path / "deep" / "trial.pt"
     whole, resumed = network(kind, groups=4), network(kind, groups=4)
     expected = train(whole, blobs, spec, 0.05, 0, augment=("crop",), key="this")
     with pytest.raises(KeyboardInterrupt):
@@ -72,14 +72,14 @@ def test_resumed_is_bit_for_bit_uninterrupted(
 
 
 def test_the_time_before_the_interruption_counts(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
-    file = tmp_path / "cell.pt"
+    file = tmp_path / "trial.pt"
     cut_off(network(), blobs, SPEC, file)
     before = torch.load(file, weights_only=True)["history"]["seconds"]
     assert train(network(), blobs, SPEC, 0.05, 0, None, file, key="this").seconds > before > 0
 
 
 def test_at_most_one_file_in_thirty_seconds(blobs: Dataset, network: Maker, tmp_path: Path, monkeypatch) -> None:
-    file, clock, seen = tmp_path / "cell.pt", [0.0], []
+    file, clock, seen = tmp_path / "trial.pt", [0.0], []
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
 
     def on_epoch(history: History) -> None:
@@ -88,12 +88,12 @@ def test_at_most_one_file_in_thirty_seconds(blobs: Dataset, network: Maker, tmp_
 
     train(network(), blobs, replace(SPEC, epochs=5), 0.05, 0, on_epoch, file)
     assert [len(accuracy) for accuracy in seen] == [0, 0, 3, 3, 5]
-    assert [path.name for path in tmp_path.iterdir()] == ["cell.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["trial.pt"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "code", "flipped"])
 def test_a_damaged_file_is_ignored_with_a_warning(blobs: Dataset, network: Maker, tmp_path: Path, damage: str) -> None:
-    file = tmp_path / "cell.pt"
+    file = tmp_path / "trial.pt"
     cut_off(network(groups=4), blobs, SPEC, file)
     raw = file.read_bytes()
     if damage == "code":
@@ -103,7 +103,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(blobs: Dataset, network: Maker
         file.write_bytes(bytes_[damage])
     fresh, model = network(groups=4), network(groups=4)
     expected = train(fresh, blobs, SPEC, 0.05, 0, key="this")
-    with pytest.warns(RuntimeWarning, match=r"cell\.pt is not used: .*training starts anew"):
+    with pytest.warns(RuntimeWarning, match=r"trial\.pt is not used: .*training starts anew"):
         history = train(model, blobs, SPEC, 0.05, 0, None, file, key="this")
     assert history.train_loss == expected.train_loss
     assert same_bits(fresh, model)
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(blobs: Dataset, network: Maker
 
 @pytest.mark.parametrize("other", ["seed", "lr", "spec", "key", "augment", "network"])
 def test_a_file_of_another_training_is_ignored(blobs: Dataset, network: Maker, tmp_path: Path, other: str) -> None:
-    file = tmp_path / "cell.pt"
+    file = tmp_path / "trial.pt"
     cut_off(network("cnn" if other == "network" else "mlp"), blobs, SPEC, file)
     spec = replace(SPEC, clip=2.0) if other == "spec" else SPEC
     with pytest.warns(RuntimeWarning, match="it is of another"):
@@ -129,7 +129,7 @@ def test_a_file_of_another_training_is_ignored(blobs: Dataset, network: Maker, t
 
 
 def test_a_finished_training_is_not_trained_again(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
-    file, done = tmp_path / "cell.pt", network(groups=4)
+    file, done = tmp_path / "trial.pt", network(groups=4)
     with pytest.raises(KeyboardInterrupt):
         train(done, blobs, SPEC, 0.05, 0, until(4), file)
     again, seen = network(groups=4), []
@@ -140,7 +140,7 @@ def test_a_finished_training_is_not_trained_again(blobs: Dataset, network: Maker
 
 def test_a_full_disk_costs_the_file_and_not_the_training(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    target = tmp_path / "file" / "cell.pt"
+    target = tmp_path / "file" / "trial.pt"
     with pytest.warns(RuntimeWarning, match="cannot write the checkpoint"), pytest.raises(KeyboardInterrupt):
         train(network(), blobs, SPEC, 0.05, 0, until(2), target)
 
@@ -148,4 +148,4 @@ def test_a_full_disk_costs_the_file_and_not_the_training(blobs: Dataset, network
 def test_no_file_no_warning(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        train(network(), blobs, replace(SPEC, epochs=1), 0.05, 0, None, tmp_path / "cell.pt")
+        train(network(), blobs, replace(SPEC, epochs=1), 0.05, 0, None, tmp_path / "trial.pt")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sao_prune.lab.train import ScheduleSpec, TrainSpec
-from sao_prune.lab.train.optimise import make_optimizer, make_scheduler
+from sao_prune.lab.train.optimizer import make_optimizer, make_scheduler
 
 
 def rates(schedule: ScheduleSpec, epochs: int, lr: float = 1.0) -> list[float]:

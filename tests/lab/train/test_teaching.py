@@ -42,7 +42,7 @@ def test_masks_shrink_while_it_trains_and_averages_have_them(
 
     for resumed in (False, True):
         again, second = scheduled(network())
-        file = tmp_path / "cell.pt"
+        file = tmp_path / "trial.pt"
         if resumed:
             train(again, blobs, SPEC, 0.05, 0, checkpoint=file, pruner=second)
         else:

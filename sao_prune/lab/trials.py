@@ -1,4 +1,4 @@
-"""Cells: the units of work of a comparison, and which of them an arm needs."""
+"""Trials: the units of work of a comparison, and which of them a configuration needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from .data.names import is_sequences
-from .recipe import Arm
+from .recipe import Configuration
 from .results import Record
 
 # Part of every key: raise it when training changes in a way that makes old results incomparable.
@@ -18,7 +18,7 @@ RESULT_FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One unit of work: a training (``select`` on the held-out part, ``final`` on the test set) or a ``spectrum``.
 
     Its key is a digest of all that its result depends on, so equal keys mean equal results. Options that have their
@@ -29,29 +29,29 @@ class Cell:
     """
 
     kind: str
-    arm: Arm
+    configuration: Configuration
     seed: int
     lr: float | None = None
-    start: Cell | None = None
+    start: Trial | None = None
 
     def content(self) -> dict[str, Any]:
         """What the key is made of, ready for JSON; names for tables are not part of it."""
-        setting, method = self.arm.setting, self.arm.method
+        setting, method = self.configuration.setting, self.configuration.method
         data = _said(setting.data)
         data.pop("holdout", None)
         content: dict[str, Any] = {
             "kind": self.kind,
             "data": data,
             "network": setting.network.name,
-            "options": dict(self.arm.options),
+            "options": dict(self.configuration.options),
             "gain": setting.gain,
             "init": setting.init,
             "method": {"name": method.name, "options": dict(method.options)},
-            "prune": dict(self.arm.prune),
+            "prune": dict(self.configuration.prune),
             "seed": self.seed,
         }
         if self.kind != "spectrum":
-            content.update(lr=self.lr, train=_said(self.arm.train))
+            content.update(lr=self.lr, train=_said(self.configuration.train))
         if self.kind == "select":
             content["holdout"] = setting.data.holdout
         if self.start is not None:
@@ -68,18 +68,18 @@ class Cell:
     def title(self) -> str:
         """One line for a progress display."""
         rate = "" if self.lr is None else f", lr {self.lr:g}"
-        return f"{self.arm.title}{rate}, seed {self.seed}"
+        return f"{self.configuration.title}{rate}, seed {self.seed}"
 
     @property
     def leaves_weights(self) -> bool:
         """Whether a -T method of the recipe starts from what this training leaves."""
-        trained_first = any(method.is_trained_first for method in self.arm.setting.methods)
-        return self.arm.method.is_dense and self.kind != "spectrum" and trained_first
+        trained_first = any(method.is_trained_first for method in self.configuration.setting.methods)
+        return self.configuration.method.is_dense and self.kind != "spectrum" and trained_first
 
     @property
     def steps(self) -> int:
         """Its share of the progress: epochs, or one measurement."""
-        return 1 if self.kind == "spectrum" else self.arm.train.epochs
+        return 1 if self.kind == "spectrum" else self.configuration.train.epochs
 
 
 def _said(spec: Any) -> dict[str, Any]:
@@ -92,35 +92,35 @@ def _said(spec: Any) -> dict[str, Any]:
     return said
 
 
-def selection_cells(arm: Arm, records: Mapping[str, Record]) -> dict[float, list[Cell]] | None:
+def selection_trials(configuration: Configuration, records: Mapping[str, Record]) -> dict[float, list[Trial]] | None:
     """The trainings that decide between learning rates, by rate; none where the grid leaves no choice.
 
     Returns:
         ``None`` while a -T method waits for the learning rate of its dense phase.
     """
-    rates = arm.setting.lr
+    rates = configuration.setting.lr
     if len(rates.grid) == 1:
         return {}
-    start_lr = _start_lr(arm, records)
-    if start_lr is None and arm.method.is_trained_first:
+    start_lr = _start_lr(configuration, records)
+    if start_lr is None and configuration.method.is_trained_first:
         return None
-    return {lr: [_training("select", arm, seed, lr, start_lr) for seed in rates.seeds] for lr in rates.grid}
+    return {lr: [_training("select", configuration, seed, lr, start_lr) for seed in rates.seeds] for lr in rates.grid}
 
 
-def choose_lr(arm: Arm, records: Mapping[str, Record]) -> float | None:
+def choose_lr(configuration: Configuration, records: Mapping[str, Record]) -> float | None:
     """The learning rate with the best mean accuracy on the held-out part of the training set.
 
     A rate with a diverged run comes after every rate without one. Ties go to the lower held-out loss, then to the
     smaller rate. ``None`` if a training that decides is missing.
     """
-    cells = selection_cells(arm, records)
-    if cells is None:
+    trials = selection_trials(configuration, records)
+    if trials is None:
         return None
-    if not cells:
-        return arm.setting.lr.grid[0]
+    if not trials:
+        return configuration.setting.lr.grid[0]
     ranks = {}
-    for lr, group in cells.items():
-        keys = [cell.key for cell in group]
+    for lr, group in trials.items():
+        keys = [trial.key for trial in group]
         if any(key not in records for key in keys):
             return None
         results = [records[key]["result"] for key in keys]
@@ -133,43 +133,47 @@ def choose_lr(arm: Arm, records: Mapping[str, Record]) -> float | None:
     return max(ranks, key=lambda lr: ranks[lr])
 
 
-def final_cells(arm: Arm, records: Mapping[str, Record]) -> list[Cell] | None:
+def final_trials(configuration: Configuration, records: Mapping[str, Record]) -> list[Trial] | None:
     """The trainings that the table reports, one a seed, at the chosen learning rate; ``None`` before it is chosen."""
-    lr, start_lr = choose_lr(arm, records), _start_lr(arm, records)
-    if lr is None or (start_lr is None and arm.method.is_trained_first):
+    lr, start_lr = choose_lr(configuration, records), _start_lr(configuration, records)
+    if lr is None or (start_lr is None and configuration.method.is_trained_first):
         return None
-    return [_training("final", arm, seed, lr, start_lr) for seed in arm.setting.seeds]
+    return [_training("final", configuration, seed, lr, start_lr) for seed in configuration.setting.seeds]
 
 
-def spectrum_cell(arm: Arm) -> Cell | None:
+def spectrum_trial(configuration: Configuration) -> Trial | None:
     """The measurement at initialisation, for the first seed.
 
     None for a -T method, which starts from a training, and for tokens, which have no derivative.
     """
-    if arm.method.is_trained_first or is_sequences(arm.setting.data.name):
+    if configuration.method.is_trained_first or is_sequences(configuration.setting.data.name):
         return None
-    return Cell("spectrum", arm, arm.setting.seeds[0])
+    return Trial("spectrum", configuration, configuration.setting.seeds[0])
 
 
-def known_cells(arm: Arm, records: Mapping[str, Record]) -> list[Cell]:
-    """The cells of an arm as far as they are known by now, in the order of work."""
-    spectrum, choosing = spectrum_cell(arm), selection_cells(arm, records) or {}
-    cells = [] if spectrum is None else [spectrum]
-    return cells + [cell for group in choosing.values() for cell in group] + (final_cells(arm, records) or [])
+def known_trials(configuration: Configuration, records: Mapping[str, Record]) -> list[Trial]:
+    """The trials of a configuration as far as they are known by now, in the order of work."""
+    spectrum, choosing = spectrum_trial(configuration), selection_trials(configuration, records) or {}
+    trials = [] if spectrum is None else [spectrum]
+    return (
+        trials
+        + [trial for group in choosing.values() for trial in group]
+        + (final_trials(configuration, records) or [])
+    )
 
 
-def count_cells(arm: Arm) -> tuple[int, int]:
-    """How many cells an arm has, and their steps."""
-    setting = arm.setting
+def count_trials(configuration: Configuration) -> tuple[int, int]:
+    """How many trials a configuration has, and their steps."""
+    setting = configuration.setting
     rates = len(setting.lr.grid) * len(setting.lr.seeds) if len(setting.lr.grid) > 1 else 0
-    trainings, spectra = rates + len(setting.seeds), int(spectrum_cell(arm) is not None)
-    return trainings + spectra, trainings * arm.train.epochs + spectra
+    trainings, spectra = rates + len(setting.seeds), int(spectrum_trial(configuration) is not None)
+    return trainings + spectra, trainings * configuration.train.epochs + spectra
 
 
-def _training(kind: str, arm: Arm, seed: int, lr: float, start_lr: float | None) -> Cell:
-    start = None if start_lr is None else Cell(kind, arm.dense, seed, start_lr)
-    return Cell(kind, arm, seed, lr, start)
+def _training(kind: str, configuration: Configuration, seed: int, lr: float, start_lr: float | None) -> Trial:
+    start = None if start_lr is None else Trial(kind, configuration.dense, seed, start_lr)
+    return Trial(kind, configuration, seed, lr, start)
 
 
-def _start_lr(arm: Arm, records: Mapping[str, Record]) -> float | None:
-    return choose_lr(arm.dense, records) if arm.method.is_trained_first else None
+def _start_lr(configuration: Configuration, records: Mapping[str, Record]) -> float | None:
+    return choose_lr(configuration.dense, records) if configuration.method.is_trained_first else None

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from sao_prune.lab.train import TrainSpec
-from sao_prune.lab.train.regularise import Objective
+from sao_prune.lab.train.regularization import Objective
 
 
 def objective(**options: float) -> Objective:

@@ -1,4 +1,4 @@
-"""The optimiser and the schedule of a training, both timm's."""
+"""The optimizer and the schedule of a training, both timm's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .spec import TrainSpec
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec, lr: float) -> torch.optim.Optimizer:
-    """The optimiser over the model's parameters; biases and norms take no part in weight decay, as timm has it."""
+    """The optimizer over the model's parameters; biases and norms take no part in weight decay, as timm has it."""
     betas = {"betas": spec.betas} if spec.optimizer in ("adam", "adamw") else {}
     return timm.optim.create_optimizer_v2(
         model, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, momentum=spec.momentum, **betas

@@ -14,8 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import sao_prune
-from sao_prune import SAO, analysis
-from sao_prune.analysis import figures
+from sao_prune import SAO, analysis, figures
 from sao_prune.models import LipConvNet
 from sao_prune.nn import ECOConv2d, SkewConv2d
 

@@ -24,7 +24,7 @@ class Budget:
     patterns to numbers; the first pattern that matches a layer counts, a layer that none matches is skipped.
 
     Attributes:
-        sparsity: share of zeros, in [0, 1).
+        sparsity: of the pruned layers, in [0, 1).
         degree: the thesis's degree ``d0 = max(m, n) / groups``, edges on each node of the smaller side; a layer
             with no more nodes than that stays whole.
         groups: number of blocks; a layer with fewer nodes on its smaller side gets as many as it has.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from .blocks.build import settle
 from .blocks.plan import Plan, carry_out, machine, plan_of
 from .blocks.swap import Changes, restore
 from .discovery.trace import evaluating
+from .files import replacing
 from .held import held_tensors
 from .model import report
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
@@ -72,9 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             raise ValueError(f"{key!r} is on the meta device and has no values to save")
     masks = {f"{name}_mask" for name in _pruned_names(dict(model.named_modules(remove_duplicate=False)))}
     tensors = {k: (v.bool() if k in masks else v).detach().cpu().contiguous() for k, v in state.items()}
-    descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(descriptor)
-    try:
+    with replacing(target) as scratch:
         if target.suffix == ".safetensors":
             aliases = _drop_aliases(state, tensors)
             metadata = {"format": "sao_prune", "version": "1", "aliases": json.dumps(aliases)}
@@ -83,11 +81,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             save_file(tensors, scratch, metadata=metadata)
         else:
             torch.save(tensors, scratch)
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, target)
-    except BaseException:
-        os.unlink(scratch)
-        raise
     return target
 
 
@@ -119,6 +112,17 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
 
     Warns:
         StaleOptimizerWarning: if an optimizer that was made before holds parameters that are replaced.
+
+    Example:
+        >>> import torch, tempfile, os, sao_prune
+        >>> def net():
+        ...     return torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+        >>> pruned, fresh = net(), net()
+        >>> _ = sao_prune.apply(pruned, groups=4, seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = load(fresh, sao_prune.save(pruned, os.path.join(folder, "m.safetensors")))
+        >>> report.sparsity
+        0.75
     """
     states = read_states(Path(path))
     state = choose(states, model.state_dict(), prefix, strict)
@@ -218,12 +222,6 @@ def _versioned(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str
     return versioned
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _drop_aliases(state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
     """Remove second names of one tensor from ``tensors`` and tell whose they are."""
     owners: dict[tuple[Any, ...], str] = {}
@@ -264,15 +262,15 @@ def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], n
     """Prune the named weights with the state's masks; the snapshot undoes it."""
     owners = [(name, *name.rpartition(".")[::2]) for name in names]
     owned = {path for _, path, _ in owners}
-    readers = {path.rpartition(".")[0] for path in owned if path}
-    snapshot = Snapshot(modules[path] for path in owned | readers | {""})
+    consumers = {path.rpartition(".")[0] for path in owned if path}
+    snapshot = Snapshot(modules[path] for path in owned | consumers | {""})
     try:
         for name, path, tensor in owners:
             if f"{tensor}_mask" in modules[path]._buffers:
                 continue
             weight = getattr(modules[path], tensor)
             MaskPruning.register(modules[path], tensor, state[f"{name}_mask"].to(weight, copy=True))
-        for path in readers - {""}:
+        for path in consumers - {""}:
             watch(modules[path], RefreshChildren)
         if owned - {""}:
             watch(modules[""], RefreshAll)

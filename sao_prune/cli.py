@@ -152,7 +152,7 @@ def figures(
 ) -> None:
     """Redraw the thesis's table and figures that need no training, light and dark, with their numbers as CSV."""
     _need_laboratory()
-    from .analysis.figures import write_figures
+    from .figures import write_figures
 
     console = Console()
     written = write_figures(out, seed, lambda name: console.print(name, highlight=False))

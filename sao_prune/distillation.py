@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
-from .algorithms.base import nearest
+from ._torch import tree_leaves
 from .discovery.trace import call, evaluating
+from .naming import nearest
 
 
 @dataclass(frozen=True)

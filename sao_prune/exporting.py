@@ -8,23 +8,24 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ._torch import tree_leaves, tree_map
 from .blocks import BlockModule, Execution
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
+from .tables import Column, Line, TableReport
 
 _INSTALL = "pip install 'sao-prune[onnx]'"
 _LARGEST = 1 << 31
 
 
 @dataclass(frozen=True)
-class ExportReport:
-    """What `export_onnx` has written.
+class ExportReport(TableReport):
+    """What `export_onnx` has written; prints as a table of the operators.
 
     Attributes:
         path: of the file.
@@ -34,6 +35,7 @@ class ExportReport:
         folded: permutations that folding has moved into neighbouring layers.
         error: largest difference of an output from the model's, relative to its largest value; ``None`` without
             onnxruntime.
+        title: heading of the table.
     """
 
     path: Path
@@ -42,13 +44,29 @@ class ExportReport:
     layers: int
     folded: int
     error: float | None
+    title: str = "exported"
 
-    def __str__(self) -> str:
-        nodes = ", ".join(f"{count} {name}" for name, count in Counter(self.nodes).most_common())
+    columns: ClassVar[tuple[Column, ...]] = (Column("operator"), Column("nodes", "right"))
+
+    def lines(self) -> list[Line]:
+        """One line an operator, the most frequent first."""
+        return [Line((row["operator"], f"{row['nodes']:,}")) for row in self.rows()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The operators and how many nodes there are of each."""
+        return [{"operator": name, "nodes": count} for name, count in Counter(self.nodes).most_common()]
+
+    def totals(self) -> dict[str, Any]:
+        """The file, and what is in it beside nodes."""
+        names = ("path", "size", "layers", "folded", "error")
+        return {name: getattr(self, name) for name in names}
+
+    def summary(self) -> str:
+        """One line of totals."""
         checked = "not run (no onnxruntime)" if self.error is None else f"outputs within {self.error:.1e}"
         return (
             f"{self.path}: {self.size / 1e6:.1f} MB, {self.layers} block layers, {self.folded} permutations folded, "
-            f"{checked}\n{sum(self.nodes.values())} nodes: {nodes}"
+            f"{checked}; {sum(self.nodes.values())} nodes"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ._torch import is_wrapped, unwrapped
 from .layouts import Layout, double, halve
 from .topology import BlockTopology, decode_sets, encode_sets, real_values
 from .weights import Mirror
@@ -158,8 +159,8 @@ class Held(nn.Module):
         if torch.compiler.is_compiling() or type(codes) is not Tensor or codes.is_meta:
             return
         with real_values():
-            while torch._C._functorch.is_functorch_wrapped_tensor(codes):
-                codes = torch._C._functorch.get_unwrapped(codes)
+            while is_wrapped(codes):
+                codes = unwrapped(codes)
             if codes is self._own and torch.equal(codes, self._seen):
                 return
             told = decode_sets(codes)

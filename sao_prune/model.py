@@ -4,62 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import remove as torch_remove
-from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Unpack
 
-from .algorithms import RG, SAO, Method, ResidualRecord, resolve
+from ._torch import without_modes
+from .algorithms import Method, ResidualRecord, resolve
 from .algorithms.isometric import Isometric, values_after
-from .allocation import Allocation, Amount, Budget, Distribution, Fit, allocate
-from .discovery import (
-    ALREADY_PRUNED,
-    PrunableWeight,
-    Selection,
-    Selector,
-    initialise_,
-    initialised,
-    is_block_layer,
-    untouched,
-    walk,
-)
+from .allocation import Allocation, Amount
+from .analysis.residual import with_spectra
+from .blocks import BlockModule
+from .blocks.build import install
+from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, initialise_, pick, untouched, walk
 from .held import held_tensors
+from .options import PlanOptions, allocate_model, asked
 from .plain import why_not_plain
-from .prune import (
-    MaskPruning,
-    RamanujanPruning,
-    SAOPruning,
-    attach_all,
-    bake_standardising,
-    freeze,
-    pruning_hooks,
-    settle_all,
-    unwatch,
-)
+from .prune import attach_all, bake_standardising, freeze, pruning_class, pruning_hooks, settle_all, unwatch
 from .prune.attachment import check_writable, written
-from .reporting import LayerRecord, Report, SparsityWarning, compact, done, pruned, read_back, skipped
+from .reporting import LayerRecord, Report, SparsityWarning, done, packed, pruned, read_back, skipped
 from .seeds import Seed, base_seed
 
 
-class PlanOptions(TypedDict, total=False):
-    """Keyword options that `plan` and `apply` share; see `Budget` and `Selection` for what they mean."""
-
-    degree: Amount | None
-    groups: Amount | None
-    fit: Fit
-    distribution: Distribution
-    include: Selector | None
-    exclude: Selector
-    skip_first: bool
-    skip_last: bool
-    example_input: Any
-
-
 # Topologies are drawn as numbers, whatever mode (fake tensors, for one) a model is looked at in.
-@_disable_current_modes()
+@without_modes()
 def plan(
     model: nn.Module, sparsity: Amount | None = None, *, method: str | Method = "sao", **options: Unpack[PlanOptions]
 ) -> Report:
@@ -67,12 +38,13 @@ def plan(
 
     Args:
         model: any module.
-        sparsity: share of zeros in the pruned layers, or a mapping from glob patterns to shares.
+        sparsity: of the pruned layers, in [0, 1), or a mapping from glob patterns to sparsities.
         method: a name from `methods` or an instance with options.
         **options: ``degree`` or ``groups`` in place of ``sparsity``, numbers or mappings; ``fit`` ("nearest",
-            "regular", "exact"); ``distribution`` ("uniform", "erk"); ``include`` and ``exclude``, glob patterns or a
-            predicate ``(name, module) -> bool``; ``skip_first``, ``skip_last``; ``example_input`` for execution order,
-            and for the shapes of lazy layers.
+            "regular", "exact"); ``distribution`` ("uniform", "erk"); or all of these as one ``budget``, a `Budget`.
+            ``include`` and ``exclude``, glob patterns or a predicate ``(name, module) -> bool``; ``skip_first``,
+            ``skip_last``; ``example_input`` for execution order, and for the shapes of lazy layers; or all of these as
+            one ``selection``, a `Selection`.
 
     Returns:
         A `Report` with what each layer would get. Parameters of two or more dimensions that are in no layer to prune
@@ -90,17 +62,18 @@ def plan(
         [None, 32, 32, None]
     """
     chosen = resolve(method)
-    model, items = allocate_model(model, sparsity, options)
+    budget, selection = asked(sparsity, options)
+    model, items = allocate_model(model, budget, selection)
     allocations = [item for item in items if isinstance(item, Allocation)]
-    bound = chosen.bind(model, options.get("example_input"))
-    foretold = iter(bound.foretell(allocations))
-    records = [pruned(i, *next(foretold)) if isinstance(i, Allocation) else skipped(i) for i in items]
+    bound = chosen.bind(model, selection.example_input)
+    previews = iter(bound.preview(allocations))
+    records = [pruned(i, *next(previews), bound.origin) if isinstance(i, Allocation) else skipped(i) for i in items]
     records += _others(model, items)
     result = _report(model, records, f"plan: {chosen.name}", bound.residuals(allocations))
     return _warn(result, layerwise=chosen.layerwise)
 
 
-@_disable_current_modes()
+@without_modes()
 def apply(
     model: nn.Module,
     sparsity: Amount | None = None,
@@ -112,13 +85,17 @@ def apply(
 ) -> Report:
     """Make a model sparse, in place: ``weight_orig`` and ``weight_mask`` as `torch.nn.utils.prune` has them.
 
+    `SAO`, the default, draws new values: what the pruned layers had learned is lost, and the model is to be trained
+    afterwards. For a trained model take `Project`, which solves for values that do what the layers did, or a method
+    that keeps the weight's own (``"rg"``, ``"gmp"``, ..). The report's column *values* says it of every layer.
+
     Either every chosen layer is pruned or, if anything fails, none: the model is then as it was.
 
     Args:
         model: any module.
-        sparsity: share of zeros in the pruned layers, or a mapping from glob patterns to shares.
+        sparsity: of the pruned layers, in [0, 1), or a mapping from glob patterns to sparsities.
         method: a name from `methods` or an instance with options, such as ``SAO(gain=1.1)``.
-        seed: where the draws come from; the global generator is left alone. With ``None``, `torch.initial_seed`
+        seed: where the draws come from; the global generator stays as it is. With ``None``, `torch.initial_seed`
             decides, in a distributed run that of rank 0.
         form: ``"masked"``, or ``"compact"``: block layers at once, so that no dense weight, gradient or optimizer state
             exists; layers without a block form are masked. A model on the meta device is materialised so.
@@ -147,22 +124,20 @@ def apply(
     chosen = resolve(method)
     if form not in ("masked", "compact"):
         raise ValueError(f"form must be 'masked' or 'compact', got {form!r}")
-    _, items = allocate_model(model, sparsity, options)
+    budget, selection = asked(sparsity, options)
+    _, items = allocate_model(model, budget, selection)
     # Lazy layers have shown on a copy that the example input suits them.
-    initialise_(model, options.get("example_input"))
+    initialise_(model, selection.example_input)
     modules = dict(model.named_modules())
     allocations = [item for item in items if isinstance(item, Allocation)]
     weights = [_stored(modules, a.weight, meta=form == "compact") for a in allocations]
     base = base_seed(seed)
     with torch.no_grad():
-        bound = chosen.bind(model, options.get("example_input"))
+        bound = chosen.bind(model, selection.example_input)
         draws = bound.draw_for(model, allocations, weights, base)
         settlement = bound.settle(model, allocations, draws)
         residuals = settlement.residuals
         if isinstance(bound, Isometric) and bound.measures(model):
-            # Imported here because analysis is built on this module.
-            from .analysis.residual import with_spectra
-
             after = values_after(model, draws, settlement.values)
             residuals = with_spectra(residuals, model, bound.example_input, after)
     by_name = {draw.weight.name: draw for draw in draws}
@@ -175,48 +150,51 @@ def apply(
     # Before anything is changed: a warning may be an error.
     result = _report(model, records, f"applied: {chosen.name}", residuals)
     result = _warn(result, layerwise=chosen.layerwise)
-    hook = {SAO: SAOPruning, RG: RamanujanPruning}.get(type(chosen), MaskPruning)
+    hook = pruning_class(chosen)
     with written(model, settlement.values):
         if form == "compact":
-            # Imported here because compact is built on everything to its left, this module's parts among it.
-            from .blocks.build import install
-
             install(model, draws, hook, base)
         else:
             attach_all(modules, draws, hook)
     return result
 
 
-def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
+def remove(
+    model: nn.Module, *, include: Selector | None = None, exclude: Selector = (), freeze_zeros: bool = False
+) -> Report:
     """Make the pruning permanent, in place: plain weights again, with zeros where the masks had them.
 
     A layer that standardises its weight keeps doing so: its kept weights lose their mean, so that zeros stay zeros.
 
     Args:
-        model: a pruned model; masks of `torch.nn.utils.prune` are baked too.
+        model: a pruned model; masks of `torch.nn.utils.prune` are made permanent too.
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
+            layers. A tied weight is taken by any of its names.
+        exclude: the same, for layers that stay masked.
         freeze_zeros: keep the zeros through further training, by a hook on each layer that masks the gradient. Without
-            it the next optimiser step may revive them. Make a new optimiser: the momentum of one used so far would
+            it the next optimizer step may revive them. Make a new optimizer: the momentum of one used so far would
             revive them too. Copies and conversions of the model keep the hooks; a state dict has none.
 
     Returns:
-        A `Report` of the baked layers.
+        A `Report` of the model as it was, the layers that stay masked or dense in it as skipped.
 
     Raises:
-        TypeError: if the model is no module.
-        ValueError: if nothing in the model is pruned, or a layer is not as pruning left it; nothing is then removed.
+        TypeError: if the model is no module, or a selector is neither patterns nor a predicate.
+        ValueError: if nothing that is chosen is pruned, a pattern matches nothing, or a layer is not as pruning left
+            it; nothing is then removed.
 
     Example:
         >>> import torch, sao_prune
-        >>> net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+        >>> net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
         >>> _ = sao_prune.apply(net, groups=4, seed=0)
-        >>> sao_prune.remove(net).sparsity, type(net[1].weight).__name__
-        (0.75, 'Parameter')
+        >>> sao_prune.remove(net, include=["1"]).sparsity, type(net[1].weight).__name__, sorted(net[2].state_dict())
+        (0.75, 'Parameter', ['bias', 'weight_mask', 'weight_orig'])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    targets = [(m, path, hook._tensor_name) for path, m in model.named_modules() for hook in pruning_hooks(m)]
+    targets, left = _to_remove(model, include, exclude)
     if not targets:
-        raise ValueError("nothing to remove: no layer of the model is pruned")
+        raise ValueError(f"nothing to remove: {'no chosen layer' if left else 'no layer of the model'} is pruned")
     for module, path, name in targets:
         original = module._parameters.get(f"{name}_orig")
         if original is None or f"{name}_mask" not in module._buffers:
@@ -236,9 +214,32 @@ def remove(model: nn.Module, *, freeze_zeros: bool = False) -> Report:
         bake_standardising(module, name, mask, keep_support=freeze_zeros)
         if freeze_zeros:
             freeze(module, name, mask)
-    for module in model.modules():
+    for module in model.modules() if not left else ():
         unwatch(module)
-    return Report(before.layers, before.parameters, "baked")
+    masked = {f"{path}.{name}" if path else name for path, name in left}
+    layers = [
+        replace(layer, groups=None, nnz=layer.total, reason="still masked") if layer.name in masked else layer
+        for layer in before.layers
+    ]
+    return Report(tuple(layers), before.parameters, "baked")
+
+
+def _to_remove(
+    model: nn.Module, include: Selector | None, exclude: Selector
+) -> tuple[list[tuple[nn.Module, str, str]], list[tuple[str, str]]]:
+    """Module, path and tensor of every mask to make permanent, and path and tensor of the others."""
+    found = [(m, path, hook._tensor_name) for path, m in model.named_modules() for hook in pruning_hooks(m)]
+    taken = pick([(path, module, [name]) for module, path, name in found], include, exclude)
+    # A tied weight is masked under all of its names or under none.
+    tied = {id(m._parameters.get(f"{name}_orig")) for (m, _, name), reason in zip(found, taken) if reason is None}
+    tied.discard(id(None))
+    chosen = [
+        reason is None or id(m._parameters.get(f"{name}_orig")) in tied for (m, _, name), reason in zip(found, taken)
+    ]
+    return (
+        [target for target, yes in zip(found, chosen) if yes],
+        [(path, name) for (_, path, name), yes in zip(found, chosen) if not yes],
+    )
 
 
 def report(model: nn.Module) -> Report:
@@ -263,56 +264,15 @@ def report(model: nn.Module) -> Report:
         read_back(modules[weight.module], weight) if weight.reason in (None, ALREADY_PRUNED) else skipped(weight)
         for weight in weights
     ]
-    records += [compact(path, module) for path, module in modules.items() if is_block_layer(module)]
+    records += [packed(path, module) for path, module in modules.items() if isinstance(module, BlockModule)]
     records += _others(model, weights)
     return _report(model, records, "model")
-
-
-def allocate_model(
-    model: nn.Module, sparsity: Amount | None, options: PlanOptions
-) -> tuple[nn.Module, list[Allocation | PrunableWeight]]:
-    """The model, or a copy whose lazy layers have their shapes, and what each of its weights is asked for.
-
-    Raises:
-        TypeError: for an unknown option.
-        ValueError: as `apply` has it.
-    """
-    known = set(PlanOptions.__annotations__)
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    budget_keys = ("degree", "groups", "fit", "distribution")
-    budget = Budget(sparsity, **{k: v for k, v in options.items() if k in budget_keys})  # type: ignore[arg-type]
-    selection = Selection(**{k: v for k, v in options.items() if k not in budget_keys})  # type: ignore[arg-type]
-    if isinstance(model, nn.Module):
-        model = initialised(model, selection.example_input)
-    weights = walk(model, selection)
-    pruned = [w.name for w in weights if w.reason == ALREADY_PRUNED]
-    if pruned:
-        raise ValueError(
-            f"{len(pruned)} of the chosen layers are pruned already ({', '.join(pruned[:4])}"
-            f"{', ..' if len(pruned) > 4 else ''}): call sao_prune.remove(model) first, or exclude them"
-        )
-    items = allocate(weights, budget)
-    if not any(isinstance(item, Allocation) for item in items):
-        raise ValueError(_nothing_to_prune(model, [i for i in items if isinstance(i, PrunableWeight)]))
-    return model, items
 
 
 def _others(model: nn.Module, items: Sequence[Allocation | PrunableWeight]) -> list[LayerRecord]:
     """Records of the parameters of two or more dimensions that are none of the items."""
     known = [item.weight if isinstance(item, Allocation) else item for item in items]
     return [skipped(weight, other=True) for weight in untouched(model, known)]
-
-
-def _nothing_to_prune(model: nn.Module, weights: Sequence[PrunableWeight]) -> str:
-    if not weights:
-        return (
-            f"{type(model).__name__} has no layer that can be pruned: looked for linear, convolutional, recurrent and "
-            "attention layers; name raw parameters with include=[...]"
-        )
-    reasons = "; ".join(f"{w.name}: {w.reason}" for w in weights[:6]) + ("; .." if len(weights) > 6 else "")
-    return f"no layer of {type(model).__name__} is left to prune ({reasons})"
 
 
 def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool) -> Tensor:
@@ -327,8 +287,8 @@ def _report(
 ) -> Report:
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
-        if is_block_layer(module):
-            held = compact("", module)
+        if isinstance(module, BlockModule):
+            held = packed("", module)
             total += held.total - held.nnz
         for tensor in held_tensors(module):
             if tensor.endswith("_orig"):

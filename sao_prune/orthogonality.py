@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
-from typing import get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import BlockModule
-from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, walk
+from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, pick, walk
 from .held import Held, OrthogonalMap, held_tensors, precise, put, take_off
 from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, halve, mirror_of
 from .nn import ECOConv2d
 from .plain import why_not_plain
 from .prune import pruning_hooks, settle_all
 from .replaced import warn_replaced
+from .tables import Column, Line, TableReport, plain
 from .topology import BlockTopology, NotBlockStructuredError
+
+_RELEASED = "released"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class HeldRecord:
         blocks: matrices that are kept orthogonal; for an ECO convolution one for every block and free frequency.
         gain: singular value they keep.
         moved: largest change of a value on the way to the nearest orthogonal one.
-        reason: why it was left alone; ``None`` if it is held.
+        reason: why it was skipped, or ``"released"``; ``None`` if it is held.
     """
 
     name: str
@@ -42,23 +45,57 @@ class HeldRecord:
 
 
 @dataclass(frozen=True)
-class HoldReport:
-    """What `hold` did; prints one line a layer."""
+class HoldReport(TableReport):
+    """What `hold` or `release` did; prints as a table.
+
+    Attributes:
+        layers: the records, in the order in which the layers were found.
+        title: heading of the table.
+    """
 
     layers: tuple[HeldRecord, ...]
+    title: str = ""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("layer"),
+        Column("blocks", "right"),
+        Column("gain", "right"),
+        Column("moved by", "right"),
+        Column(""),
+    )
 
     @property
     def held(self) -> tuple[HeldRecord, ...]:
         """The records of the layers that are held."""
         return tuple(layer for layer in self.layers if layer.reason is None)
 
-    def __str__(self) -> str:
-        return "\n".join(
-            f"{r.name}: {r.reason}"
-            if r.reason
-            else f"{r.name}: {r.blocks} blocks held at gain {r.gain:.4g} (moved by {r.moved:.1e})"
+    @property
+    def released(self) -> tuple[HeldRecord, ...]:
+        """The records of the layers that were held before."""
+        return tuple(layer for layer in self.layers if layer.reason == _RELEASED)
+
+    @property
+    def skipped(self) -> tuple[HeldRecord, ...]:
+        """The records of the layers that are as they were."""
+        return tuple(layer for layer in self.layers if layer.reason not in (None, _RELEASED))
+
+    def lines(self) -> list[Line]:
+        """One line a layer."""
+        return [
+            Line((r.name, "-", "-", "-", r.reason), dim=True)
+            if r.reason is not None
+            else Line((r.name, str(r.blocks), f"{r.gain:.4g}", f"{r.moved:.1e}", "held"))
             for r in self.layers
-        )
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The fields of each record."""
+        return [plain(record) for record in self.layers]
+
+    def summary(self) -> str:
+        """One line of totals."""
+        released = f", {len(self.released)} released" if self.released else ""
+        return f"{len(self.held)} weights held orthogonal{released}, {len(self.skipped)} skipped"
 
 
 def hold(
@@ -75,21 +112,23 @@ def hold(
     block size; in half precision it is computed in float32.
     Masked and compact layers without a spatial kernel are held, ECO convolutions, and mirrored (looks-linear) weights;
     values that are not orthogonal move to the nearest ones that are, times their mean singular value. Make the
-    optimizer afterwards: the parameters are new ones. `release` undoes it; save, bake, compact or convert after that.
+    optimizer afterwards: the parameters are new ones. `release` undoes it; `remove`, `compact` or convert after that.
 
     Args:
         model: a model with pruned, compact or ECO layers.
-        include: glob patterns or a predicate; only these layers.
-        exclude: layers to leave alone.
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
+            layers.
+        exclude: the same, for layers to skip.
         orthogonal_map: torch's name for the function that makes matrices orthogonal, ``"cayley"`` or
             ``"matrix_exp"``.
 
     Returns:
-        A `HoldReport`; layers left alone are in it with the reason.
+        A `HoldReport`; skipped layers are in it with the reason.
 
     Raises:
-        TypeError: if ``model`` is no module.
-        ValueError: if no layer can be held or the map is unknown; the model is then as it was.
+        TypeError: if ``model`` is no module, or a selector is neither patterns nor a predicate.
+        ValueError: if no chosen layer can be held, a pattern matches nothing or the map is unknown; the model is then
+            as it was.
 
     Warns:
         StaleOptimizerWarning: if an optimizer that was made before holds the parameters that are replaced.
@@ -98,8 +137,8 @@ def hold(
         >>> import torch, sao_prune
         >>> net = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
         >>> _ = sao_prune.apply(net, groups=4, seed=0)
-        >>> print(hold(net))
-        1.weight: 4 blocks held at gain 1 (moved by 0.0e+00)
+        >>> hold(net).summary()
+        '1 weights held orthogonal, 0 skipped'
         >>> optimizer = torch.optim.SGD(net.parameters(), 0.1)
         >>> net(torch.ones(2, 16)).square().sum().backward()
         >>> optimizer.step()
@@ -114,7 +153,9 @@ def hold(
     settle_all(model)
     records: list[HeldRecord] = []
     ready: list[tuple[nn.Module, str, Held]] = []
-    for module, tensor, name, layout in _candidates(model, include, exclude):
+    found = list(_candidates(model))
+    for (_, module, tensor, name, layout_of), skipped in zip(found, pick(_named(found), include, exclude)):
+        layout = skipped or layout_of()
         if isinstance(layout, str):
             records.append(HeldRecord(name, reason=layout))
             continue
@@ -134,20 +175,27 @@ def hold(
     warn_replaced([module._parameters[tensor] for module, tensor, _ in ready], "hold")
     for module, tensor, held in ready:
         put(module, tensor, held)
-    return HoldReport(tuple(records))
+    return HoldReport(tuple(records), "held")
 
 
-def release(model: nn.Module) -> int:
+def release(model: nn.Module, *, include: Selector | None = None, exclude: Selector = ()) -> HoldReport:
     """Undo `hold`, in place: plain parameters with the values they have now.
 
     Copies of the model that are held stay so. Make the optimizer afterwards: the parameters are new ones.
 
+    Args:
+        model: any module; one in which nothing is held stays as it is.
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
+            layers.
+        exclude: the same, for layers that stay held.
+
     Returns:
-        How many weights were released.
+        A `HoldReport` of all weights that were held, the released ones in its ``released``.
 
     Raises:
-        TypeError: if the model is no module.
-        ValueError: if a held weight has further parametrizations; nothing is released then.
+        TypeError: if the model is no module, or a selector is neither patterns nor a predicate.
+        ValueError: if a pattern matches nothing, or a held weight has further parametrizations; nothing is released
+            then.
 
     Warns:
         StaleOptimizerWarning: if an optimizer that was made before holds the parameters that are replaced.
@@ -157,12 +205,15 @@ def release(model: nn.Module) -> int:
         >>> net = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
         >>> _ = sao_prune.apply(net, groups=4, seed=0)
         >>> _ = hold(net)
-        >>> release(net), type(net[1].weight_orig).__name__
+        >>> len(release(net).released), type(net[1].weight_orig).__name__
         (1, 'Parameter')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    targets = [(path, m, tensor) for path, m in model.named_modules() for tensor in held_tensors(m)]
+    found = [(path, m, tensor) for path, m in model.named_modules() for tensor in held_tensors(m)]
+    named = [(path, m, [tensor, tensor.removesuffix("_orig")]) for path, m, tensor in found]
+    skipped = pick(named, include, exclude)
+    targets = [each for each, reason in zip(found, skipped) if reason is None]
     for path, module, tensor in targets:
         steps = module.parametrizations[tensor]  # type: ignore[index]
         if len(steps) > 1:
@@ -173,36 +224,53 @@ def release(model: nn.Module) -> int:
     warn_replaced((p for _, m, tensor in targets for p in m.parametrizations[tensor].parameters()), "release")  # type: ignore[index]
     for _, module, tensor in targets:
         take_off(module, tensor)
-    return len(targets)
+    records = [
+        HeldRecord(
+            _join(path, tensor.removesuffix("_orig")), reason=_RELEASED if reason is None else f"still held: {reason}"
+        )
+        for (path, _, tensor), reason in zip(found, skipped)
+    ]
+    return HoldReport(tuple(records), "released")
 
 
-def _candidates(
-    model: nn.Module, include: Selector | None, exclude: Selector
-) -> Iterator[tuple[nn.Module, str, str, Layout | str]]:
-    """Module, tensor, name and layout (or why not) of everything that might be held."""
+Found = tuple[str, nn.Module, str, str, Callable[[], "Layout | str"]]
+
+
+def _candidates(model: nn.Module) -> Iterator[Found]:
+    """Path, module, tensor and name of everything that might be held, and what gives its layout or says why not."""
     modules = dict(model.named_modules())
-    chosen = {path: m for path, m in modules.items() if _picked(path, m, include, exclude)}
-    for path, module in chosen.items():
+    for path, module in modules.items():
         if isinstance(module, ECOConv2d) and "weight_mask" not in module._buffers:
-            kernel = (module.kernel_size[0], module.kernel_size[1])
-            layout = why_not_plain(module) or FrequencyLayout(module.topology, kernel)
-            yield module, "weight", _join(path, "weight"), layout
+            yield path, module, "weight", _join(path, "weight"), partial(_eco_layout, module)
         elif isinstance(module, BlockModule):
-            yield module, "blocks", _join(path, "blocks"), why_not_plain(module) or _compact_layout(module)
+            yield path, module, "blocks", _join(path, "blocks"), partial(_compact_layout, module)
         elif reason := why_not_plain(module, masked=True):
             for hook in pruning_hooks(module):
-                yield module, hook._tensor_name, _join(path, hook._tensor_name), reason
+                yield path, module, hook._tensor_name, _join(path, hook._tensor_name), partial(str, reason)
     for weight in walk(model, Selection(skip_first=False, skip_last=False)):
-        if weight.reason == ALREADY_PRUNED and weight.module in chosen:
+        if weight.reason == ALREADY_PRUNED:
             module = modules[weight.module]
             if not why_not_plain(module, masked=True):
-                yield module, f"{weight.tensor}_orig", weight.name, _masked_layout(module, weight)
+                layout = partial(_masked_layout, module, weight)
+                yield weight.module, module, f"{weight.tensor}_orig", weight.name, layout
+
+
+def _named(found: list[Found]) -> list[tuple[str, nn.Module, list[str]]]:
+    return [(path, module, [tensor, tensor.removesuffix("_orig")]) for path, module, tensor, _, _ in found]
 
 
 _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_eco puts it in place)"
 
 
+def _eco_layout(module: ECOConv2d) -> Layout | str:
+    kernel = (module.kernel_size[0], module.kernel_size[1])
+    return why_not_plain(module) or FrequencyLayout(module.topology, kernel)
+
+
 def _compact_layout(module: BlockModule) -> Layout | str:
+    reason = why_not_plain(module)
+    if reason is not None:
+        return reason
     spatial = prod(module.weight_shape[2:]) > 1
     if getattr(module, "stacked", 1) > 1:
         return "its blocks are of several gates, each orthogonal for itself: hold it in its masked form (expand)"
@@ -218,13 +286,6 @@ def _masked_layout(module: nn.Module, weight: PrunableWeight) -> Layout | str:
         return MaskedLayout(weight, tuple(BlockTopology.from_mask(part) for part in parts))
     except NotBlockStructuredError:
         return "its mask is not made of blocks"
-
-
-def _picked(path: str, module: nn.Module, include: Selector | None, exclude: Selector) -> bool:
-    def among(selector: Selector) -> bool:
-        return selector(path, module) if callable(selector) else any(fnmatchcase(path, p) for p in selector)
-
-    return (include is None or among(include)) and not (exclude and among(exclude))
 
 
 def _join(path: str, tensor: str) -> str:

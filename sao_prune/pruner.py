@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from .algorithms import Draw, Method, Stage, resolve
 from .allocation import Allocation, Amount
 from .discovery import PrunableWeight, initialise_
-from .model import PlanOptions, allocate_model
+from .options import PlanOptions, allocate_model, asked
 from .prune import MaskPruning, Snapshot, attach_all, refresh, settle_all, written
 from .reporting import LayerRecord, Report, done, skipped
 from .scheduling import Schedule
@@ -44,6 +44,9 @@ def schedule(
         seed: where the draws come from, as for `apply`.
         **options: as for `plan`.
 
+    Returns:
+        A `Pruner`, whose ``step`` is called after every optimizer step.
+
     Raises:
         TypeError: if the model is no module, an option has the wrong type, or the method does not prune over time.
         ValueError: as for `apply`; the model is then as it was.
@@ -71,8 +74,9 @@ def schedule(
             f"{chosen!r} does not prune over time: it replaces values, or its scores need a copy without masks; take "
             "'gmp', 'lmp', 'lrp', RG(values='keep') on a block topology, or Project(inputs=..)"
         )
-    _, items = allocate_model(model, sparsity, options)
-    initialise_(model, options.get("example_input"))
+    budget, selection = asked(sparsity, options)
+    _, items = allocate_model(model, budget, selection)
+    initialise_(model, selection.example_input)
     modules = dict(model.named_modules())
     pruner = Pruner(model, chosen, over, items, base_seed(seed))
     allocations = [item for item in items if isinstance(item, Allocation)]
@@ -137,7 +141,7 @@ class Pruner:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros in the masks now."""
+        """Sparsity of the masks now."""
         masks = [self._mask(a) for a in self._final]
         total = sum(m.numel() for m in masks)
         return 1 - sum(int(m.count_nonzero()) for m in masks) / total

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from io import StringIO
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Draw, Fidelity, ResidualRecord
+from .algorithms import Draw, Fidelity, ResidualRecord, Values
 from .allocation import Allocation
 from .discovery import ALREADY_PRUNED, PrunableWeight
+from .tables import Column, Line, TableReport, plain, shape_text
 from .topology import BlockTopology
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _FEW = 0.05
 
@@ -41,6 +38,9 @@ class LayerRecord:
         note: anything else worth knowing.
         other: whether it is a parameter in no layer of a kind that is pruned.
         fidelity: what is left of a trained weight's work, from methods that look.
+        values: ``"kept"``, the weight's own values stay where the mask is one; ``"drawn"``, new ones stand there and
+            what was trained is lost; ``"solved"``, they were computed from the weight's own and from data; ``None``
+            where it is unknown or the layer is skipped.
     """
 
     name: str
@@ -54,10 +54,11 @@ class LayerRecord:
     note: str = ""
     other: bool = False
     fidelity: Fidelity | None = None
+    values: Values | None = None
 
     @property
     def achieved(self) -> float:
-        """Share of zeros."""
+        """Achieved sparsity."""
         return 1 - self.nnz / self.total if self.total else 0.0
 
     @property
@@ -67,7 +68,7 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(TableReport):
     """All layers of a model and their totals; prints as a table.
 
     Attributes:
@@ -82,6 +83,13 @@ class Report:
     parameters: int
     title: str = ""
     residuals: tuple[ResidualRecord, ...] = ()
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("layer"),
+        *(Column(heading, "right") for heading in ("shape", "groups", "sparsity %", "weights")),
+        Column("values"),
+        Column(""),
+    )
 
     @property
     def pruned(self) -> tuple[LayerRecord, ...]:
@@ -100,13 +108,13 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """Achieved share of zeros over the pruned layers."""
+        """Achieved sparsity over the pruned layers."""
         total = sum(layer.total for layer in self.pruned)
         return 1 - self.nnz / total if total else 0.0
 
     @property
     def requested(self) -> float | None:
-        """Requested share of zeros over the pruned layers, if known."""
+        """Requested sparsity over the pruned layers, if known."""
         total = sum(layer.total for layer in self.pruned)
         asked = [layer.requested for layer in self.pruned]
         if not total or any(r is None for r in asked):
@@ -150,35 +158,42 @@ class Report:
             f"{named}{more}; fit='exact' comes closer, or give them a sparsity of their own"
         )
 
-    def table(self) -> Table:
-        """The report as a rich table."""
-        from rich import box
-        from rich.table import Table
-
-        table = Table(
-            title=self.title or None,
-            caption="\n".join([self.summary(), *map(str, self.residuals)]),
-            title_justify="left",
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            collapse_padding=True,
-            pad_edge=False,
-        )
-        table.add_column("layer", overflow="fold")
-        for column in ("shape", "groups", "sparsity %", "weights"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("", overflow="fold")
-        for layer in self.layers:
-            table.add_row(
-                layer.name.removesuffix(".weight"),
-                "x".join(map(str, layer.shape)) or "-",
-                str(layer.groups) if layer.groups else "-",
-                _sparsity(layer),
-                f"{layer.nnz:,}",
-                layer.note if layer.pruned else f"{layer.reason}",
-                style=None if layer.pruned else "dim",
+    def lines(self) -> list[Line]:
+        """One line a layer."""
+        return [
+            Line(
+                (
+                    layer.name.removesuffix(".weight"),
+                    shape_text(layer.shape),
+                    str(layer.groups) if layer.groups else "-",
+                    _sparsity(layer),
+                    f"{layer.nnz:,}",
+                    layer.values or "-",
+                    layer.note if layer.pruned else f"{layer.reason}",
+                ),
+                dim=not layer.pruned,
             )
-        return table
+            for layer in self.layers
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The fields of each record, and its achieved sparsity."""
+        return [{**plain(layer), "achieved": layer.achieved, "pruned": layer.pruned} for layer in self.layers]
+
+    def totals(self) -> dict[str, Any]:
+        """Parameters and sparsities of the whole model, and the residual blocks."""
+        return {
+            "parameters": self.parameters,
+            "remaining": self.remaining,
+            "nnz": self.nnz,
+            "sparsity": self.sparsity,
+            "requested": self.requested,
+            "residuals": self.residuals,
+        }
+
+    def caption(self) -> str:
+        """The totals, and a line for each residual block."""
+        return "\n".join([self.summary(), *map(str, self.residuals)])
 
     def summary(self) -> str:
         """One line of totals."""
@@ -189,14 +204,6 @@ class Report:
             f"{len(self.pruned)} layers pruned, {len(self.skipped)} kept dense{others}; sparsity of the pruned layers "
             f"{_percent(self.sparsity)}{wanted}; {self.remaining:,} of {self.parameters:,} parameters stay"
         )
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _sparsity(layer: LayerRecord) -> str:
@@ -217,19 +224,19 @@ def skipped(weight: PrunableWeight, *, other: bool = False) -> LayerRecord:
     return LayerRecord(weight.name, weight.kind, weight.shape, None, None, total, total, weight.reason, other=other)
 
 
-def pruned(allocation: Allocation, groups: int | None, edges: int) -> LayerRecord:
-    """A weight of which ``edges`` matrix entries, over all its parts, stay."""
+def pruned(allocation: Allocation, groups: int | None, edges: int, values: Values) -> LayerRecord:
+    """A weight of which ``edges`` matrix entries, over all its parts, stay, with values of this origin."""
     weight = allocation.weight
     nnz = edges * prod(weight.kernel)
     requested = 1 - allocation.density
     return LayerRecord(
-        weight.name, weight.kind, weight.shape, groups, requested, nnz, weight.numel, None, _note(weight)
+        weight.name, weight.kind, weight.shape, groups, requested, nnz, weight.numel, None, _note(weight), values=values
     )
 
 
 def done(allocation: Allocation, draw: Draw, note: str = "") -> LayerRecord:
     """A weight after its draw."""
-    record = pruned(allocation, draw.groups, draw.edges)
+    record = pruned(allocation, draw.groups, draw.edges, draw.origin)
     said = filter(None, (record.note, str(draw.fidelity or ""), note))
     return replace(record, nnz=draw.nnz, note="; ".join(said), fidelity=draw.fidelity)
 
@@ -253,7 +260,7 @@ def read_back(module: nn.Module, weight: PrunableWeight) -> LayerRecord:
     return LayerRecord(weight.name, weight.kind, weight.shape, groups, None, nnz, weight.numel, None, _note(weight))
 
 
-def compact(path: str, module: Any) -> LayerRecord:
+def packed(path: str, module: Any) -> LayerRecord:
     """A block layer, told by its dense weight's shape."""
     shape, groups = module.weight_shape, module.topology.groups
     name = f"{path}.weight" if path else "weight"

@@ -36,10 +36,10 @@ class Schedule:
     shape: Shape = "cubic"
 
     def __post_init__(self) -> None:
-        for option, least in (("start", 0), ("end", 0), ("steps", 1)):
+        for option, ge in (("start", 0), ("end", 0), ("steps", 1)):
             value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{option} must be a whole number of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < ge:
+                raise ValueError(f"{option} must be a whole number of at least {ge}, got {value!r}")
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape must be one of {', '.join(map(repr, get_args(Shape)))}, got {self.shape!r}")
         if self.shape != "one-shot" and self.end < self.start:

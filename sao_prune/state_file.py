@@ -135,7 +135,7 @@ def _read_file(path: Path) -> Any:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"more than tensors ({named[1]})" if named else "more than tensors"
         raise CheckpointError(
-            f"{path} holds {what} and was not loaded, because reading it could run code; where you trust its maker, "
+            f"{path} holds {what} and was not loaded, because reading it could run code; where you trust its source, "
             "save the state dict in it alone"
         ) from None
     except Exception as error:

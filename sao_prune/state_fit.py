@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._torch import ConvNd
 from .blocks import BlockModule
 from .held import held_tensors
 from .plain import why_not_plain
@@ -76,7 +77,7 @@ def check_support(name: str, values: Tensor, modules: Mapping[str, nn.Module]) -
     if values.shape != mask.shape:
         return
     # Kernels stay whole; a stack of matrices has none.
-    kernels = isinstance(modules[name.rpartition(".")[0]], nn.modules.conv._ConvNd)
+    kernels = isinstance(modules[name.rpartition(".")[0]], ConvNd)
     units = (values != 0).flatten(2).any(2) if kernels else values != 0
     kept = (mask != 0).flatten(2).any(2) if kernels else mask != 0
     if units.float().mean() < 0.9 and bool((units & ~kept.cpu()).any()):

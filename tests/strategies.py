@@ -3,14 +3,14 @@
 import torch
 from hypothesis import strategies as st
 
-from sao_prune.topology import MAKERS, BlockTopology, make_topology
+from sao_prune.topology import GENERATORS, BlockTopology, make_topology
 
 
 @st.composite
 def topologies(draw: st.DrawFn, most: int = 40) -> BlockTopology:
     """Block topologies of every kind and size, even, exact and cropped."""
     rows, cols = draw(st.integers(1, most)), draw(st.integers(1, most))
-    kind = draw(st.sampled_from(sorted(MAKERS)))
+    kind = draw(st.sampled_from(sorted(GENERATORS)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if draw(st.booleans()):
         nnz = draw(st.integers(max(rows, cols), rows * cols))

@@ -37,7 +37,7 @@ def test_report_says_what_was_done():
     assert sao_prune.report(model).nnz == nonzero
 
 
-def test_plan_touches_nothing_and_foretells_apply():
+def test_plan_touches_nothing_and_previews_apply():
     model = Net()
     before = copy.deepcopy(model.state_dict())
     plan = sao_prune.plan(model, sparsity=0.75)
@@ -202,7 +202,7 @@ def test_a_dense_model_is_reported_dense():
 
 
 @pytest.mark.parametrize("method", ["sao", "rg", "lmp", "lrp", SAO(nonlinearity="relu")])
-def test_plan_foretells_every_method(method):
+def test_plan_previews_every_method(method):
     def make():
         return nn.Sequential(nn.Conv2d(4, 34, 3), nn.Conv2d(34, 34, 3), nn.Conv2d(34, 34, 1), nn.Conv2d(34, 4, 3))
 

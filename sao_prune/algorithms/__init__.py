@@ -1,7 +1,7 @@
 """The methods: each a frozen dataclass of options that combines topologies and values, found by name."""
 
 from .base import Method, ResidualRecord, Settlement, Stage, methods, register, resolve
-from .draw import Draw, Fidelity
+from .draw import Draw, Fidelity, Values
 from .eoi import EOI
 from .grasp import GraSP
 from .magnitude import GMP, LMP, LRP
@@ -30,6 +30,7 @@ __all__ = [
     "Settlement",
     "Stage",
     "SynFlow",
+    "Values",
     "methods",
     "register",
     "resolve",

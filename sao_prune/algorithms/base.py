@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
+from ..naming import nearest
 from ..seeds import named_generator
 from ..topology import BlockTopology, make_support, make_topology
-from .draw import Draw
+from .draw import Draw, Values
+
+TopologySharing = Literal["layer-shape", "none"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Method:
         """Whether supports are block topologies, so that group counts apply."""
         return False
 
+    @property
+    def origin(self) -> Values:
+        """Where the values of the weights that it prunes come from; the weights' own by default."""
+        return "kept"
+
     def bind(self, model: nn.Module, example_input: Any) -> Method:
         """The method for one model, which stays as it is; by default the method itself.
 
@@ -109,7 +116,7 @@ class Method:
         """What will be made of the model's residual blocks; none by default."""
         return ()
 
-    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+    def preview(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """For each weight the group count, if there is one, and the edges over all parts that `draw` would give it."""
         out: list[tuple[int | None, int]] = []
         for allocation in allocations:
@@ -162,13 +169,46 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Class decorator: make a method known by its ``name``."""
+    """Class decorator: make a method known by its ``name``.
+
+    The class derives from `Method` and says in `Method.draw` which entries of each weight stay. It is made without
+    arguments where users name it, so all its options have defaults.
+
+    Args:
+        cls: the method; registered anew, as a notebook does, it replaces the one of its name and module.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: if it is no method.
+        ValueError: if its name is empty or another method's.
+
+    Example:
+        >>> @register
+        ... @dataclass(frozen=True)
+        ... class Diagonal(Method):
+        ...     name = "diagonal"
+        ...     def draw(self, allocations, weights, seed):
+        ...         return [Draw(a.weight, units=torch.eye(*a.weight.matrix)[None] > 0) for a in allocations]
+        >>> "diagonal" in methods()
+        True
+        >>> del _REGISTRY["diagonal"]
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TypeError(f"a method is a subclass of sao_prune.Method, got {cls!r}")
+    known = _REGISTRY.get(cls.name)
+    if not cls.name or (known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__)):
+        raise ValueError(f"{cls.__name__} needs a name of its own, got {cls.name!r}; taken: {', '.join(methods())}")
     _REGISTRY[cls.name] = cls
     return cls
 
 
 def methods() -> tuple[str, ...]:
     """Names of all methods that `sao_prune.apply` knows.
+
+    Returns:
+        The names, sorted.
 
     Example:
         >>> import sao_prune
@@ -181,9 +221,20 @@ def methods() -> tuple[str, ...]:
 def resolve(method: str | Method) -> Method:
     """A method from its name or an instance with options.
 
+    Args:
+        method: the name or the instance.
+
+    Returns:
+        The instance; of a name, one with the default options.
+
     Raises:
         ValueError: for an unknown name.
         TypeError: for anything else.
+
+    Example:
+        >>> import sao_prune
+        >>> resolve("sao") == sao_prune.SAO()
+        True
     """
     if isinstance(method, Method):
         return method
@@ -200,12 +251,6 @@ def choice(option: str, value: object, allowed: Sequence[object]) -> None:
     if isinstance(value, bool) or value not in allowed:
         hint = nearest(value, allowed)
         raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
-
-
-def nearest(name: object, known: Sequence[object]) -> str:
-    """A hint at what a mistyped name may mean; empty if nothing is near."""
-    near = get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class TopologyDrawer:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+
+from .._torch import tree_leaves, tree_map
 
 _CHUNK = 2**23
 

@@ -14,7 +14,7 @@ from ..allocation import Allocation
 from ..discovery.branch import PAIRED, BranchLayer
 from ..discovery.residual import ResidualBlock
 from ..seeds import named_generator
-from ..topology import MAKERS, BlockTopology, even_sizes, exact_sizes, make_topology
+from ..topology import GENERATORS, BlockTopology, even_sizes, exact_sizes, make_topology
 from ..weights import Mirror, mirror_topology, orthogonal_blocks
 from ..weights.residual import (
     Relay,
@@ -228,7 +228,9 @@ class BranchPlanner:
                 raise Unfit(f"{layer.weight} has more outputs than inputs, but no multiple of them")
             sizes = even_sizes(cols, cols, groups)[0]
             generator = named_generator(self._seed, "topology", self._kind, rows, cols, groups)
-            return relay(MAKERS[self._kind](rows // cols * sizes, sizes, generator), taps, kernel, self._turn, corner)
+            return relay(
+                GENERATORS[self._kind](rows // cols * sizes, sizes, generator), taps, kernel, self._turn, corner
+            )
         return relay(self._half(layer.weight), taps, kernel, self._turn, corner)
 
     def _half(self, name: str) -> BlockTopology:

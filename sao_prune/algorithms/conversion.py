@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._torch import BatchNorm, ConvTransposeNd
 from ..allocation import Allocation
 from ..discovery import PrunableWeight
 from ..seeds import named_generator
@@ -108,7 +108,7 @@ class _Conversion:
             self._norms = {
                 id(m.running_mean): path
                 for path, m in model.named_modules()
-                if isinstance(m, _BatchNorm) and m.running_mean is not None
+                if isinstance(m, BatchNorm) and m.running_mean is not None
             }
         self._means: dict[int, list[Tensor]] = {}
         self._draws: dict[int, Draw] = {}
@@ -183,7 +183,7 @@ class _Conversion:
         blocks = tuple(self._values(fit) for fit in fits) if self._options.values != "keep" else ()
         if allocation.groups == 1:
             blocks = ()
-        draw = Draw(weight, topologies, blocks)
+        draw = Draw(weight, topologies, blocks, solved=True)
         draw.write_(parameter)
         parameter.mul_(draw.mask(parameter))
         kept, after, total = 0.0, 0.0, 0.0
@@ -259,7 +259,7 @@ class _Conversion:
         module = self._model.get_submodule(weight.module)
         if isinstance(module, _RECURRENT):
             note = "recurrent: its inputs are not seen step by step, so its values are kept"
-        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        elif isinstance(module, ConvTransposeNd):
             note = "transposed convolution: its values are kept"
         else:
             note = _UNREACHED

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..discovery import PrunableWeight
 from ..topology import BlockTopology
 from ..weights import Blocks, delta_
+
+Values = Literal["kept", "drawn", "solved"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Draw:
             statistics of a batch norm behind it.
         fidelity: how well values that came from a trained weight do its work.
         note: anything else worth knowing.
+        solved: whether the values were computed from the weight's own and from data, not drawn.
     """
 
     weight: PrunableWeight
@@ -66,6 +70,7 @@ class Draw:
     also: Mapping[str, Tensor] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     note: str = ""
+    solved: bool = False
 
     @property
     def edges(self) -> int:
@@ -91,6 +96,11 @@ class Draw:
         """Whether the weight's own values stay."""
         return not self.blocks and self.matrices is None
 
+    @property
+    def origin(self) -> Values:
+        """Where the values come from: kept, drawn or solved."""
+        return "kept" if self.keeps_values else "solved" if self.solved else "drawn"
+
     def mask(self, like: Tensor) -> Tensor:
         """A fresh mask of the shape, dtype and device of ``like``, the weight itself."""
         mask = torch.zeros_like(like, requires_grad=False)
@@ -105,7 +115,7 @@ class Draw:
 
     @torch.no_grad()
     def write_(self, weight: Tensor) -> None:
-        """Put the values into the weight, in place; leaves it alone where the draw keeps values."""
+        """Put the values into the weight, in place; leaves it as it is where the draw keeps values."""
         for part, target in enumerate(self.weight.matrices(weight)):
             if self.blocks:
                 _write(target, self.topologies[part], self.blocks[part])

@@ -13,7 +13,7 @@ from ..allocation import Allocation
 from ..seeds import named_generator
 from ..weights import givens_matrix
 from .base import Method, register
-from .draw import Draw
+from .draw import Draw, Values
 from .sao import check_gain
 
 
@@ -44,6 +44,11 @@ class EOI(Method):
 
     def __post_init__(self) -> None:
         check_gain(self.gain)
+
+    @property
+    def origin(self) -> Values:
+        """All values are new."""
+        return "drawn"
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """One matrix a part; its non-zeros are the support."""

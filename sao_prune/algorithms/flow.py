@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from .._torch import ConvNd, NormBase, tree_leaves
 from ..discovery import call
 from .saliency import floats_as
 
@@ -55,7 +53,7 @@ class _Rescaling:
 
     def __init__(self, model: nn.Module) -> None:
         self.scales: list[Tensor] = []
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)]
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | ConvNd)]
         self._handles = [layer.register_forward_hook(self._scale) for layer in layers]
 
     def __enter__(self) -> _Rescaling:
@@ -80,7 +78,7 @@ def flow_network_(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.zero_() if "bias" in name.rpartition(".")[2] else parameter.abs_()
     for module in model.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None:
+        if isinstance(module, NormBase) and module.running_mean is not None:
             module.running_mean.zero_()
     return model.eval()
 

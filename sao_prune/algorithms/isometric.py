@@ -17,7 +17,7 @@ from ..weights import Mirror, mirror_blocks, mirror_topology, orthogonal_blocks
 from .base import Method, ResidualRecord, Settlement, TopologyDrawer
 from .branches import BranchPlan, BranchPlanner, Unfit
 from .calibration import identity_norms, mirrored_polar
-from .draw import Draw
+from .draw import Draw, Values
 from .halves import half_topologies
 
 #: Models of up to so many parameters, and blocks times signals of the largest layer, are measured unasked: seconds.
@@ -47,17 +47,22 @@ class Isometric(Method):
     example_input: Any = field(default=None, repr=False)
 
     @property
+    def origin(self) -> Values:
+        """All values are new."""
+        return "drawn"
+
+    @property
     def structured(self) -> bool:
         """Its supports are block topologies."""
         return True
 
-    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+    def preview(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """Groups and edges of the topologies that would be drawn."""
         plans = _planned(self._plans(allocations, 0))
         known = {name: t for plan in plans for name, t in plan.topologies.items()}
         known |= {d.weight.name: d.topologies[0] for d in self._edges(self._others(allocations, known), 0)}
         rest = self._others(allocations, known)
-        out = dict(zip((a.weight.name for a in rest), self.plain.foretell(rest))) if rest else {}
+        out = dict(zip((a.weight.name for a in rest), self.plain.preview(rest))) if rest else {}
         out |= {name: (t.groups, t.nnz) for name, t in known.items()}
         return [out[a.weight.name] for a in allocations]
 

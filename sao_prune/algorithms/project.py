@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import from_rank_zero
-from ..topology import MAKERS
+from ..topology import GENERATORS
 from .base import Method, Stage, choice, register
 from .conversion import convert
-from .draw import Draw
+from .draw import Draw, Values
 from .saliency import check_count
 
 
@@ -74,7 +74,7 @@ class Project(Method):
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
-        choice("topology", self.topology, ("clustered", *MAKERS))
+        choice("topology", self.topology, ("clustered", *GENERATORS))
         choice("values", self.values, ("least_squares", "keep", "orthogonal"))
         check_count("samples", self.samples)
         check_count("rows", self.rows)
@@ -85,6 +85,11 @@ class Project(Method):
             or not isfinite(self.ridge)
         ):
             raise ValueError(f"ridge must be a positive finite number, got {self.ridge!r}")
+
+    @property
+    def origin(self) -> Values:
+        """Kept, or solved for on the calibration data."""
+        return "kept" if self.values == "keep" else "solved"
 
     @property
     def structured(self) -> bool:

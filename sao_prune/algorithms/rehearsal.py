@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.prune import remove as torch_remove
-from torch.utils._pytree import tree_map
 
+from .._torch import tree_map
 from ..discovery import call
 from .stations import Stations
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from ..topology import MAKERS, SUPPORTS, BlockTopology, coarsened
+from ..topology import GENERATORS, SUPPORTS, BlockTopology, coarsened
 from ..weights import Blocks, normal_blocks, uniform_blocks
-from .base import Method, Stage, SupportDrawer, TopologyDrawer, choice, register
-from .draw import Draw
+from .base import Method, Stage, SupportDrawer, TopologyDrawer, TopologySharing, choice, register
+from .draw import Draw, Values
 from .sao import check_gain
 
 _VALUES = {"normal": normal_blocks, "uniform": uniform_blocks}
@@ -32,8 +32,8 @@ class RG(Method):
         topology: ``"ramanujan"`` or ``"interleaved"``; or a support not made of blocks, ``"expander"`` (X-Net),
             ``"radix"`` (RadiX-Net) or ``"product"`` (RBGP).
         gain: factor on fresh values.
-        unique: every layer its own topology, instead of one for all layers of a shape; the matrices of a stack
-            (experts) have each its own in any case.
+        topology_sharing: ``"layer-shape"``, layers of one shape share a topology; ``"none"``, every layer has its own.
+            The matrices of a stack (experts) have each its own in any case.
 
     Example:
         >>> import torch, sao_prune
@@ -47,23 +47,29 @@ class RG(Method):
     values: Literal["keep", "normal", "uniform"] = "keep"
     topology: str = "ramanujan"
     gain: float = 1.0
-    unique: bool = False
+    topology_sharing: TopologySharing = "layer-shape"
 
     def __post_init__(self) -> None:
         choice("values", self.values, ("keep", *_VALUES))
-        choice("topology", self.topology, (*MAKERS, *SUPPORTS))
+        choice("topology", self.topology, (*GENERATORS, *SUPPORTS))
+        choice("topology_sharing", self.topology_sharing, get_args(TopologySharing))
         check_gain(self.gain)
+
+    @property
+    def origin(self) -> Values:
+        """Kept, or drawn anew."""
+        return "kept" if self.values == "keep" else "drawn"
 
     @property
     def structured(self) -> bool:
         """Whether supports are block topologies."""
-        return self.topology in MAKERS
+        return self.topology in GENERATORS
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """One topology a part, and values where they are not kept."""
         if not self.structured:
             return self._draw_irregular(allocations, seed)
-        drawer = TopologyDrawer(self.topology, seed, unique=self.unique)
+        drawer = TopologyDrawer(self.topology, seed, unique=self.topology_sharing == "none")
         draws = []
         for allocation in allocations:
             weight = allocation.weight
@@ -89,7 +95,7 @@ class RG(Method):
         ]
 
     def _draw_irregular(self, allocations: Sequence[Allocation], seed: int) -> list[Draw]:
-        drawer = SupportDrawer(self.topology, seed, unique=self.unique)
+        drawer = SupportDrawer(self.topology, seed, unique=self.topology_sharing == "none")
         draws = []
         for place, allocation in enumerate(allocations):
             units, matrices = drawer(allocation, place), None

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from ..topology import MAKERS, SUPPORTS, BlockTopology, even_sizes, exact_sizes
+from ..topology import GENERATORS, SUPPORTS, BlockTopology, even_sizes, exact_sizes
 from ..weights import (
     Blocks,
     Mirror,
@@ -23,8 +23,8 @@ from ..weights import (
     mirror_topology,
     orthogonal_blocks,
 )
-from .base import Method, SupportDrawer, TopologyDrawer, choice, register
-from .draw import Draw
+from .base import Method, SupportDrawer, TopologyDrawer, TopologySharing, choice, register
+from .draw import Draw, Values
 from .halves import half_budget, half_topologies
 from .isometric import isometric
 
@@ -38,11 +38,16 @@ class SAO(Method):
         variant: 1: every block its own values, layers of one shape share a topology; 2: as 1, and all blocks of a
             layer share their values; 3: every layer its own topology (thesis section 3.4.3.1). Of a stack of matrices,
             experts ``(experts, out, in)``, each has its own topology in every variant.
-        topology: ``"ramanujan"`` (Algorithm 1) or ``"interleaved"``; or a support that is not made of blocks, so
+        topology_sharing: the same said plainly: ``"layer-shape"``, layers of one shape share a topology (variants 1
+            and 2); ``"none"``, every layer has its own (variant 3); ``None`` leaves it to ``variant``.
+        topology: ``"ramanujan"`` (Algorithm 1), ``"interleaved"`` or a name given to `sao_prune.topology.register`; or
+            a support that is not made of blocks, so
             cannot be exactly orthogonal nor run compactly: ``"expander"``, ``"radix"``, ``"product"``.
         gain: every non-zero singular value of every matrix; 1.1 in the thesis's MLP-N.
-        nonlinearity: ``"relu"`` gives mirrored (looks-linear) weights, with which a chain of ReLU layers is an
-            orthogonal linear map; ``None`` plain ones.
+        nonlinearity: ``"relu"`` mirrors the weights (looks-linear, ``[[B, -B], [-B, B]]``), with which a chain of
+            layers with ReLU between them is an orthogonal linear map; for models in which every pruned layer but the
+            last is followed by ReLU. It changes no gain, as the argument of that name in
+            `torch.nn.init.calculate_gain` does. ``None`` gives plain values.
         conv: how a matrix becomes a convolution: ``"delta"``, its centre tap (thesis section 3.4.4.1); ``"eco"``, a
             matrix for every frequency (section 3.4.4.2). The layer keeps its padding, stride and dilation, with which
             an ECO kernel is only nearly orthogonal; `sao_prune.nn.convert_eco` makes it exact.
@@ -54,8 +59,9 @@ class SAO(Method):
             ``"keep"`` leaves them, so that blocks with norms are only nearly orthogonal.
         measure: with ``residual``: whether the report has the extreme singular values of every block and of the network
             before and after, for the first example of ``example_input``; ``None`` measures small models.
-        weights: ``"exact"``, orthogonal blocks; ``"approximate"``, the most isometric values on the mask that an
-            optimiser finds; ``"auto"``, exact where the topology allows it.
+        values: ``"exact"``, orthogonal blocks; ``"approximate"``, the most isometric values on the mask that an
+            optimizer finds; ``"auto"``, exact where the topology allows it. They are new in any case: what a trained
+            weight holds is lost, for which there is `Project`.
 
     Raises:
         ValueError: for an option out of range.
@@ -78,25 +84,32 @@ class SAO(Method):
     gain: float = 1.0
     nonlinearity: Literal["relu"] | None = None
     conv: Literal["delta", "eco"] = "delta"
-    weights: Literal["auto", "exact", "approximate"] = "auto"
+    values: Literal["auto", "exact", "approximate"] = "auto"
     residual: Literal["isometric"] | None = None
     norm: Literal["identity", "keep"] = "keep"
     measure: bool | None = None
+    topology_sharing: TopologySharing | None = None
 
     def __post_init__(self) -> None:
         choice("variant", self.variant, (1, 2, 3))
-        choice("topology", self.topology, (*MAKERS, *SUPPORTS))
+        choice("topology", self.topology, (*GENERATORS, *SUPPORTS))
         choice("nonlinearity", self.nonlinearity, (None, "relu"))
         choice("conv", self.conv, ("delta", "eco"))
-        choice("weights", self.weights, ("auto", "exact", "approximate"))
+        choice("values", self.values, ("auto", "exact", "approximate"))
         choice("residual", self.residual, (None, "isometric"))
         choice("norm", self.norm, ("identity", "keep"))
+        choice("topology_sharing", self.topology_sharing, (None, *get_args(TopologySharing)))
+        if self.topology_sharing == ("layer-shape" if self.variant == 3 else "none" if self.variant == 2 else 0):
+            raise ValueError(
+                f"variant={self.variant} is topology_sharing={'none' if self.variant == 3 else 'layer-shape'!r}, got "
+                f"{self.topology_sharing!r}: give one of the two"
+            )
         check_gain(self.gain)
         self._check_residual()
-        if self.weights == "exact" and not self.structured:
+        if self.values == "exact" and not self.structured:
             raise ValueError(
-                f"no values on topology={self.topology!r} are exactly orthogonal; use weights='approximate' or a "
-                f"block topology ({', '.join(MAKERS)})"
+                f"no values on topology={self.topology!r} are exactly orthogonal; use values='approximate' or a "
+                f"block topology ({', '.join(GENERATORS)})"
             )
         if self._approximate and (self.variant == 2 or self.nonlinearity is not None or self.conv != "delta"):
             raise ValueError(
@@ -111,7 +124,7 @@ class SAO(Method):
         elif (
             (self.conv, self.nonlinearity, self.gain) != ("delta", None, 1)
             or self.variant == 2
-            or self.weights == "approximate"
+            or self.values == "approximate"
             or not self.structured
         ):
             raise ValueError(
@@ -129,24 +142,34 @@ class SAO(Method):
             model,
             example_input,
             kind=self.topology,
-            unique=self.variant == 3,
+            unique=self.own_topologies,
             norm=self.norm,
             measure=self.measure,
         )
 
     @property
+    def own_topologies(self) -> bool:
+        """Whether every layer has a topology of its own."""
+        return self.variant == 3 or self.topology_sharing == "none"
+
+    @property
+    def origin(self) -> Values:
+        """All values are new."""
+        return "drawn"
+
+    @property
     def structured(self) -> bool:
         """Whether supports are block topologies."""
-        return self.topology in MAKERS
+        return self.topology in GENERATORS
 
     @property
     def _approximate(self) -> bool:
-        return self.weights == "approximate" or not self.structured
+        return self.values == "approximate" or not self.structured
 
-    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+    def preview(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """Mirrored weights have the edges of their halves, doubled along every mirrored side."""
         if not self.structured or self.nonlinearity is None:
-            return super().foretell(allocations)
+            return super().preview(allocations)
         out: list[tuple[int | None, int]] = []
         for allocation, mirror in zip(allocations, _mirrors(allocations)):
             rows, cols, groups, nnz = half_budget(allocation, mirror)
@@ -161,7 +184,7 @@ class SAO(Method):
             raise ValueError("residual='isometric' concerns the whole model: use sao_prune.apply(model, method=..)")
         if not self.structured:
             return self._draw_irregular(allocations, seed)
-        drawer = TopologyDrawer(self.topology, seed, unique=self.variant == 3)
+        drawer = TopologyDrawer(self.topology, seed, unique=self.own_topologies)
         mirrors = _mirrors(allocations) if self.nonlinearity == "relu" else [None] * len(allocations)
         halves = [half_topologies(a, m, drawer) for a, m in zip(allocations, mirrors)]
         values = iter(self._values(allocations, halves, seed))
@@ -194,7 +217,7 @@ class SAO(Method):
 
     def _draw_irregular(self, allocations: Sequence[Allocation], seed: int) -> list[Draw]:
         """Supports that are plain masks, with the most isometric values on them."""
-        drawer = SupportDrawer(self.topology, seed, unique=self.variant == 3)
+        drawer = SupportDrawer(self.topology, seed, unique=self.own_topologies)
         draws = []
         for place, allocation in enumerate(allocations):
             units, name = drawer(allocation, place), allocation.weight.name

@@ -58,11 +58,11 @@ class NM(Method):
         if not whole or not 1 <= self.n < self.m:
             raise ValueError(f"n and m must be whole numbers with 1 <= n < m, got n={self.n!r}, m={self.m!r}")
 
-    def foretell(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
+    def preview(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """The edges, after a look at whether the pattern fits."""
         for allocation in allocations:
             self._check(allocation)
-        return super().foretell(allocations)
+        return super().preview(allocations)
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
         """Keep the top ``n`` of every set of every output.

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from .._torch import tree_map
 from ..allocation import Allocation
 from .base import register
 from .draw import Draw

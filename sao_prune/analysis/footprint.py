@@ -82,6 +82,9 @@ def storage(model: nn.Module) -> Storage:
     Args:
         model: dense, masked, baked or compact.
 
+    Returns:
+        A `Storage`.
+
     Example:
         >>> import torch, sao_prune
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))

@@ -57,6 +57,9 @@ def ramanujan_gap(mask: MaskLike, definition: Definition | None = None) -> Raman
         mask: a `BlockTopology`, or zeros and ones of shape ``(m, n)`` or ``(m, n, *kernel)``.
         definition: ``"distinct"`` (thesis section 4.1.1) or ``"standard"``; ``None`` for both.
 
+    Returns:
+        A `RamanujanGap` with both, or the number of the definition that is named: positive where the mask is Ramanujan.
+
     Raises:
         ValueError: for an unknown definition, a mask with other values, or one without edges.
 
@@ -89,6 +92,9 @@ def ramanujan_gap(mask: MaskLike, definition: Definition | None = None) -> Raman
 def components(mask: MaskLike) -> tuple[Tensor, Tensor]:
     """Connected component of every output and every input, numbered from 0; lone nodes are components too.
 
+    Args:
+        mask: a `BlockTopology`, or zeros and ones of shape ``(m, n)`` or ``(m, n, *kernel)``.
+
     Returns:
         Two integer tensors of shapes ``(m,)`` and ``(n,)``.
 
@@ -110,6 +116,12 @@ def components(mask: MaskLike) -> tuple[Tensor, Tensor]:
 def component_count(mask: MaskLike) -> int:
     """Number of connected components of a mask's graph; a node without edges is one.
 
+    Args:
+        mask: a `BlockTopology`, or zeros and ones of shape ``(m, n)`` or ``(m, n, *kernel)``.
+
+    Returns:
+        The number.
+
     Example:
         >>> from sao_prune.topology import interleaved
         >>> component_count(interleaved(8, 8, 4))
@@ -121,6 +133,12 @@ def component_count(mask: MaskLike) -> int:
 
 def is_connected(mask: MaskLike) -> bool:
     """Whether a path joins every two nodes of the mask's graph.
+
+    Args:
+        mask: a `BlockTopology`, or zeros and ones of shape ``(m, n)`` or ``(m, n, *kernel)``.
+
+    Returns:
+        Whether one does.
 
     Example:
         >>> import torch
@@ -138,6 +156,9 @@ def spectrum(mask: MaskLike, k: int | None = None) -> Tensor:
     Args:
         mask: a `BlockTopology`, or zeros and ones of shape ``(m, n)`` or ``(m, n, *kernel)``.
         k: only the largest ``k``, by Lanczos where that is cheaper; ``None`` for all ``min(m, n)``.
+
+    Returns:
+        Shape ``(k,)``, or ``(min(m, n),)``.
 
     Raises:
         SpectrumTooLargeError: if all of them need more memory than `masks.MEMORY_LIMIT`.
@@ -164,6 +185,12 @@ def spectrum(mask: MaskLike, k: int | None = None) -> Tensor:
 
 def adjacency_eigenvalues(mask: MaskLike) -> Tensor:
     """Eigenvalues of ``[[0, M^T], [M, 0]]``, descending, float64, shape ``(m + n,)`` (thesis section 2.4.2).
+
+    Args:
+        mask: a `BlockTopology`, or zeros and ones of shape ``(m, n)`` or ``(m, n, *kernel)``.
+
+    Returns:
+        The eigenvalues.
 
     Example:
         >>> import torch

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..discovery.trace import evaluating
+
 Product = Callable[[Tensor], Tensor]
 
 _CHUNK = 64
@@ -114,18 +116,15 @@ def frozen(model: object) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    training = {m: m.training for m in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:
-        model.eval()
         for p in wanted:
             p.requires_grad_(False)
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p in wanted:
             p.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def gap_against_sparsity(
 
     Args:
         gaps: ``gaps[definition][method][width]``, one number a sparsity.
-        sparsities: shares of zeros.
+        sparsities: in [0, 1).
     """
     methods = list(next(iter(gaps.values())))
     figure, grid = _panels(len(gaps), len(methods), (3.5, 2.9), title, theme)

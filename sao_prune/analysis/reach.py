@@ -19,8 +19,9 @@ from .operators import frozen
 def reachability(
     masks: Sequence[MaskLike] | nn.Module, i: int = 0, j: int | None = None, example_input: Any = None
 ) -> Tensor:
-    """Which inputs of layer ``i`` reach which outputs of layer ``j`` (thesis section 3.5.1.2; its pictures show
-    the transpose).
+    """Which inputs of layer ``i`` reach which outputs of layer ``j``.
+
+    Thesis section 3.5.1.2; its pictures show the transpose.
 
     Args:
         masks: one a layer, first layer first; or a sparse model, whose sparse layers are chained.
@@ -60,6 +61,9 @@ def depth_to_full_reachability(masks: MaskLike | Iterable[MaskLike] | nn.Module,
             which is then every layer's.
         max_depth: where to stop looking.
 
+    Returns:
+        The number of layers, or ``None``.
+
     Example:
         >>> from sao_prune.topology import interleaved
         >>> depth_to_full_reachability(interleaved(128, 128, 32))
@@ -85,6 +89,13 @@ def depth_to_full_reachability(masks: MaskLike | Iterable[MaskLike] | nn.Module,
 
 def least_depth(nodes: int, degree: int) -> int | None:
     """The fewest layers in which ``degree`` inputs an output can reach ``nodes`` nodes, ``ceil(log_degree nodes)``.
+
+    Args:
+        nodes: of every layer.
+        degree: inputs that each output sees.
+
+    Returns:
+        The number of layers; ``None`` if a degree of one never gets there.
 
     Example:
         >>> least_depth(128, 4), least_depth(125, 5), least_depth(8, 1)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from ..algorithms import ResidualRecord
 from ..discovery.dataflow import Graph, Values
 from ..discovery.residual import ResidualBlock, find_residuals

@@ -37,6 +37,12 @@ def certified_radii(logits: Tensor, labels: Tensor, lipschitz: float = 1.0) -> T
         labels: shape ``(batch,)``.
         lipschitz: Lipschitz constant of inputs to logits; ``1 / std`` if inputs are divided by ``std`` on the way.
 
+    Returns:
+        Radii in the units of the inputs, shape ``(batch,)``.
+
+    Raises:
+        ValueError: if ``lipschitz`` is not positive.
+
     Example:
         >>> import torch
         >>> certified_radii(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])).tolist()
@@ -63,6 +69,9 @@ def certified_accuracy(
         labels: shape ``(batch,)``.
         radius: in the units of ``x``; 36/255 is customary for images in [0, 1].
         lipschitz: Lipschitz constant of the model.
+
+    Returns:
+        A `Certificate`.
 
     Raises:
         ValueError: if ``radius`` is negative or ``lipschitz`` not positive.
@@ -95,6 +104,14 @@ def pgd_l2(
 
     Steps are ``2.5 radius / steps`` along the normalised gradient of the margin, from a random start inside the ball
     (Madry et al., ICLR 2018). Inputs are not clipped to a range, which only makes the attack stronger.
+
+    Args:
+        model: a network; attacked in evaluation mode.
+        x: inputs, one batch.
+        labels: shape ``(batch,)``.
+        radius: of the ball, in the units of ``x``.
+        steps: of the descent.
+        seed: of the start.
 
     Returns:
         Shape of ``x``; the worst point met on the way.

@@ -28,6 +28,9 @@ def ks_test(a: Tensor, b: Tensor, resolution: float = 1e-4) -> KSResult:
         b: singular values, any shape.
         resolution: values closer than about this count as equal.
 
+    Returns:
+        A `KSResult`.
+
     Raises:
         ValueError: if either is empty or holds values that are not finite, or ``resolution`` is not positive.
 

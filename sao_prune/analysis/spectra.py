@@ -60,6 +60,9 @@ def singular_values(
             multiplicity above one is reported once.
         seed: of the start vector for ``k``.
 
+    Returns:
+        Shape ``(min(outputs, inputs),)``, or ``(k,)`` at most.
+
     Raises:
         ValueError: if ``input_shape`` is missing or does not fit.
         SpectrumTooLargeError: if the dense operator needs more memory than `masks.MEMORY_LIMIT`.
@@ -115,6 +118,9 @@ def jacobian_spectrum(
         steps: Lanczos steps a probe; each is two products with the Jacobian.
         probes: random start vectors.
         seed: of the probes.
+
+    Returns:
+        A `JacobianSpectrum`.
 
     Raises:
         SpectrumTooLargeError: if ``method="exact"`` needs more memory than `masks.MEMORY_LIMIT`.

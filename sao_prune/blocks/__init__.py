@@ -1,8 +1,10 @@
 """Run it fast: layers that hold and compute only their blocks, and the verbs that make them."""
 
 from .backends.cpu import release_memory
+from .backends.registry import Backend
+from .backends.registry import register as register_backend
+from .backends.registry import unregister as unregister_backend
 from .convert import compact
-from .expand import expand
 from .modules import (
     BlockAttention,
     BlockConv1d,
@@ -22,8 +24,10 @@ from .modules import (
 )
 from .plan import Plan
 from .report import CompactRecord, CompactReport
+from .revert import expand
 
 __all__ = [
+    "Backend",
     "BlockAttention",
     "BlockConv1d",
     "BlockConv2d",
@@ -44,5 +48,7 @@ __all__ = [
     "Plan",
     "compact",
     "expand",
+    "register_backend",
     "release_memory",
+    "unregister_backend",
 ]

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .._torch import tree_leaves, without_functions
 from ..discovery import call
+from ..discovery.trace import evaluating, run
 from .modules import BlockModule
 
 # Marks a dense layer whose weight lay otherwise before.
@@ -44,16 +45,14 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
             arguments.setdefault(id(module), (args, named))
         if args and isinstance(args[0], Tensor):
             # Only shape, type and memory order matter: keep no activation alive. Nobody is to take it for a use.
-            with torch._C.DisableTorchFunction():
+            with without_functions():
                 inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
         count[id(module)] = count.get(id(module), 0) + 1
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     try:
         with _evaluating(model), torch.no_grad():
-            output = call(model, example_input)
-    except Exception as error:
-        raise ValueError(f"the model does not run on the example input: {error}") from error
+            output = run(model, example_input)
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,14 +72,8 @@ def run_model(model: nn.Module, example_input: Any, mode: Literal["train", "infe
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; every module's own mode and the random state come back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def to_channels_last(model: nn.Module) -> list[nn.Module]:

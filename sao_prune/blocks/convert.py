@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .._torch import tree_leaves
+from ..discovery import Selector
 from ..prune import pruning_hooks, settle_all, unwatch
 from ..replaced import warn_replaced
 from .autotune import Candidate, Tune, default_plan, with_steps
 from .backends import cpu
 from .calls import Calls, record_calls, to_contiguous
 from .candidates import called_in, candidate_of, composites_of, first_of, parts_of, records_of, single_of
-from .eligible import candidates, layers
+from .eligible import candidates, chosen_of, layers
 from .epilogue import detach
 from .forms import Ineligible, LayerForm, parameter_of
 from .fusion import Chain, chains
@@ -37,8 +38,10 @@ def compact(
     tune: Tune = None,
     plan: Plan | None = None,
     fuse: bool = True,
+    include: Selector | None = None,
+    exclude: Selector = (),
 ) -> CompactReport:
-    """Make every block-sparse layer of a model hold and compute only its blocks, in place.
+    """Make the block-sparse layers of a model hold and compute only their blocks, in place.
 
     The topology is read from the mask, or from the zeros of a baked or loaded weight. Outputs and gradients stay what
     they were, within rounding. Make the optimizer afterwards: the parameters are new ones. Converted are linear and
@@ -56,14 +59,17 @@ def compact(
             distributed run, where all ranks must call, rank 0 chooses for all.
         plan: how the layers are to run, from the report of an earlier call; in place of ``tune``.
         fuse: whether layers may compute the batch norm, activation or linear layer behind them in one kernel.
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
+            layers. Block layers that are there already count as chosen.
+        exclude: the same, for layers that stay as they are.
 
     Returns:
         A `CompactReport`; with ``tune``, measured ratios to the dense layer in it. Its ``plan`` is data.
 
     Raises:
-        TypeError: if the model is no module.
-        ValueError: if no layer can be made compact, the model fails on the example input, or its outputs differ. The
-            model is then as it was.
+        TypeError: if the model is no module, or a selector is neither patterns nor a predicate.
+        ValueError: if no chosen layer can be made compact, a pattern matches nothing, the model fails on the example
+            input, or its outputs differ. The model is then as it was.
 
     Example:
         >>> import torch, sao_prune
@@ -88,7 +94,8 @@ def compact(
             follow, calls = chains(model, single_of(found), example_input, watched)
         elif example_input is not None:
             calls = record_calls(model, watched, example_input)
-        eligible = candidates(model, found, None if calls is None else called_in(found, calls))
+        called = None if calls is None else called_in(found, calls)
+        eligible = chosen_of(found, candidates(model, found, called), include, exclude)
         records = records_of(found, eligible)
         ready = [e for e in eligible if not isinstance(e.found, Ineligible)]
         if not ready:

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from .._torch import after_autograd, dispatch_modes, function_modes, is_fake, transforms_active
 from .permutation import dense
 
 _LIBRARY = torch.library.Library("sao_prune", "DEF")
-_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 _DEVICES = ("CPU", "CUDA")
 
@@ -113,7 +112,7 @@ class Operator:
         """What comes after autograd: the rest of the dispatcher, or without a key set the kernel."""
         if keyset is None:
             return self.kernel(*arguments)
-        return self.overload.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
+        return self.overload.redispatch(keyset & after_autograd, *arguments)
 
     def _dispatched(self, arguments: Sequence[Any]) -> Any:
         found = self.overload(*arguments)
@@ -121,12 +120,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """The results; all arguments are positional."""
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if torch.compiler.is_compiling() or dispatch_modes() or function_modes() or transforms_active():
             return self._dispatched(arguments)
         needs = False
         for a in arguments[: self.tensors]:
@@ -161,7 +155,7 @@ def define(d: Definition) -> Operator:
 
 def _owned(t: Tensor) -> Tensor:
     """The tensor as no view of another: views made in an operator could not be changed in place afterwards."""
-    if not t._is_view() or isinstance(t, FakeTensor):
+    if not t._is_view() or is_fake(t):
         return t
     return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 

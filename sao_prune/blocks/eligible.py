@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..discovery import PrunableWeight
+from .._torch import ConvNd
+from ..discovery import PrunableWeight, Selector, pick
 from ..topology import BlockTopology
 from .forms import CompositeForm, Form, Ineligible, LayerForm, form_of, read_topologies, weights_of
 from .modules import BlockComposite, BlockModule
@@ -16,7 +17,7 @@ from .modules import BlockComposite, BlockModule
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every layer of a model of a kind that has a block form, compact ones included, and other convolutions."""
     for name, module in model.named_modules():
-        if isinstance(module, (BlockModule, nn.modules.conv._ConvNd)) or form_of(module) is not None:
+        if isinstance(module, (BlockModule, ConvNd)) or form_of(module) is not None:
             yield name, module
 
 
@@ -75,6 +76,29 @@ def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set
         if id(module) not in weights:
             weights[id(module)] = _weights(name, module, form_of(module), reasons.get(id(module)))
     return [e for _, module in dense for e in weights[id(module)]]
+
+
+def chosen_of(
+    found: list[tuple[str, nn.Module]], eligible: list[Eligible], include: Selector | None, exclude: Selector
+) -> list[Eligible]:
+    """The same, where those that a user does not choose are to stay as they are.
+
+    Args:
+        found: the `layers` of a model.
+        eligible: its `candidates`.
+        include: as for `compact`.
+        exclude: as for `compact`.
+    """
+    own: dict[int, list[str]] = {}
+    for e in eligible:
+        own.setdefault(id(e.module), []).append("weight" if e.weight is None else e.weight.tensor)
+    reasons = pick([(name, m, own.get(id(m), ["blocks", "weight"])) for name, m in found], include, exclude)
+    by_module = {id(m): reason for (_, m), reason in zip(found, reasons)}
+    out = []
+    for e in eligible:
+        reason = by_module[id(e.module)]
+        out.append(e if reason is None or isinstance(e.found, Ineligible) else replace(e, found=Ineligible(reason)))
+    return out
 
 
 @dataclass(frozen=True)

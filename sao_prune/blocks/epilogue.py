@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .._torch import BatchNorm, has_global_hooks, version
 from . import operators
 from .backends import cpu
 
@@ -29,7 +30,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 # Storage, offset and version of a result; and how many are remembered, for passes that run again.
-_Result = tuple[StorageWeakRef, int, int]
+_Result = tuple[StorageWeakRef, int, int | None]
 Homes = Mapping[int, Sequence[tuple[nn.Module, str]]]
 _MOST = 16
 
@@ -97,7 +98,7 @@ class Epilogue:
     def _activation(module: nn.Module | None) -> str:
         return next((name for kind, name in ACTIVATIONS.items() if isinstance(module, kind)), "")
 
-    def parts(self) -> tuple[nn.modules.batchnorm._BatchNorm | None, str, BlockLinear | None]:
+    def parts(self) -> tuple[BatchNorm | None, str, BlockLinear | None]:
         """The norm, the activation's name and the next layer."""
         _, norm, activation, then, *_ = self.members()
         return norm, self._activation(activation), then  # type: ignore[return-value]
@@ -146,7 +147,7 @@ class Epilogue:
         if not torch.compiler.is_compiling():
             if len(self._results) >= _MOST:
                 self._results = [r for r in self._results if not r[0].expired()][-_MOST + 1 :]
-            self._results.append((StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), _version(y)))
+            self._results.append((StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), version(y)))
         return y
 
     def given(self, x: Tensor, module: nn.Module) -> bool:
@@ -160,7 +161,7 @@ class Epilogue:
         if not self._results:
             return False
         storage = StorageWeakRef(x.untyped_storage()).cdata
-        place = int(x.storage_offset()), _version(x)
+        place = int(x.storage_offset()), version(x)
         if any(r[0].cdata == storage and (r[1:] == place or place[1] == -1) for r in self._results):
             _, norm, activation, then, *_ = self.members()
             if module is (then or activation or norm) or (
@@ -224,23 +225,9 @@ def is_activation(module: nn.Module) -> bool:
     return kind in ACTIVATIONS and (not isinstance(module, nn.GELU) or module.approximate == "none")
 
 
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
-
-
 def is_watched(module: nn.Module) -> bool:
     """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
     return any(getattr(module, name) for name in _HOOKS) or module._compiled_call_impl is not None
-
-
-def has_global_hooks() -> bool:
-    everywhere = torch.nn.modules.module
-    return bool(
-        everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
 
 
 class _Absorbed:
@@ -347,7 +334,7 @@ def detach(model: nn.Module) -> None:
 
 
 def normed(
-    norm: nn.modules.batchnorm._BatchNorm,
+    norm: BatchNorm,
     own: tuple[Any, ...],
     sets: tuple[Tensor, Tensor],
     activation: str,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._torch import tree_leaves
 from .calls import Calls, record_calls
 from .epilogue import ACTIVATIONS, Epilogue, activation_in, is_activation, is_norm
 

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from .._torch import without_transforms
 from ..topology import BlockTopology, Seen, decode_sets
 from .permutation import Permutation
 
@@ -156,7 +157,7 @@ def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
         ((2, 4, 4), 'strided', 'identity')
     """
     # Plain index arithmetic, whatever function transform or fake mode is on where it is first needed.
-    with torch._C._DisableFuncTorch():
+    with without_transforms():
         groups = -(-topology.groups // merge)
         row_group = _spread(topology.row_set, merge, groups)
         col_group = _spread(topology.col_set, merge, groups)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .backends import cpu, cuda
+from .backends import cpu, cuda, registry
 from .backends import torch as plain
 from .dispatch import Definition, define
 from .functional import Geometry, keeps_derivative
@@ -29,12 +29,16 @@ def _native(backend: str, *tensors: Tensor | None) -> bool:
 
 def _linear_room(backend: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> Any:
     """The backend that serves these operands."""
+    if registry.registered() and (own := registry.linear_backend(x, weight, *others)) is not None:
+        return own
     if _native(backend, x, weight, *others):
         return cpu
     return cuda if (x.is_cuda or backend == "triton") and cuda.suits_linear(x, weight, *others) else plain
 
 
 def _conv_room(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Any:
+    if registry.registered() and (own := registry.conv_backend(x, weight, geometry, *others)) is not None:
+        return own
     if _suited(backend, x, weight, geometry, *others):
         return cpu
     return cuda if (x.is_cuda or backend == "triton") and cuda.suits_conv(x, weight, *others) else plain

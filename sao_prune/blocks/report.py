@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from io import StringIO
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
+from ..tables import Column, Line, TableReport, plain, shape_text
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class CompactRecord:
         groups: number of blocks; ``None`` where there are none.
         execution: how it runs.
         ratio: measured time of the dense layer divided by that of this one; ``None`` if not measured.
-        reason: why the layer was left as it was; ``None`` if it is compact.
+        reason: why the layer was skipped, or what `expand` did with it; ``None`` if it is compact.
     """
 
     name: str
@@ -41,7 +39,7 @@ class CompactRecord:
 
 
 @dataclass(frozen=True)
-class CompactReport:
+class CompactReport(TableReport):
     """All linear and convolutional layers; prints as a table.
 
     Attributes:
@@ -56,48 +54,51 @@ class CompactReport:
     plan: Plan | None = None
     note: str = ""
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("layer"),
+        Column("kind"),
+        Column("shape", "right"),
+        Column("blocks", "right"),
+        Column("times dense", "right"),
+        Column("runs as"),
+    )
+
     @property
     def compact(self) -> tuple[CompactRecord, ...]:
         """The records of the compact layers."""
         return tuple(layer for layer in self.layers if layer.compact)
 
     @property
-    def left(self) -> tuple[CompactRecord, ...]:
-        """The records of the layers that were left as they were."""
+    def skipped(self) -> tuple[CompactRecord, ...]:
+        """The records of the layers that are not compact."""
         return tuple(layer for layer in self.layers if not layer.compact)
 
     def summary(self) -> str:
         """One line of totals."""
         note = f"; {self.note}" if self.note else ""
-        return f"{len(self.compact)} layers compact, {len(self.left)} left as they were{note}"
+        return f"{len(self.compact)} layers compact, {len(self.skipped)} skipped{note}"
 
-    def table(self) -> Table:
-        """The report as a rich table."""
-        from rich.table import Table
-
-        table = Table(title=self.title or None, caption=self.summary(), title_justify="left", caption_justify="left")
-        table.add_column("layer", overflow="fold")
-        table.add_column("kind")
-        table.add_column("shape", justify="right")
-        table.add_column("blocks", justify="right")
-        table.add_column("runs as")
-        table.add_column("times dense", justify="right")
-        for layer in self.layers:
-            table.add_row(
-                layer.name or "(the model)",
-                layer.kind,
-                " x ".join(map(str, layer.shape)) or "-",
-                str(layer.groups) if layer.groups else "-",
-                layer.execution if layer.compact else f"left: {layer.reason}",
-                "-" if layer.ratio is None else f"{layer.ratio:.2f}x",
-                style=None if layer.compact else "dim",
+    def lines(self) -> list[Line]:
+        """One line a layer."""
+        return [
+            Line(
+                (
+                    layer.name or "(the model)",
+                    layer.kind,
+                    shape_text(layer.shape),
+                    str(layer.groups) if layer.groups else "-",
+                    "-" if layer.ratio is None else f"{layer.ratio:.2f}x",
+                    layer.execution if layer.compact else f"skipped: {layer.reason}",
+                ),
+                dim=not layer.compact,
             )
-        return table
+            for layer in self.layers
+        ]
 
-    def __str__(self) -> str:
-        from rich.console import Console
+    def rows(self) -> list[dict[str, Any]]:
+        """The fields of each record."""
+        return [plain(layer) for layer in self.layers]
 
-        console = Console(file=StringIO(), width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    def totals(self) -> dict[str, Any]:
+        """The note, and the plan as it is saved."""
+        return {"note": self.note, "plan": None if self.plan is None else json.loads(self.plan.to_json())}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from .backends import cpu
 
 SWITCH = "SAO_PRUNE_TUNING_CACHE"
@@ -48,10 +48,8 @@ class TuningCache:
         entries = {**_read(self._file), **self._entries}
         kept = dict(list(entries.items())[-_MOST:])
         try:
-            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=".timings-")
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(kept, file)
-            os.replace(name, self._file)
+            with replacing(self._file) as scratch:
+                scratch.write_text(json.dumps(kept))
         except OSError:
             return
 

@@ -1,15 +1,16 @@
 """Where to prune: the weights of any model, and why others are skipped."""
 
-from .kinds import is_block_layer, is_standardised
+from .kinds import Packed, is_standardised
 from .layers import walk, weight_of
 from .lazy import initialise_, initialised
-from .selection import Predicate, Selection, Selector, check_patterns, matches
+from .others import untouched
+from .selection import Predicate, Selection, Selector, check_patterns, matches, pick
 from .trace import call
-from .untouched import untouched
 from .weight import ALREADY_PRUNED, PrunableWeight
 
 __all__ = [
     "ALREADY_PRUNED",
+    "Packed",
     "Predicate",
     "PrunableWeight",
     "Selection",
@@ -18,9 +19,9 @@ __all__ = [
     "check_patterns",
     "initialise_",
     "initialised",
-    "is_block_layer",
     "is_standardised",
     "matches",
+    "pick",
     "untouched",
     "walk",
     "weight_of",

@@ -11,13 +11,16 @@ _NAMES = ("lora_", "modules_to_save")
 
 
 def adapter_reason(modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """Why a module is left alone if it is part of an adapter, as PEFT makes them; ``None`` if it is not.
+    """Why a module is skipped if it is part of an adapter, as PEFT makes them; ``None`` if it is not.
 
     PEFT's layers list the names of what they add in ``adapter_layer_names``.
 
     Args:
         modules: the model's modules by path.
         path: of the module in question.
+
+    Returns:
+        A few words, or ``None``.
 
     Example:
         >>> layer = nn.ModuleDict({"base_layer": nn.Linear(8, 8), "lora_A": nn.ModuleList([nn.Linear(8, 2)])})

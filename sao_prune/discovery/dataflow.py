@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from .trace import call
+from .._torch import tree_leaves, tree_map
+from .trace import evaluating, run
 
 Values = Mapping[str, Tensor]
 Override = Callable[["Node", tuple[Any, ...], Values], Mapping[str, Tensor]]
@@ -199,14 +199,6 @@ def record(model: nn.Module, example_input: Any) -> Graph:
     inputs = tuple(t for t in tree_leaves(moved) if isinstance(t, Tensor))
     held = [*model.named_buffers(), *model.named_parameters()]
     names = {id(t): name for name, t in held}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _Recorder(inputs, names) as recorder:
-            call(model, moved)
-    except Exception as error:
-        raise ValueError(f"the model does not run on the example input: {error}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng(devices=[]), torch.no_grad(), _Recorder(inputs, names) as recorder:
+        run(model, moved)
     return Graph(tuple(recorder.nodes), inputs, {name: tuple(t.shape) for name, t in held})

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .._torch import ConvNd
 from .kinds import is_experts, stored_weights
 
 # torchvision names no output layers, and has models with several: auxiliary classifiers, detectors, segmentation.
@@ -80,7 +81,7 @@ def is_positional(name: str) -> bool:
 
 def image_channels(module: nn.Module) -> int | None:
     """Input channels of a convolution that can read an image: up to four, for colour and depth, made into more."""
-    if not isinstance(module, nn.modules.conv._ConvNd) or module.groups > 1:
+    if not isinstance(module, ConvNd) or module.groups > 1:
         return None
     return module.in_channels if module.in_channels <= 4 and module.in_channels < module.out_channels else None
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._torch import ConvNd
 from .weight import ALREADY_PRUNED, RAW, PrunableWeight
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -21,6 +22,10 @@ _STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
 _COMPUTED = "its {} is computed from other parameters (parametrization, weight or spectral norm)"
 LAZY = "not initialised yet (lazy): give example_input=, or run the model once"
+
+
+class Packed(nn.Module):
+    """Base of layers whose parameters hold a weight in another form, block layers for one: none of them is to prune."""
 
 
 class Stored(NamedTuple):
@@ -40,7 +45,7 @@ def stored_weights(module: nn.Module) -> Iterator[Stored]:
     """
     if isinstance(module, nn.Linear):
         yield Stored("weight")
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    elif isinstance(module, ConvNd):
         yield Stored("weight", module.groups, module.transposed)
     elif isinstance(module, nn.MultiheadAttention):
         yield Stored("in_proj_weight", 3)
@@ -90,13 +95,19 @@ def _experts(module: nn.Module) -> Iterator[Stored]:
             yield Stored(tensor, values.shape[0], transposed, stacked=True)
 
 
-def is_block_layer(module: nn.Module) -> bool:
-    """Whether ``compact`` made the module: its classes are to the right of this room, so they are told by a mark."""
-    return getattr(type(module), "is_block_layer", False) is True
-
-
 def is_standardised(module: nn.Module) -> bool:
-    """Whether a module is a convolution that standardises its weight, by its class's name in timm or transformers."""
+    """Whether a module is a convolution that standardises its weight, by its class's name in timm or transformers.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Whether it does.
+
+    Example:
+        >>> is_standardised(nn.Conv2d(4, 4, 3))
+        False
+    """
     return isinstance(module, nn.Conv2d) and any(c.__name__ in _STANDARDISED for c in type(module).__mro__)
 
 
@@ -155,7 +166,7 @@ def _obstacle(module: nn.Module, weight: nn.Parameter, found: PrunableWeight) ->
         return f"not a floating-point weight ({weight.dtype})"
     if len(found.shape) < 2 or not found.parts or (not found.stacked and found.shape[0] % found.parts):
         return f"not a matrix: shape {found.shape}"
-    if isinstance(module, nn.modules.conv._ConvNd) and found.parts > 1 and min(found.matrix) == 1:
+    if isinstance(module, ConvNd) and found.parts > 1 and min(found.matrix) == 1:
         return "depthwise"
     if min(found.matrix) < 2:
         return f"too small: {found.matrix[0]} x {found.matrix[1]}"

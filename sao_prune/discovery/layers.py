@@ -10,9 +10,9 @@ from torch import nn
 
 from .adapters import adapter_reason
 from .endpoints import first_and_last, gives_output, image_channels, reads_input, token_embeddings
-from .kinds import is_block_layer, known_weights, parameter_of, raw_weight, stored_weights, unmasked_name
+from .kinds import Packed, known_weights, parameter_of, raw_weight, stored_weights, unmasked_name
 from .lazy import initialised
-from .selection import Selection, Selector, check_patterns, names_parameter, selected
+from .selection import EXCLUDED, NOT_INCLUDED, Selection, Selector, check_patterns, names_parameter, selected
 from .ties import merge_tied
 from .trace import first_uses
 from .weight import ALREADY_PRUNED, RAW, PrunableWeight
@@ -64,9 +64,21 @@ def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableW
 def weight_of(module: nn.Module, tensor: str = "weight") -> PrunableWeight:
     """The record of one weight of one module, as if the module were the whole model.
 
+    Args:
+        module: a layer.
+        tensor: name of its weight.
+
+    Returns:
+        The record, with a path of ``""`` and without a reason.
+
     Raises:
         TypeError: if ``module`` is no module.
         ValueError: if it has no such weight, or one that cannot be pruned.
+
+    Example:
+        >>> from torch import nn
+        >>> weight_of(nn.GRU(8, 16), "weight_hh_l0").parts
+        3
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
@@ -92,7 +104,7 @@ def _raw_parameters(
             continue
         owner = modules[path]
         lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-        if id(parameter) in known or lazy or parameter.dim() < 2 or is_block_layer(owner):
+        if id(parameter) in known or lazy or parameter.dim() < 2 or isinstance(owner, Packed):
             continue
         plain = unmasked_name(owner, tensor)
         names = {name, f"{path}.{plain}" if path else plain}
@@ -135,9 +147,9 @@ def _judge(
     if weight.reason not in (None, ALREADY_PRUNED):
         return weight
     if selection.include is not None and not selected(selection.include, weight, modules):
-        return replace(weight, reason="not included")
+        return replace(weight, reason=NOT_INCLUDED)
     if selection.exclude and selected(selection.exclude, weight, modules):
-        return replace(weight, reason="excluded")
+        return replace(weight, reason=EXCLUDED)
     if selection.skip_first and is_first:
         return replace(weight, reason="first layer")
     if selection.skip_last and is_last:

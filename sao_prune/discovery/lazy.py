@@ -19,8 +19,20 @@ def is_lazy(model: nn.Module) -> bool:
 def initialised(model: nn.Module, example_input: Any) -> nn.Module:
     """The model itself or, where it has lazy layers and an example input is given, a copy that has run on it.
 
+    Args:
+        model: any module; it stays as it is.
+        example_input: as for `call`, or ``None``.
+
+    Returns:
+        The model or the copy.
+
     Raises:
         ValueError: if the model cannot be copied, or fails on the example input.
+
+    Example:
+        >>> net = nn.Sequential(nn.LazyLinear(4))
+        >>> initialised(net, torch.ones(1, 3))[0].weight.shape, is_lazy(net)
+        (torch.Size([4, 3]), True)
     """
     if example_input is None or not is_lazy(model):
         return model
@@ -42,8 +54,18 @@ def initialised(model: nn.Module, example_input: Any) -> nn.Module:
 def initialise_(model: nn.Module, example_input: Any) -> None:
     """Run a model with lazy layers once, in eval mode, so that they are lazy no more; others are left as they are.
 
+    Args:
+        model: any module, changed in place.
+        example_input: as for `call`.
+
     Raises:
         ValueError: if the model fails on the example input.
+
+    Example:
+        >>> net = nn.Sequential(nn.LazyLinear(4))
+        >>> initialise_(net, torch.ones(1, 3))
+        >>> is_lazy(net)
+        False
     """
     if is_lazy(model):
         with evaluating(model), torch.no_grad():

@@ -11,6 +11,7 @@ from torch import nn
 
 from .weight import PrunableWeight
 
+NOT_INCLUDED, EXCLUDED = "not included", "excluded"
 Predicate = Callable[[str, nn.Module], bool]
 Selector = Sequence[str] | Predicate
 
@@ -41,10 +42,64 @@ class Selection:
 def check_patterns(option: str, selector: Selector | Mapping[str, Any] | None, found: list[PrunableWeight]) -> None:
     """Refuse a pattern that matches no layer, naming what there is.
 
+    Args:
+        option: what the user calls it, for the message.
+        selector: patterns, as keys too, or a predicate, which is taken as it is.
+        found: the layers.
+
     Raises:
         TypeError: for a bare string or for something that is neither patterns nor a predicate.
         ValueError: for a pattern without a match.
+
+    Example:
+        >>> check_patterns("include", ["fc*"], [PrunableWeight("fc1", "weight", "Linear", (8, 8))])
     """
+    named = [w.module or w.tensor for w in found]
+    _check(option, selector, named, lambda pattern: any(matches(pattern, weight) for weight in found))
+
+
+def pick(
+    layers: Sequence[tuple[str, nn.Module, Sequence[str]]], include: Selector | None, exclude: Selector
+) -> list[str | None]:
+    """Which layers a verb takes, by the user's selectors.
+
+    Args:
+        layers: path, module and names of the tensors of each.
+        include: glob patterns on module or tensor names, or a predicate; ``None`` takes all.
+        exclude: the same, for layers to skip.
+
+    Returns:
+        For each layer why it is skipped, ``None`` if it is taken.
+
+    Raises:
+        TypeError: for a bare string or for something that is neither patterns nor a predicate.
+        ValueError: for a pattern without a match.
+
+    Example:
+        >>> layer = nn.Linear(8, 8)
+        >>> pick([("a", layer, ["weight"]), ("b", layer, ["weight"])], None, ["b.weight"])
+        [None, 'excluded']
+    """
+    names = [[path, *(f"{path}.{tensor}" if path else tensor for tensor in tensors)] for path, _, tensors in layers]
+    known = [each[0] or each[-1] for each in names]
+    for option, selector in (("include", include), ("exclude", exclude)):
+        _check(option, selector, known, lambda pattern: any(fnmatchcase(n, pattern) for each in names for n in each))
+
+    def takes(selector: Selector, path: str, module: nn.Module, own: Sequence[str]) -> bool:
+        if callable(selector):
+            return bool(selector(path, module))
+        return any(fnmatchcase(name, pattern) for pattern in selector for name in own)
+
+    out: list[str | None] = []
+    for (path, module, _), own in zip(layers, names):
+        if include is not None and not takes(include, path, module, own):
+            out.append(NOT_INCLUDED)
+        else:
+            out.append(EXCLUDED if exclude and takes(exclude, path, module, own) else None)
+    return out
+
+
+def _check(option: str, selector: object, names: Sequence[str], found: Callable[[str], bool]) -> None:
     if selector is None or callable(selector):
         return
     if isinstance(selector, str) or not isinstance(selector, Iterable):
@@ -54,13 +109,25 @@ def check_patterns(option: str, selector: Selector | Mapping[str, Any] | None, f
     for pattern in selector:
         if not isinstance(pattern, str):
             raise TypeError(f"{option} patterns must be strings, got {pattern!r}")
-        if not any(matches(pattern, weight) for weight in found):
-            names = ", ".join(w.module or w.tensor for w in found[:8]) + (", .." if len(found) > 8 else "")
-            raise ValueError(f"{option} pattern {pattern!r} matches none of the {len(found)} layers: {names}")
+        if not found(pattern):
+            listed = ", ".join(names[:8]) + (", .." if len(names) > 8 else "")
+            raise ValueError(f"{option} pattern {pattern!r} matches none of the {len(names)} layers: {listed}")
 
 
 def matches(pattern: str, weight: PrunableWeight) -> bool:
-    """Whether a glob pattern names the weight's module or the weight itself, by any of its names."""
+    """Whether a glob pattern names the weight's module or the weight itself, by any of its names.
+
+    Args:
+        pattern: a glob pattern on module or parameter names.
+        weight: the weight.
+
+    Returns:
+        Whether it does.
+
+    Example:
+        >>> matches("blocks.*", PrunableWeight("blocks.0.fc", "weight", "Linear", (8, 8)))
+        True
+    """
     names = [(weight.module, weight.tensor), *weight.aliases]
     return any(
         fnmatchcase(module, pattern) or fnmatchcase(f"{module}.{tensor}" if module else tensor, pattern)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from .._torch import tree_leaves, tree_map
 
 
 class Use(NamedTuple):
@@ -45,7 +46,19 @@ class _UseRecorder(TorchFunctionMode):
 
 
 def call(model: nn.Module, example_input: Any) -> Any:
-    """Run a model on a tensor, a tuple of positional or a mapping of keyword arguments, moved to its device."""
+    """Run a model on an example input, moved to its device.
+
+    Args:
+        model: any module.
+        example_input: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+
+    Returns:
+        What the model returns.
+
+    Example:
+        >>> call(nn.Identity(), torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     moved = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example_input)
     if isinstance(moved, Mapping):

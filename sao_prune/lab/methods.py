@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -18,9 +18,7 @@ from .cost import Cost, multiply_adds
 from .errors import LabError
 from .schema import Scalar, rule, unknown
 from .structured import structured
-
-if TYPE_CHECKING:
-    from .recipe import Configuration as Arm
+from .train.spec import TrainSpec
 
 Examples = tuple[Tensor, Tensor]
 _PRUNINGS = 20
@@ -161,6 +159,34 @@ class MethodSpec:
         return cls(**{**given, **method.preset, **self.options})
 
 
+class HasGain(Protocol):
+    """Settings of a training, of which the gain counts here."""
+
+    @property
+    def gain(self) -> float:
+        """The recipe's gain, for methods that draw values."""
+
+
+class Configuration(Protocol):
+    """What pruning has to know of a configuration of a recipe."""
+
+    @property
+    def method(self) -> MethodSpec:
+        """The method and its options."""
+
+    @property
+    def prune(self) -> Mapping[str, Any]:
+        """The options of `sao_prune.apply`."""
+
+    @property
+    def setting(self) -> HasGain:
+        """The recipe's settings."""
+
+    @property
+    def train(self) -> TrainSpec:
+        """How it is trained."""
+
+
 @dataclass(frozen=True)
 class Pruned:
     """What pruning left.
@@ -180,7 +206,9 @@ class Pruned:
     note: str = ""
 
 
-def prune_network(model: nn.Module, arm: Arm, seed: int, example: Tensor, examples: Examples | None = None) -> Pruned:
+def prune_network(
+    model: nn.Module, arm: Configuration, seed: int, example: Tensor, examples: Examples | None = None
+) -> Pruned:
     """Prune ``model`` in place, as an arm of a recipe says.
 
     Args:
@@ -234,7 +262,7 @@ class Gradual:
         return Pruned(self.pruner.sparsity, report.parameters, report.remaining, flops, self._cost.total)
 
 
-def schedule_network(model: nn.Module, arm: Arm, seed: int, example: Tensor, steps: int) -> Gradual:
+def schedule_network(model: nn.Module, arm: Configuration, seed: int, example: Tensor, steps: int) -> Gradual:
     """Begin to prune ``model`` in place over a training of ``steps`` optimizer steps, as an arm of a recipe says.
 
     Raises:
@@ -255,7 +283,7 @@ def schedule_network(model: nn.Module, arm: Arm, seed: int, example: Tensor, ste
     return Gradual(pruner, model, cost)
 
 
-def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, example: Tensor) -> Pruned:
+def _remove_channels(model: nn.Module, arm: Configuration, cost: Cost, example: Tensor) -> Pruned:
     """Whole channels, until no more multiply-adds are left than SAO leaves at the same amount."""
     report = _plan(model, "sao", arm)
     share = cost.after({layer.name: layer.achieved for layer in report.pruned}) / cost.total
@@ -266,7 +294,7 @@ def _remove_channels(model: nn.Module, arm: Arm, cost: Cost, example: Tensor) ->
     return Pruned(0.0, done.dense_parameters, done.parameters, done.flops, cost.total, note)
 
 
-def check_method(model: nn.Module, arm: Arm) -> None:
+def check_method(model: nn.Module, arm: Configuration) -> None:
     """Find out whether `prune_network` would work, touching no weight.
 
     Raises:
@@ -281,7 +309,7 @@ def check_method(model: nn.Module, arm: Arm) -> None:
                 raise LabError(f"distill: {error}") from error
 
 
-def _plan(model: nn.Module, method: Any, arm: Arm) -> sao_prune.Report:
+def _plan(model: nn.Module, method: Any, arm: Configuration) -> sao_prune.Report:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)

@@ -6,7 +6,8 @@ import warnings
 from difflib import get_close_matches
 
 from ..algorithms import Method
-from ..model import PlanOptions, plan
+from ..model import plan
+from ..options import PlanOptions
 from ..reporting import Report, SparsityWarning
 from .errors import LabError
 from .zoo import Architecture, architectures

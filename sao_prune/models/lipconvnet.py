@@ -118,7 +118,14 @@ class LipConvNet(ImageClassifier):
 
 @register_model
 def sao_lipconvnet(pretrained: bool = False, **options: Any) -> LipConvNet:
-    """LipConvNet-N on 24 x 24 images; options are `LipConvNet`'s.
+    """LipConvNet-N on 24 x 24 images.
+
+    Args:
+        pretrained: refused, there are no weights.
+        **options: `LipConvNet`'s.
+
+    Returns:
+        The network, orthogonal from the start.
 
     Example:
         >>> len([m for m in sao_lipconvnet(depth=10, width=4).features if not isinstance(m, MaxMin)])

@@ -113,6 +113,9 @@ def sao_mixer_nano(pretrained: bool = False, depth: int = 8, **options: Any) -> 
         depth: blocks; the thesis has 8 and 16, by its count 33 and 65 trainable layers.
         **options: `SaoMixer`'s.
 
+    Returns:
+        The network, with the weights that torch draws.
+
     Example:
         >>> sum(p.numel() for p in sao_mixer_nano().parameters() if p.dim() > 1)
         1121536

@@ -88,6 +88,9 @@ def sao_mlp(pretrained: bool = False, depth: int = 50, width: int = 256, **optio
         width: W, of all hidden layers but the first, which has twice as many.
         **options: `SaoMLP`'s, but ``widths``.
 
+    Returns:
+        The network, with the weights that torch draws.
+
     Raises:
         ValueError: if ``depth`` or ``width`` is not a positive integer or ``pretrained`` is asked for.
 
@@ -105,7 +108,14 @@ def sao_mlp(pretrained: bool = False, depth: int = 50, width: int = 256, **optio
 
 @register_model
 def sao_mlp7(pretrained: bool = False, **options: Any) -> SaoMLP:
-    """MLP-7: 1024-100-(100 x 5)-10 (thesis table 3.3); options are `SaoMLP`'s.
+    """MLP-7: 1024-100-(100 x 5)-10 (thesis table 3.3).
+
+    Args:
+        pretrained: refused, there are no weights.
+        **options: `SaoMLP`'s.
+
+    Returns:
+        The network, with the weights that torch draws.
 
     Example:
         >>> len(sao_mlp7(activation="relu").layers)

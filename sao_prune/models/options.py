@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from numbers import Real
 
 from torch import nn
+
+from ..naming import nearest
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "linear": nn.Identity,
@@ -39,9 +40,7 @@ def check_choice(option: str, value: object, allowed: Iterable[str]) -> None:
     """
     names = list(allowed)
     if value not in names:
-        near = difflib.get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {option} {value!r}; allowed: {', '.join(names)}{hint}")
+        raise ValueError(f"unknown {option} {value!r}{nearest(value, names)}; allowed: {', '.join(names)}")
 
 
 def check_sizes(**sizes: int) -> None:
@@ -61,21 +60,21 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{option} must be a positive integer, got {value!r}")
 
 
-def check_img_size(img_size: int, why: str, *, least: int = 1, multiple: int = 1) -> None:
+def check_img_size(img_size: int, why: str, *, ge: int = 1, multiple: int = 1) -> None:
     """Refuse heights and widths of images that a network cannot take.
 
     Args:
         img_size: height and width, in pixels.
         why: the reason, for the message.
-        least: the smallest size.
+        ge: the smallest size.
         multiple: what the size must be a multiple of.
 
     Raises:
         ValueError: with what is allowed and why.
     """
     check_sizes(img_size=img_size)
-    if img_size < least:
-        raise ValueError(f"img_size must be at least {least} ({why}), got {img_size}")
+    if img_size < ge:
+        raise ValueError(f"img_size must be at least {ge} ({why}), got {img_size}")
     if img_size % multiple:
         raise ValueError(f"img_size must be a multiple of {multiple} ({why}), got {img_size}")
 

@@ -1,4 +1,4 @@
-"""timm's model registry, used where timm is installed and left alone where it is not."""
+"""timm's model registry, used where timm is installed and not touched where it is not."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class SaoResNet(ImageClassifier):
         check_choice("shortcut", shortcut, SHORTCUTS)
         check_choice("norm", norm, NORMS)
         halvings = len(blocks) - 1
-        check_img_size(img_size, f"it is halved {halvings} times", least=2**halvings)
+        check_img_size(img_size, f"it is halved {halvings} times", ge=2**halvings)
         self.stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=norm == "none")
         self.bn = _norm(norm, width)
         self.act = nn.ReLU()
@@ -150,6 +150,9 @@ def sao_resnet(pretrained: bool = False, depth: int = 20, **options: Any) -> Sao
         depth: N = 6 n + 2; the thesis has 20, 32, 44 and 56.
         **options: `SaoResNet`'s, but ``blocks``.
 
+    Returns:
+        The network, with the weights that torch draws.
+
     Raises:
         ValueError: for any other depth.
 
@@ -178,6 +181,9 @@ def sao_resnet18(pretrained: bool = False, num_classes: int = 100, **options: An
         pretrained: refused, there are no weights.
         num_classes: the thesis trains it on CIFAR-100.
         **options: `SaoResNet`'s, but ``blocks``; ``width`` is 64 here.
+
+    Returns:
+        The network, with the weights that torch draws.
 
     Example:
         >>> sum(p.numel() for p in sao_resnet18(shortcut="projection").parameters())

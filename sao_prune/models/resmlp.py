@@ -137,6 +137,9 @@ def sao_resmlp(pretrained: bool = False, depth: int = 12, **options: Any) -> Sao
         depth: blocks.
         **options: `SaoResMLP`'s.
 
+    Returns:
+        The network, with the weights that torch draws.
+
     Example:
         >>> sum(p.numel() for p in sao_resmlp().parameters() if p.dim() > 1)
         273120

@@ -61,7 +61,7 @@ class VanillaCNN(ImageClassifier):
         check_sizes(depth=depth, width=width, in_chans=in_chans)
         check_choice("head", head, HEADS)
         halvings = 1 if head == "pool" else 3
-        check_img_size(img_size, f"it is halved {halvings} times", least=2**halvings)
+        check_img_size(img_size, f"it is halved {halvings} times", ge=2**halvings)
         strides = [1, 2, *[1] * (depth - 1), *[2] * (halvings - 1)]
         self.features = _convolutions(in_chans, width, strides, activation)
         self.pool = global_pool()
@@ -93,6 +93,9 @@ def sao_vanilla_cnn(pretrained: bool = False, depth: int = 32, width: int = 128,
         depth: the thesis's N; there are N + 1 convolutions, N + 3 with ``head="conv"``.
         width: the thesis's W.
         **options: `VanillaCNN`'s: ``activation``, ``head``, ..
+
+    Returns:
+        The network, with the weights that torch draws.
 
     Example:
         >>> len([p for p in sao_vanilla_cnn(depth=32, width=8).parameters() if p.dim() == 4])

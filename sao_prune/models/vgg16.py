@@ -71,7 +71,14 @@ class SaoVGG(ImageClassifier):
 
 @register_model
 def sao_vgg16(pretrained: bool = False, **options: Any) -> SaoVGG:
-    """VGG-16 with batch normalisation on 36 x 36 images (thesis table 3.11); options are `SaoVGG`'s.
+    """VGG-16 with batch normalisation on 36 x 36 images (thesis table 3.11).
+
+    Args:
+        pretrained: refused, there are no weights.
+        **options: `SaoVGG`'s.
+
+    Returns:
+        The network, with the weights that torch draws.
 
     Example:
         >>> sum(p.numel() for p in sao_vgg16().parameters() if p.dim() > 1)

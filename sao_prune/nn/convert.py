@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..discovery import Selector
+from ..discovery import Selector, pick
+from ..discovery.trace import evaluating, run
 from ..prune import current
 from ..replaced import warn_replaced
 from ..seeds import Seed, base_seed, named_generator
+from ..tables import Column, Line, TableReport, plain, shape_text
 from ..topology import BlockTopology, NotBlockStructuredError
 from ..weights import frequencies_from_kernel
 from .eco import ECOConv2d, pack
@@ -22,7 +23,15 @@ from .eco import ECOConv2d, pack
 
 @dataclass(frozen=True)
 class ConvertRecord:
-    """One convolution: its path, its input size, the blocks it has now, or the reason why it was left alone."""
+    """One convolution.
+
+    Attributes:
+        name: its path.
+        input_size: height and width of its input.
+        groups: blocks that it has now.
+        exact: whether it is orthogonal on inputs of that size.
+        reason: why it was skipped; ``None`` if it was replaced.
+    """
 
     name: str
     input_size: tuple[int, int] | None = None
@@ -32,23 +41,57 @@ class ConvertRecord:
 
 
 @dataclass(frozen=True)
-class ConvertReport:
-    """What `convert_eco` did, in the order of execution; prints one line a convolution."""
+class ConvertReport(TableReport):
+    """What `convert_eco` did; prints as a table.
+
+    Attributes:
+        layers: the records, in the order of execution.
+        title: heading of the table.
+    """
 
     layers: tuple[ConvertRecord, ...]
+    title: str = ""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("layer"),
+        Column("input", "right"),
+        Column("blocks", "right"),
+        Column(""),
+    )
 
     @property
     def converted(self) -> tuple[ConvertRecord, ...]:
         """The records of the convolutions that were replaced."""
         return tuple(r for r in self.layers if r.reason is None)
 
-    def __str__(self) -> str:
-        return "\n".join(
-            f"{r.name}: {r.reason}"
-            if r.reason
-            else f"{r.name}: {r.groups} blocks on {r.input_size}, {'exact' if r.exact else 'NOT orthogonal'}"
+    @property
+    def skipped(self) -> tuple[ConvertRecord, ...]:
+        """The records of the convolutions that are as they were."""
+        return tuple(r for r in self.layers if r.reason is not None)
+
+    def lines(self) -> list[Line]:
+        """One line a convolution."""
+        return [
+            Line(
+                (
+                    r.name,
+                    "-" if r.input_size is None else shape_text(r.input_size),
+                    "-" if r.groups is None else str(r.groups),
+                    r.reason or ("exact" if r.exact else "NOT orthogonal"),
+                ),
+                dim=r.reason is not None,
+            )
             for r in self.layers
-        )
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The fields of each record."""
+        return [plain(record) for record in self.layers]
+
+    def summary(self) -> str:
+        """One line of totals."""
+        exact = sum(r.exact for r in self.converted)
+        return f"{len(self.converted)} convolutions replaced, {exact} of them exact; {len(self.skipped)} skipped"
 
 
 @dataclass(frozen=True)
@@ -83,14 +126,14 @@ def convert_eco(
         model: a network; its convolutions are found by running it once.
         example_input: a tensor, or a tuple or dict of arguments.
         last: only the last so many of those that can be converted, in the order of execution; ``None`` for all.
-        include: glob patterns or a predicate; only these.
-        exclude: convolutions to leave alone.
-        only_exact: leave those alone whose kernel does not fit their input size.
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these.
+        exclude: the same, for convolutions to skip.
+        only_exact: skip those whose kernel does not fit their input size.
         gain: singular value of fresh ones.
         seed: of fresh values and topologies.
 
     Returns:
-        A `ConvertReport`; what was left alone is in it with the reason.
+        A `ConvertReport`; what was skipped is in it with the reason.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -102,9 +145,9 @@ def convert_eco(
     Example:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
-        >>> print(convert_eco(net, torch.zeros(1, 3, 9, 9), last=1, seed=0))
-        0: not among the last 1
-        1: 1 blocks on (9, 9), exact
+        >>> report = convert_eco(net, torch.zeros(1, 3, 9, 9), last=1, seed=0)
+        >>> report.skipped[0].reason, report.converted[0].exact
+        ('not among the last 1', True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -112,10 +155,10 @@ def convert_eco(
         raise ValueError(f"last counts convolutions, at least 1, got {last}")
     records: dict[str, ConvertRecord] = {}
     ready: list[_Call] = []
-    for call in _record_calls(model, example_input):
-        reason = _obstacle(call, only_exact)
-        if reason is None and not _chosen(call, include, exclude):
-            reason = "excluded"
+    calls = _record_calls(model, example_input)
+    skipped = pick([(call.name, call.module, ["weight"]) for call in calls], include, exclude)
+    for call, unwanted in zip(calls, skipped):
+        reason = _obstacle(call, only_exact) or unwanted
         if reason is None:
             ready.append(call)
         records[call.name] = ConvertRecord(call.name, call.size, reason=reason)
@@ -132,7 +175,7 @@ def convert_eco(
         records[call.name] = ConvertRecord(call.name, call.size, layer.groups, layer.exact_at(call.size))
         parent, _, child = call.name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    return ConvertReport(tuple(records.values()))
+    return ConvertReport(tuple(records.values()), "convert_eco")
 
 
 def _record_calls(model: nn.Module, example_input: Any) -> list[_Call]:
@@ -145,29 +188,13 @@ def _record_calls(model: nn.Module, example_input: Any) -> list[_Call]:
         calls.setdefault(names[module], _Call(names[module], module, sizes[0], sizes[1]))
 
     handles = [module.register_forward_hook(note) for module in names]
-    training = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
-            if isinstance(example_input, dict):
-                model(**example_input)
-            else:
-                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+        with evaluating(model), torch.no_grad():
+            run(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return list(calls.values())
-
-
-def _chosen(call: _Call, include: Selector | None, exclude: Selector) -> bool:
-    def among(selector: Selector) -> bool:
-        if callable(selector):
-            return selector(call.name, call.module)
-        return any(fnmatchcase(call.name, pattern) for pattern in selector)
-
-    return (include is None or among(include)) and not (exclude and among(exclude))
 
 
 def _obstacle(call: _Call, only_exact: bool) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from .._torch import is_fake, is_wrapped
 from ..seeds import Seed, base_seed, named_generator
 from ..topology import BlockTopology, decode_sets, encode_sets, make_topology, real_values, topology_of, unwrapped
 from ..weights import Blocks, eco_blocks
@@ -156,8 +156,8 @@ class ECOConv2d(nn.Conv2d):
 
     def _has_no_single_values(self, codes: Tensor) -> bool:
         """Whether codes are those of several layers at once (which only regular ones can be), or only a shape."""
-        several = torch._C._functorch.is_functorch_wrapped_tensor(codes) and len(self._topology.buckets) == 1
-        return several or codes.is_meta or isinstance(codes, FakeTensor)
+        several = is_wrapped(codes) and len(self._topology.buckets) == 1
+        return several or codes.is_meta or is_fake(codes)
 
     def dense_weight(self) -> Tensor:
         """The kernel with its zeros, shape ``(out_channels, in_channels * stride^2, *kernel_size)``."""

@@ -18,7 +18,7 @@ class SkewConv2d(nn.Module):
     ``L`` is a zero-padded convolution minus its transpose, so its Jacobian is skew-symmetric and the exponential is
     orthogonal. The kernel is scaled so that a bound on ``|L|`` is at most one, which makes the error of ``n`` terms
     less than ``1 / n!``: 2e-9 with the 12 terms used in evaluation. Orthogonal during training too, whatever the
-    optimiser does.
+    optimizer does.
 
     Args:
         in_channels: channels in; channels of zeros are added, or the last outputs dropped, where they are not as

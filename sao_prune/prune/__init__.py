@@ -3,6 +3,7 @@
 from torch.nn.utils.prune import global_unstructured, is_pruned, remove
 
 from .attachment import Snapshot, attach, attach_all, written
+from .custom import CustomFromMaskPruning, custom_from_mask
 from .derived import MaskedWeight, current
 from .frozen import freeze
 from .functional import (
@@ -13,6 +14,7 @@ from .functional import (
     global_kernel_l1,
     kernel_l1,
     kernel_random,
+    pruning_class,
     ramanujan,
     sao,
 )
@@ -30,6 +32,7 @@ from .hooks import (
 from .standardised import bake_standardising
 
 __all__ = [
+    "CustomFromMaskPruning",
     "KernelL1Pruning",
     "KernelRandomPruning",
     "MaskPruning",
@@ -43,6 +46,7 @@ __all__ = [
     "attach_all",
     "bake_standardising",
     "current",
+    "custom_from_mask",
     "freeze",
     "global_kernel_l1",
     "global_unstructured",
@@ -50,6 +54,7 @@ __all__ = [
     "is_pruned_tensor",
     "kernel_l1",
     "kernel_random",
+    "pruning_class",
     "pruning_hooks",
     "ramanujan",
     "refresh",

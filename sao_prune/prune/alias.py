@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from .._torch import is_alias, tracing_state, tree_leaves, tree_map, under_transforms, without_subclasses
 
 _BY_VIEW = (
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "t", "transpose", "permute",
@@ -41,7 +42,7 @@ class WeightView(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             views = [(v, v._version) for v in tree_leaves((args, kwargs)) if isinstance(v, WeightView)]
             try:
                 result = func(*args, **kwargs)
@@ -76,21 +77,17 @@ class WeightView(Tensor):
 
 
 def _plain(view: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclasses():
         return view.as_subclass(Tensor)
 
 
 def lend(source: Source, origin: Tensor, result: Any) -> Any:
     """The tensors of a result as `WeightView`, where they share memory with ``origin``."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if torch.compiler.is_compiling() or tracing_state() is not None or under_transforms():
         return result
 
     def wrap(tensor: Any) -> Any:
-        if type(tensor) is not Tensor or not torch._C._is_alias_of(tensor, origin):
+        if type(tensor) is not Tensor or not is_alias(tensor, origin):
             return tensor
         view = tensor.as_subclass(WeightView)
         view._source = source

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.prune import PruningContainer
 
+from .._torch import is_fake
 from ..algorithms import Draw
 from .derived import MaskedWeight, settle
 from .hooks import MaskPruning, RefreshAll, RefreshChildren, is_pruned_tensor, pruning_hooks, refresh, watch
+
+P = TypeVar("P", bound=MaskPruning)
 
 
 class Snapshot:
@@ -57,7 +59,7 @@ def check_writable(name: str, weight: Tensor) -> None:
     Raises:
         ValueError: for weights on the meta device or fake ones, made in inference mode, or that lie on themselves.
     """
-    if isinstance(weight, FakeTensor):
+    if is_fake(weight):
         raise ValueError(f"{name} is a fake tensor, which has no values: plan() takes it, pruning needs real weights")
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: plan() works there, pruning needs real weights")
@@ -75,8 +77,17 @@ def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         model: whose they are.
         values: new values by full name.
 
+    Returns:
+        A context; nothing to use.
+
     Raises:
         ValueError: from `check_writable`.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with written(layer, {"bias": torch.ones(2)}):
+        ...     layer.bias.tolist()
+        [1.0, 1.0]
     """
     held: dict[str, Tensor] = dict([*model.named_buffers(), *model.named_parameters()]) if values else {}
     for name in values:
@@ -95,7 +106,23 @@ def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def attach(module: nn.Module, draw: Draw, method: type[MaskPruning] = MaskPruning) -> None:
-    """Put one draw's mask and values on one module, or raise and leave it as it was."""
+    """Put one draw's mask and values on one module, or raise and leave it as it was.
+
+    Args:
+        module: the layer, changed in place.
+        draw: what to put on it; its weight is of the module alone, with a path of ``""``.
+        method: the class of the hook.
+
+    Raises:
+        ValueError: from `check_writable`.
+
+    Example:
+        >>> from sao_prune.discovery import weight_of
+        >>> layer = nn.Linear(4, 4)
+        >>> attach(layer, Draw(weight_of(layer), units=torch.eye(4)[None] > 0))
+        >>> int(layer.weight_mask.sum())
+        4
+    """
     attach_all({draw.weight.module: module}, [draw], method)
 
 
@@ -109,21 +136,29 @@ def attach_all(modules: Mapping[str, nn.Module], draws: Sequence[Draw], method: 
 
     Raises:
         ValueError: from `check_writable`.
+
+    Example:
+        >>> from sao_prune.discovery import Selection, walk
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> (weight,) = walk(net, Selection(skip_first=False, skip_last=False))
+        >>> attach_all(dict(net.named_modules()), [Draw(weight, units=torch.eye(4)[None] > 0)], MaskPruning)
+        >>> int(net[0].weight_mask.sum())
+        4
     """
     names = [((draw.weight.module, draw.weight.tensor), *draw.weight.aliases) for draw in draws]
     for draw in draws:
         check_writable(draw.weight.name, stored(modules[draw.weight.module], draw.weight.tensor))
     masks = [draw.mask(stored(modules[draw.weight.module], draw.weight.tensor)) for draw in draws]
     owned = {path for owners in names for path, _ in owners}
-    readers = {path.rpartition(".")[0] for path in owned if path} & set(modules)
-    snapshot = Snapshot(modules[path] for path in (owned | readers | {""}) & set(modules))
+    consumers = {path.rpartition(".")[0] for path in owned if path} & set(modules)
+    snapshot = Snapshot(modules[path] for path in (owned | consumers | {""}) & set(modules))
     try:
         for owners, mask in zip(names, masks):
             for path, tensor in owners:
                 method.register(modules[path], tensor, mask)
         for path in owned:
             refresh(modules[path])
-        for path in readers - {""}:
+        for path in consumers - {""}:
             watch(modules[path], RefreshChildren)
         if owned != {""} and "" in modules:
             watch(modules[""], RefreshAll)
@@ -169,3 +204,12 @@ def stored(module: nn.Module, tensor: str) -> Tensor:
         settle(module, tensor)
         owner = getattr(module, f"{tensor}_orig")
     return owner.detach()
+
+
+def last_hook(cls: type[P], module: nn.Module, name: str) -> P:
+    """The newest hook of a class on one tensor, within torch's container too."""
+    for hook in reversed(module._forward_pre_hooks.values()):
+        for part in reversed(hook) if isinstance(hook, PruningContainer) else (hook,):
+            if isinstance(part, cls) and part._tensor_name == name:
+                return part
+    raise AssertionError(f"{name} was pruned, but its hook is missing")

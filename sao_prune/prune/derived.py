@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _disabled_torch_function_impl
 
+from .._torch import disabled_torch_function, set_grad_enabled, version
 from .alias import lend, lends
 from .offload import offloaded
-from .operands import PLAIN, operands, product, version
+from .operands import PLAIN, operands, product
 
 _DATA: Any = Tensor.data
 _STALE = -1
@@ -40,7 +40,7 @@ class MaskedWeight(Tensor):
     copies a pruned model. The copy is detached; the next forward pass computes it anew.
     """
 
-    __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     _owner: weakref.ref[nn.Module] | None = None
     #: The owner, where compiled code computed this: it makes no weak references.
@@ -259,11 +259,11 @@ def _mark(weight: Tensor) -> Tensor:
 
 def _mark_in_graph(original: Tensor, mask: Tensor) -> Tensor:
     """The product with its graph, where gradients are off: another thread may be training this module, and find it."""
-    torch._C._set_grad_enabled(True)
+    set_grad_enabled(True)
     try:
         return _mark(product(original, mask))
     finally:
-        torch._C._set_grad_enabled(False)
+        set_grad_enabled(False)
 
 
 def _mark_after_inference(original: Tensor, mask: Tensor) -> Tensor:
@@ -290,7 +290,21 @@ def settle(module: nn.Module, name: str) -> None:
 
 
 def current(module: nn.Module, name: str) -> Tensor:
-    """The weight that a module would compute with now, detached; of a pruned tensor the product, computed anew."""
+    """The weight that a module would compute with now, detached; of a pruned tensor the product, computed anew.
+
+    Args:
+        module: any module, its tensor pruned or not.
+        name: of the tensor.
+
+    Returns:
+        A tensor without a graph.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = sao_prune.prune.kernel_l1(torch.nn.Linear(4, 4), "weight", amount=0.5)
+        >>> int((current(layer, "weight") != 0).sum())
+        8
+    """
     if f"{name}_mask" not in module._buffers or name in module._parameters:
         weight: Tensor = getattr(module, name)
         return Tensor.detach(weight)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import identity
 from .hooks import RefreshChildren
 
 
@@ -28,9 +29,9 @@ class FrozenZeros(RefreshChildren):
         weight = module._parameters.get(self._name)
         if weight is None or not weight.requires_grad or weight.shape != self._kept.shape:
             return
-        if self._watched == weight._cdata:
+        if self._watched == identity(weight):
             return
-        self._watched = weight._cdata
+        self._watched = identity(weight)
         hooks = weight._backward_hooks or {}
         if any(hook == self._mask_gradient for hook in hooks.values()):
             # Swapped: the hooks are listed, but torch calls those of the tensor that was taken in exchange.
@@ -45,7 +46,20 @@ class FrozenZeros(RefreshChildren):
 
 
 def freeze(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Keep one parameter's zeros through training: its gradient is zero where the mask is."""
+    """Keep one parameter's zeros through training: its gradient is zero where the mask is.
+
+    Args:
+        module: whose parameter it is.
+        name: of the parameter.
+        mask: zeros where its gradient is to be zero, of its shape.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> freeze(layer, "weight", torch.eye(2))
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> layer.weight.grad.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
     hook = FrozenZeros(name, mask)
     module.register_forward_pre_hook(hook)
     hook(module, ())

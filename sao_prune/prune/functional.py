@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import singledispatch
+from numbers import Integral
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import PruningContainer
 from typing_extensions import Self
 
 from ..algorithms import GMP, RG, SAO, Draw, Method
@@ -20,7 +21,7 @@ from ..algorithms.magnitude import keep_top, unit_scores
 from ..allocation import Allocation, Budget, allocate
 from ..discovery import PrunableWeight, weight_of
 from ..seeds import Seed, base_seed, named_generator
-from .attachment import attach, check_writable, stored
+from .attachment import attach, check_writable, last_hook, stored
 from .derived import current
 from .hooks import MaskPruning, is_pruned_tensor
 
@@ -60,14 +61,41 @@ class RamanujanPruning(TopologyPruning):
     default = RG()
 
 
+@singledispatch
+def pruning_class(method: Method) -> type[MaskPruning]:
+    """The class of the hooks that a method leaves on a model; subclasses of a method have those of their base.
+
+    Args:
+        method: what chose the masks.
+
+    Returns:
+        `MaskPruning` or a subclass.
+
+    Example:
+        >>> pruning_class(SAO()).__name__, pruning_class(GMP()).__name__
+        ('SAOPruning', 'MaskPruning')
+    """
+    return MaskPruning
+
+
+@pruning_class.register
+def _(method: SAO) -> type[MaskPruning]:
+    return SAOPruning
+
+
+@pruning_class.register
+def _(method: RG) -> type[MaskPruning]:
+    return RamanujanPruning
+
+
 class KernelL1Pruning(MaskPruning):
     """Whole kernels (single weights of a matrix) of least L1 norm; `kernel_l1` is the functional form."""
 
     @classmethod
     def apply(  # type: ignore[override]
-        cls, module: nn.Module, name: str, amount: float
+        cls, module: nn.Module, name: str, amount: int | float
     ) -> KernelL1Pruning:
-        """Prune the share ``amount`` of the units of ``module.<name>`` that are left."""
+        """Prune ``amount`` of the units of ``module.<name>`` that are left, a share or a number of them."""
         weight = weight_of(module, name)
         return _by_score(cls, module, weight, amount, _scores(module, weight))
 
@@ -77,9 +105,9 @@ class KernelRandomPruning(MaskPruning):
 
     @classmethod
     def apply(  # type: ignore[override]
-        cls, module: nn.Module, name: str, amount: float, seed: Seed = None
+        cls, module: nn.Module, name: str, amount: int | float, seed: Seed = None
     ) -> KernelRandomPruning:
-        """Prune the share ``amount`` of the units of ``module.<name>`` that are left."""
+        """Prune ``amount`` of the units of ``module.<name>`` that are left, a share or a number of them."""
         weight = weight_of(module, name)
         generator = named_generator(base_seed(seed), "random", name)
         scores = torch.rand(weight.parts, *weight.matrix, generator=generator, dtype=torch.float64, device="cpu")
@@ -101,11 +129,11 @@ def sao(
     Args:
         module: a linear, convolutional, recurrent or attention module.
         name: the parameter.
-        sparsity: share of zeros; or give ``degree`` (edges of a node on the smaller side) or ``groups`` (blocks).
-        degree: see above.
-        groups: see above.
+        sparsity: of the tensor, in [0, 1); or give ``degree`` or ``groups``.
+        degree: edges of each node on the smaller side.
+        groups: number of blocks.
         method: options, `sao_prune.SAO`.
-        seed: where the draws come from.
+        seed: where the draws come from; ``None`` takes `torch.initial_seed`.
 
     Returns:
         The module, with ``<name>_orig`` and ``<name>_mask`` as `torch.nn.utils.prune` has them. Over an earlier
@@ -136,7 +164,22 @@ def ramanujan(
 ) -> nn.Module:
     """Mask one tensor of a module with SAO's topology, in place; values are kept unless ``method`` says otherwise.
 
-    Arguments, result and errors are those of `sao`; ``method`` takes `sao_prune.RG` (thesis section 3.4.3).
+    The topology is that of Algorithm 1 of the thesis (section 3.4.3).
+
+    Args:
+        module: a linear, convolutional, recurrent or attention module.
+        name: the parameter.
+        sparsity: of the tensor, in [0, 1); or give ``degree`` or ``groups``.
+        degree: edges of each node on the smaller side.
+        groups: number of blocks.
+        method: options, `sao_prune.RG`.
+        seed: where the draws come from; ``None`` takes `torch.initial_seed`.
+
+    Returns:
+        The module, with ``<name>_orig`` and ``<name>_mask`` as `torch.nn.utils.prune` has them.
+
+    Raises:
+        ValueError: if there is no such weight or the amount is out of range.
 
     Example:
         >>> import torch, sao_prune
@@ -148,23 +191,49 @@ def ramanujan(
     return module
 
 
-def kernel_l1(module: nn.Module, name: str = "weight", amount: float = 0.5) -> nn.Module:
-    """Prune the share ``amount`` of a convolution's kernels, those of least L1 norm, in place.
+def kernel_l1(module: nn.Module, name: str = "weight", amount: int | float = 0.5) -> nn.Module:
+    """Prune a convolution's kernels of least L1 norm, in place; of a matrix its single weights.
 
-    For a matrix the units are single weights. The count is exact; of equal norms the earlier unit stays. On a tensor
-    that is pruned already the amount is of what is left, as in `torch.nn.utils.prune`.
+    The count is exact; of equal norms the earlier unit stays. On a tensor that is pruned already the amount is of what
+    is left, as in `torch.nn.utils.prune`.
+
+    Args:
+        module: a linear, convolutional, recurrent or attention module.
+        name: the parameter.
+        amount: a float in [0, 1), the share of kernels (weights of a matrix) that goes; or an integer, their number.
+
+    Returns:
+        The module, with ``<name>_orig`` and ``<name>_mask`` as `torch.nn.utils.prune` has them.
+
+    Raises:
+        ValueError: if there is no such weight, the amount is out of range or the weight is not finite.
 
     Example:
         >>> import torch, sao_prune
         >>> float(sao_prune.prune.kernel_l1(torch.nn.Conv2d(4, 4, 3), "weight", amount=0.5).weight_mask.mean())
         0.5
+        >>> int((sao_prune.prune.kernel_l1(torch.nn.Linear(4, 4), "weight", amount=3).weight_mask == 0).sum())
+        3
     """
     KernelL1Pruning.apply(module, name, amount)
     return module
 
 
-def kernel_random(module: nn.Module, name: str = "weight", amount: float = 0.5, seed: Seed = None) -> nn.Module:
-    """Prune a random share ``amount`` of a convolution's kernels (of a matrix's weights), in place.
+def kernel_random(module: nn.Module, name: str = "weight", amount: int | float = 0.5, seed: Seed = None) -> nn.Module:
+    """Prune random kernels of a convolution, in place; of a matrix its single weights.
+
+    Args:
+        module: a linear, convolutional, recurrent or attention module.
+        name: the parameter.
+        amount: a float in [0, 1), the share of kernels (weights of a matrix) that goes; or an integer, their number.
+            On a tensor that is pruned already, of what is left.
+        seed: where the choice comes from; ``None`` takes `torch.initial_seed`.
+
+    Returns:
+        The module, with ``<name>_orig`` and ``<name>_mask`` as `torch.nn.utils.prune` has them.
+
+    Raises:
+        ValueError: if there is no such weight or the amount is out of range.
 
     Example:
         >>> import torch, sao_prune
@@ -175,12 +244,16 @@ def kernel_random(module: nn.Module, name: str = "weight", amount: float = 0.5, 
     return module
 
 
-def global_kernel_l1(parameters: Iterable[tuple[nn.Module, str]], amount: float) -> None:
+def global_kernel_l1(parameters: Iterable[tuple[nn.Module, str]], amount: int | float) -> None:
     """Prune kernels (weights of a matrix) of least L1 norm over several tensors together, in place.
 
     Args:
         parameters: ``(module, name)`` pairs, as for `torch.nn.utils.prune.global_unstructured`.
-        amount: share of all their weights that goes; on tensors pruned already, of what is left.
+        amount: a float in [0, 1), the share of all their weights that goes; or an integer, the number of weights, a
+            kernel counting all its taps. On tensors pruned already, of what is left.
+
+    Raises:
+        ValueError: without any pair, for a tensor that cannot be pruned, or an amount out of range.
 
     Example:
         >>> import torch, sao_prune
@@ -193,14 +266,35 @@ def global_kernel_l1(parameters: Iterable[tuple[nn.Module, str]], amount: float)
     weights = [weight_of(module, name) for module, name in pairs]
     if not weights:
         raise ValueError("global_kernel_l1 needs at least one (module, name) pair")
-    masks = [getattr(m, f"{n}_mask") if is_pruned_tensor(m, n) else torch.ones(1) for m, n in pairs]
+    alive = [
+        int(getattr(m, f"{n}_mask").count_nonzero()) if is_pruned_tensor(m, n) else weight.numel
+        for (m, n), weight in zip(pairs, weights)
+    ]
+    left = sum(alive)
+    stays = 1 - _count(amount, left) / left if left else 0.0
     allocations = [
-        replace(_allocation(weight, Budget(sparsity=amount)), density=(1 - amount) * float(mask.float().mean()))
-        for weight, mask in zip(weights, masks)
+        replace(_allocation(weight, Budget(sparsity=0)), density=stays * count / weight.numel)
+        for weight, count in zip(weights, alive)
     ]
     draws = GMP().draw(allocations, [current(module, name) for module, name in pairs], 0)
     for (module, _), draw in zip(pairs, draws):
         attach(module, draw, KernelL1Pruning)
+
+
+def _count(amount: int | float, left: int) -> int:
+    """How many of ``left`` units an amount means: an integer itself, a float its share, rounded.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    if isinstance(amount, Integral) and not isinstance(amount, bool):
+        if not 0 <= amount <= left:
+            raise ValueError(
+                f"an integer amount is a number of units, from 0 to the {left} that are left, got {amount}"
+            )
+        return int(amount)
+    Budget(sparsity=amount)
+    return left - round((1 - amount) * left)
 
 
 def _allocation(weight: PrunableWeight, budget: Budget) -> Allocation:
@@ -219,7 +313,7 @@ def _by_method(cls: type[P], module: nn.Module, name: str, budget: Budget, metho
     check_writable(weight.name, value)
     (draw,) = method.draw([_allocation(weight, budget)], [value], base_seed(seed))
     attach(module, draw, cls)
-    return _last_hook(cls, module, name)
+    return last_hook(cls, module, name)
 
 
 def _scores(module: nn.Module, weight: PrunableWeight) -> Tensor:
@@ -229,9 +323,8 @@ def _scores(module: nn.Module, weight: PrunableWeight) -> Tensor:
         raise ValueError(f"{weight.name}: {error}") from None
 
 
-def _by_score(cls: type[P], module: nn.Module, weight: PrunableWeight, amount: float, scores: Tensor) -> P:
-    """Prune the share ``amount`` of the units that an earlier pruning left, those of least score."""
-    Budget(sparsity=amount)
+def _by_score(cls: type[P], module: nn.Module, weight: PrunableWeight, amount: int | float, scores: Tensor) -> P:
+    """Prune ``amount`` of the units that an earlier pruning left, those of least score."""
     if is_pruned_tensor(module, weight.tensor):
         kept = weight.matrices(getattr(module, f"{weight.tensor}_mask") != 0)
         alive = kept.flatten(3).any(3) if weight.kernel else kept
@@ -239,14 +332,6 @@ def _by_score(cls: type[P], module: nn.Module, weight: PrunableWeight, amount: f
         left = int(alive.sum())
     else:
         left = scores.numel()
-    units = keep_top(scores, round((1 - amount) * left))
+    units = keep_top(scores, left - _count(amount, left))
     attach(module, Draw(weight, units=units), cls)
-    return _last_hook(cls, module, weight.tensor)
-
-
-def _last_hook(cls: type[P], module: nn.Module, name: str) -> P:
-    for hook in reversed(module._forward_pre_hooks.values()):
-        for part in reversed(hook) if isinstance(hook, PruningContainer) else (hook,):
-            if isinstance(part, cls) and part._tensor_name == name:
-                return part
-    raise AssertionError(f"{name} was pruned, but its hook is missing")
+    return last_hook(cls, module, weight.tensor)

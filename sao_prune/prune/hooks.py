@@ -99,19 +99,59 @@ class MaskContainer(PruningContainer):
 
 
 def pruning_hooks(module: nn.Module) -> Iterator[BasePruningMethod]:
-    """The pruning hooks on a module, one for each pruned tensor."""
+    """The pruning hooks on a module, one for each pruned tensor.
+
+    Args:
+        module: any module; its children are not looked at.
+
+    Returns:
+        The hooks, one by one.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = sao_prune.prune.kernel_l1(torch.nn.Linear(4, 4), "weight", amount=0.5)
+        >>> [hook._tensor_name for hook in pruning_hooks(layer)]
+        ['weight']
+    """
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             yield hook
 
 
 def is_pruned_tensor(module: nn.Module, name: str) -> bool:
-    """Whether a pruning hook is on this very tensor."""
+    """Whether a pruning hook is on this very tensor.
+
+    Args:
+        module: any module.
+        name: of the tensor, without ``_orig``.
+
+    Returns:
+        Whether one is.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = sao_prune.prune.kernel_l1(torch.nn.Linear(4, 4), "weight", amount=0.5)
+        >>> is_pruned_tensor(layer, "weight"), is_pruned_tensor(layer, "bias")
+        (True, False)
+    """
     return any(hook._tensor_name == name for hook in pruning_hooks(module))
 
 
 def refresh(module: nn.Module) -> None:
-    """Recompute the masked weights of one module from its parameters and masks."""
+    """Recompute the masked weights of one module from its parameters and masks.
+
+    Args:
+        module: any module; its children are not looked at.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = sao_prune.prune.kernel_l1(torch.nn.Linear(4, 4), "weight", amount=0.5)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight_orig.fill_(2.0)
+        >>> refresh(layer)
+        >>> layer.weight.unique().tolist()
+        [0.0, 2.0]
+    """
     for hook in pruning_hooks(module):
         _recompute(module, hook)
 
@@ -123,7 +163,20 @@ def _recompute(module: nn.Module, hook: BasePruningMethod) -> None:
 
 
 def settle_all(model: nn.Module) -> None:
-    """Let what was written to any masked weight of a model reach its parameter."""
+    """Let what was written to any masked weight of a model reach its parameter.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> import torch, sao_prune
+        >>> layer = sao_prune.prune.kernel_l1(torch.nn.Linear(4, 4), "weight", amount=0.5)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.mul_(0)
+        >>> settle_all(layer)
+        >>> int((layer.weight_orig * layer.weight_mask).count_nonzero())
+        0
+    """
     for module in model.modules():
         for hook in pruning_hooks(module):
             settle(module, hook._tensor_name)
@@ -232,13 +285,38 @@ _REFRESHERS = (RefreshAll, RefreshChildren)
 
 
 def watch(module: nn.Module, hook: type[RefreshAll] | type[RefreshChildren]) -> None:
-    """Register a refreshing hook on a module, once."""
+    """Register a refreshing hook on a module, once.
+
+    Args:
+        module: the model, or the parent of pruned layers.
+        hook: the class of the hook.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential()
+        >>> watch(model, RefreshAll)
+        >>> watch(model, RefreshAll)
+        >>> len(model._forward_pre_hooks)
+        1
+    """
     if not any(isinstance(known, hook) for known in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(hook())
 
 
 def unwatch(module: nn.Module) -> None:
-    """Remove the hooks that keep masked weights up to date from a module, but for those of pruned tensors."""
+    """Remove the hooks that keep masked weights up to date from a module, but for those of pruned tensors.
+
+    Args:
+        module: any module; its children are not looked at.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential()
+        >>> watch(model, RefreshAll)
+        >>> unwatch(model)
+        >>> len(model._forward_pre_hooks)
+        0
+    """
     if not any(True for _ in pruning_hooks(module)):
         for hooks, ours in (
             (module._state_dict_pre_hooks, settle_state),

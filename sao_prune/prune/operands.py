@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
+
+from .._torch import replicated
 
 #: Types of parameters that are neither fake nor sharded.
 PLAIN = (nn.Parameter, Tensor)
-
-
-def version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to in place; ``None`` where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def operands(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
@@ -44,10 +39,5 @@ def operands(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 def product(original: Tensor, mask: Tensor) -> Tensor:
     """``original * mask``; where the parameter is distributed, its mask is taken to be the same on all ranks."""
     if type(original) not in PLAIN and hasattr(original, "device_mesh") and not hasattr(mask, "device_mesh"):
-        try:
-            from torch.distributed.tensor import DTensor, Replicate
-        except ImportError:  # torch 2.4
-            from torch.distributed._tensor import DTensor, Replicate  # type: ignore[attr-defined]
-        mesh: Any = original.device_mesh
-        mask = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        mask = replicated(mask, original.device_mesh)
     return (mask if mask.dtype == original.dtype else mask.to(dtype=original.dtype)) * original

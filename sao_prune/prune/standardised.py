@@ -106,7 +106,7 @@ def _support(weight: Tensor) -> Tensor:
 
 def follow_standardising(module: nn.Module, tensor: str) -> None:
     """Let the mask of a layer that standardises its weight act after standardising; others are left as they are."""
-    if not is_standardised(module):
+    if tensor != "weight" or not is_standardised(module):
         return
     forget_standardising(module, tensor)
     hook = Centring(tensor)
@@ -132,8 +132,12 @@ def bake_standardising(module: nn.Module, tensor: str, mask: Tensor, *, keep_sup
         tensor: the parameter, already a plain one.
         mask: that it had.
         keep_support: leave the hooks on, so that zeros stay zeros after standardising while the others are trained.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> bake_standardising(layer, "weight", torch.ones(2, 2))
     """
-    if is_standardised(module):
+    if tensor == "weight" and is_standardised(module):
         weight = module._parameters[tensor]
         assert weight is not None
         weight.copy_(centred(weight, mask))

@@ -1,23 +1,34 @@
-"""Which edges exist: block topologies and their makers, and other supports."""
+"""Which edges exist: block topologies and their generators, and other supports."""
 
 from .assignment import balanced_assignment
 from .block import BlockTopology, Bucket, NotBlockStructuredError
 from .clustering import chain, clustered, coarsened, kept_energy, split
 from .codes import Seen, decode_sets, encode_sets, real_values, topology_of, unwrapped
 from .expanders import expander
-from .makers import MAKERS, interleaved, make_topology, ramanujan
+from .generators import (
+    GENERATORS,
+    SUPPORTS,
+    SupportGenerator,
+    TopologyGenerator,
+    interleaved,
+    make_topology,
+    ramanujan,
+    register,
+)
 from .mixed_radix import radix
 from .products import product
 from .sizes import even_sizes, exact_sizes
-from .supports import SUPPORTS, make_support
+from .supports import make_support, register_support
 
 __all__ = [
-    "MAKERS",
+    "GENERATORS",
     "SUPPORTS",
     "BlockTopology",
     "Bucket",
     "NotBlockStructuredError",
     "Seen",
+    "SupportGenerator",
+    "TopologyGenerator",
     "balanced_assignment",
     "chain",
     "clustered",
@@ -35,6 +46,8 @@ __all__ = [
     "radix",
     "ramanujan",
     "real_values",
+    "register",
+    "register_support",
     "split",
     "topology_of",
     "unwrapped",

@@ -41,6 +41,9 @@ def clustered(
         sizes: sizes of the row and of the column sets in place of ``groups``.
         generator: where the start comes from; without one, `torch.initial_seed` decides.
 
+    Returns:
+        The `BlockTopology`, of shape ``(m, n)``.
+
     Raises:
         ValueError: if ``energy`` is no finite matrix of numbers that are not negative, or for both or neither of
             ``groups`` and ``sizes``.
@@ -77,6 +80,13 @@ def clustered(
 def kept_energy(energy: Tensor, topology: BlockTopology) -> float:
     """Share of the energy on a topology's edges; 1 where there is none to lose.
 
+    Args:
+        energy: ``(m, n)``, as for `clustered`.
+        topology: of the same shape.
+
+    Returns:
+        A number in [0, 1].
+
     Example:
         >>> import torch
         >>> kept_energy(torch.ones(4, 4), BlockTopology(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])))
@@ -89,6 +99,13 @@ def kept_energy(energy: Tensor, topology: BlockTopology) -> float:
 
 def coarsened(topology: BlockTopology, groups: int) -> BlockTopology:
     """Neighbouring sets joined until ``groups`` are left: the edges of ``topology`` and more.
+
+    Args:
+        topology: the topology whose sets are joined.
+        groups: number of sets afterwards.
+
+    Returns:
+        The joined topology, of the same shape.
 
     Raises:
         ValueError: unless ``groups`` divides the number of sets.
@@ -108,6 +125,12 @@ def coarsened(topology: BlockTopology, groups: int) -> BlockTopology:
 
 def chain(groups: int) -> tuple[int, ...]:
     """Numbers of sets on the way from one to ``groups``, each a multiple of the one before.
+
+    Args:
+        groups: number of sets at the end.
+
+    Returns:
+        The numbers, ascending, 1 and ``groups`` among them.
 
     Example:
         >>> chain(32), chain(12), chain(7)
@@ -137,8 +160,18 @@ def split(
             as that set in some order.
         generator: as for `clustered`.
 
+    Returns:
+        The finer topology, of the same shape.
+
     Raises:
         ValueError: if the sizes do not make up the sets of ``coarse``.
+
+    Example:
+        >>> import torch
+        >>> coarse = BlockTopology(torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
+        >>> sizes = torch.tensor([2, 2]), torch.tensor([2, 2])
+        >>> split(torch.eye(2).repeat(2, 2), coarse, sizes, torch.Generator().manual_seed(0)).row_set.tolist()
+        [0, 1, 0, 1]
     """
     rows, cols = sizes
     if len(rows) % coarse.groups:

@@ -19,6 +19,14 @@ def even_sizes(rows: int, cols: int, groups: int) -> tuple[Tensor, Tensor]:
     With ``rows <= cols`` every row set is no larger than its column set (and the reverse), so every block can be
     semi-orthogonal.
 
+    Args:
+        rows: outputs ``m``.
+        cols: inputs ``n``.
+        groups: number of sets on each side.
+
+    Returns:
+        Sizes of the row sets and of the column sets, shape ``(groups,)`` each.
+
     Raises:
         ValueError: unless ``1 <= groups <= min(rows, cols)``.
 
@@ -39,6 +47,14 @@ def exact_sizes(rows: int, cols: int, nnz: int) -> tuple[Tensor, Tensor]:
     is made up by moving nodes between pairs of sets (among equal ones a move of ``k`` rows and ``k`` columns adds
     ``2 k^2``). A square layer's blocks are square, so its count has the parity of its side, and above one half there
     are few partitions to choose from.
+
+    Args:
+        rows: outputs ``m``.
+        cols: inputs ``n``.
+        nnz: number of edges.
+
+    Returns:
+        Sizes of the row sets and of the column sets, of one length.
 
     Raises:
         ValueError: unless ``max(rows, cols) <= nnz <= rows * cols``.

@@ -8,11 +8,11 @@ from math import gcd, log2
 import torch
 from torch import Tensor
 
+from ..naming import nearest
 from .expanders import expander
+from .generators import SUPPORTS, SupportGenerator, put_into
 from .mixed_radix import radix
 from .products import max_halvings, product
-
-SupportMaker = Callable[[int, int, float, int, "torch.Generator | None"], Tensor]
 
 
 def _expander(rows: int, cols: int, density: float, place: int, generator: torch.Generator | None) -> Tensor:
@@ -35,7 +35,33 @@ def _product(rows: int, cols: int, density: float, place: int, generator: torch.
     return product(rows, cols, min(wanted, most), generator)
 
 
-SUPPORTS: dict[str, SupportMaker] = {"expander": _expander, "radix": _radix, "product": _product}
+SUPPORTS.update(expander=_expander, radix=_radix, product=_product)
+
+
+def register_support(name: str) -> Callable[[SupportGenerator], SupportGenerator]:
+    """Decorator: make a generator of plain masks known by a name, for `SAO`, `RG` and `make_support`.
+
+    The function is called as ``generate(rows, cols, density, place, generator)`` and returns a boolean mask of shape
+    ``(rows, cols)``. For blocks take `sao_prune.topology.register`: they can be exactly orthogonal and run compactly.
+
+    Args:
+        name: what users call it.
+
+    Returns:
+        The decorator, which gives the function back.
+
+    Raises:
+        ValueError: for a name that is taken, by a block topology too, or empty.
+
+    Example:
+        >>> @register_support("band")
+        ... def band(rows, cols, density, place, generator):
+        ...     return torch.eye(rows, cols, dtype=torch.bool)
+        >>> make_support("band", 2, 2, 0.5).tolist()
+        [[True, False], [False, True]]
+        >>> _ = SUPPORTS.pop("band")
+    """
+    return put_into(SUPPORTS, name, "support")
 
 
 def make_support(
@@ -69,7 +95,7 @@ def make_support(
         16
     """
     if kind not in SUPPORTS:
-        raise ValueError(f"unknown support {kind!r}; known: {', '.join(sorted(SUPPORTS))}")
+        raise ValueError(f"unknown support {kind!r}{nearest(kind, SUPPORTS)}; known: {', '.join(sorted(SUPPORTS))}")
     if not 0 < density <= 1:
         raise ValueError(f"density is a share in (0, 1], got {density}")
     return SUPPORTS[kind](rows, cols, density, place, generator)

@@ -18,7 +18,7 @@ class ApproximateIsometry:
         matrix: float32, shape ``(m, n)``.
         residual: ``|W W^T - I| / sqrt(side)`` in the Frobenius norm, gain left out, on the shorter side; 0 is
             exactly (semi-)orthogonal, 1 a zero matrix.
-        iterations: of the optimiser.
+        iterations: of the optimizer.
     """
 
     matrix: Tensor
@@ -40,6 +40,9 @@ def approximate_isometry(
         generator: of the first values.
         gain: factor on the result.
         iterations: at most so many.
+
+    Returns:
+        An `ApproximateIsometry`, its ``matrix`` zero off the mask.
 
     Raises:
         ValueError: if the mask is not 2-D, holds other values, or has no edges.
@@ -85,7 +88,7 @@ def _minimise(
 ) -> tuple[float, int]:
     """L-BFGS with a strong Wolfe line search, in place; returns the least loss and the number of iterations."""
     values.requires_grad_(True)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [values], max_iter=iterations, history_size=10, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
@@ -94,9 +97,9 @@ def _minimise(
         loss, values.grad = loss_and_gradient(values)
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     values.requires_grad_(False)
-    return float(loss_and_gradient(values)[0]), int(optimiser.state[values]["n_iter"])
+    return float(loss_and_gradient(values)[0]), int(optimizer.state[values]["n_iter"])
 
 
 def _columns(edges: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:

@@ -59,6 +59,21 @@ def normal_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: 
     """Normal values with the variance of the orthogonal ones, ``gain^2 / max(r, c)`` (thesis RG-N).
 
     With ``taps > 1`` every tap of a convolution's kernel gets its own value, in a last dimension.
+
+    Args:
+        topology: whose blocks get values.
+        generator: of the values.
+        gain: factor on every value.
+        taps: values of each entry, the taps of a kernel.
+
+    Returns:
+        A tuple of float32 tensors in the order of ``topology.buckets``, ``(blocks, r, c)`` each, with more than one tap
+        ``(blocks, r, c, taps)``.
+
+    Example:
+        >>> from sao_prune.topology import interleaved
+        >>> [b.shape for b in normal_blocks(interleaved(4, 4, 2), torch.Generator().manual_seed(0), taps=9)]
+        [torch.Size([2, 2, 2, 9])]
     """
     return tuple(
         _normal(_with_taps(b.shape, taps), generator).mul_(gain / sqrt(max(b.shape[1:]))) for b in topology.buckets
@@ -66,7 +81,23 @@ def normal_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: 
 
 
 def uniform_blocks(topology: BlockTopology, generator: torch.Generator, *, gain: float = 1.0, taps: int = 1) -> Blocks:
-    """Uniform values with the variance of the orthogonal ones; otherwise as `normal_blocks` (thesis RG-U)."""
+    """Uniform values with the variance of the orthogonal ones; otherwise as `normal_blocks` (thesis RG-U).
+
+    Args:
+        topology: whose blocks get values.
+        generator: of the values.
+        gain: factor on every value.
+        taps: values of each entry, the taps of a kernel.
+
+    Returns:
+        A tuple of float32 tensors in the order of ``topology.buckets``, ``(blocks, r, c)`` each, with more than one tap
+        ``(blocks, r, c, taps)``.
+
+    Example:
+        >>> from sao_prune.topology import interleaved
+        >>> [b.shape for b in uniform_blocks(interleaved(4, 4, 2), torch.Generator().manual_seed(0), taps=9)]
+        [torch.Size([2, 2, 2, 9])]
+    """
     return tuple(
         torch.rand(_with_taps(b.shape, taps), generator=generator, dtype=torch.float32, device="cpu")
         .mul_(2)
@@ -91,6 +122,9 @@ def delta_(weight: Tensor, matrix: Tensor) -> Tensor:
     Args:
         weight: shape ``(m, n, *kernel)``, written in place; any number of kernel dimensions, none for a matrix.
         matrix: shape ``(m, n)``.
+
+    Returns:
+        ``weight``.
 
     Example:
         >>> import torch

@@ -64,6 +64,10 @@ def frequencies_from_kernel(taps: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
     Returns:
         Shape ``(L, ...)``.
+
+    Example:
+        >>> frequencies_from_kernel(torch.tensor([1.0, 0.0, 0.0]), (3,)).tolist()
+        [1.0, 1.0]
     """
     free, _ = free_frequencies(kernel)
     spectrum = taps @ (_cosines(kernel).to(taps) * prod(kernel)).T

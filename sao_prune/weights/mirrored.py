@@ -44,7 +44,20 @@ class Mirror(Enum):
 
 
 def mirror_topology(half: BlockTopology, mirror: Mirror) -> BlockTopology:
-    """The topology of the mirrored matrix: both copies of a node are in the node's set."""
+    """The topology of the mirrored matrix: both copies of a node are in the node's set.
+
+    Args:
+        half: of the matrix that is mirrored.
+        mirror: which sides are doubled.
+
+    Returns:
+        The `BlockTopology`, twice as large along every doubled side.
+
+    Example:
+        >>> half = BlockTopology(torch.tensor([0, 1]), torch.tensor([0, 1]))
+        >>> mirror_topology(half, Mirror.ENTRY).row_set.tolist()
+        [0, 1, 0, 1]
+    """
     return BlockTopology(
         half.row_set.repeat(2) if mirror.rows else half.row_set,
         half.col_set.repeat(2) if mirror.cols else half.col_set,
@@ -52,7 +65,19 @@ def mirror_topology(half: BlockTopology, mirror: Mirror) -> BlockTopology:
 
 
 def mirror_blocks(blocks: tuple[Tensor, ...], mirror: Mirror) -> tuple[Tensor, ...]:
-    """The block values of the mirrored matrix: ``B`` becomes ``[B, -B]`` along every doubled side."""
+    """The block values of the mirrored matrix: ``B`` becomes ``[B, -B]`` along every doubled side.
+
+    Args:
+        blocks: values, one ``(blocks, r, c)`` tensor a bucket; further dimensions are kept.
+        mirror: which sides are doubled.
+
+    Returns:
+        As many tensors, twice as large along every doubled side.
+
+    Example:
+        >>> mirror_blocks((torch.ones(1, 1, 1),), Mirror.INNER)[0].tolist()
+        [[[1.0, -1.0], [-1.0, 1.0]]]
+    """
     for dim in [d for d, doubled in ((1, mirror.rows), (2, mirror.cols)) if doubled]:
         blocks = tuple(torch.cat([b, -b], dim) for b in blocks)
     return blocks

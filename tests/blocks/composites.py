@@ -69,7 +69,7 @@ def check_law(masked: nn.Module, run: Callable[..., Any], inputs: list[Tensor]) 
     """Compact computes what the masked model does, gradients too, and expands to it; returns the compact model."""
     compact = copy.deepcopy(masked)
     report = sao_prune.compact(compact)
-    assert not report.left, [record.reason for record in report.left]
+    assert not report.skipped, [record.reason for record in report.skipped]
     expected, gradients = derivatives(masked, run, inputs)
     results, own = derivatives(compact, run, inputs)
     torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-10)

@@ -91,7 +91,7 @@ def test_transformers_become_compact_wholly(norm_first, batch_first, training):
     model.train(training)
     masked = copy.deepcopy(model)
     report = sao_prune.compact(model)
-    assert not report.left
+    assert not report.skipped
     x = torch.randn(3, 3, 16, dtype=torch.float64)
     padding = torch.tensor([[False, False, True]] * 3)
     mask = nn.Transformer.generate_square_subsequent_mask(3).double()

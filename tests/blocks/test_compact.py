@@ -239,7 +239,7 @@ def test_half_compact_model_is_finished():
     sao_prune.apply(model, groups=4, seed=0)
     sao_prune.compact(model[2])
     report = sao_prune.compact(model)
-    assert {layer.reason for layer in report.left} == {"dense: nothing in it is pruned", "compact already"}
+    assert {layer.reason for layer in report.skipped} == {"dense: nothing in it is pruned", "compact already"}
     assert len(_layers(model)) == 4
 
 

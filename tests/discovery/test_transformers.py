@@ -5,7 +5,7 @@ import torch
 
 import sao_prune
 
-from .test_untouched import mentioned
+from .test_others import mentioned
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -128,7 +128,7 @@ def test_gradient_of_the_masked_weight_reaches_the_parameter():
         (lambda: prune.sao(nn.Linear(4, 4), "bias", sparsity=0.5), "cannot be pruned|no prunable weight"),
         (lambda: prune.sao(nn.Linear(4, 4)), "say how sparse"),
         (lambda: prune.sao(nn.Conv2d(4, 4, 3, groups=4), sparsity=0.5), "depthwise"),
-        (lambda: prune.kernel_l1(nn.Linear(4, 4), amount=2), "share in"),
+        (lambda: prune.kernel_l1(nn.Linear(4, 4), amount=2.0), "sparsity is a share"),
         (lambda: prune.global_kernel_l1([], amount=0.5), "at least one"),
     ],
 )
@@ -166,3 +166,56 @@ def test_the_weight_shown_right_after_pruning_follows_no_later_change():
     with torch.no_grad():
         layer.weight_orig.add_(1)
     assert not bool((layer.weight[layer.weight_mask == 0] != 0).any())
+
+
+def test_integer_amounts_are_numbers_of_units():
+    layer, conv = nn.Linear(4, 4), nn.Conv2d(4, 4, 3)
+    assert int((prune.kernel_l1(layer, amount=3).weight_mask == 0).sum()) == 3
+    assert int((prune.kernel_l1(layer, amount=3).weight_mask == 0).sum()) == 6
+    assert int((prune.kernel_random(conv, amount=1, seed=0).weight_mask == 0).sum()) == 9
+    assert int((prune.kernel_random(conv, amount=15, seed=0).weight_mask != 0).sum()) == 0
+    pair = [(nn.Linear(4, 4), "weight"), (nn.Linear(4, 8), "weight")]
+    prune.global_kernel_l1(pair, amount=7)
+    prune.global_kernel_l1(pair, amount=5)
+    assert sum(int((m.weight_mask == 0).sum()) for m, _ in pair) == 12
+    for wrong in (-1, 17):
+        with pytest.raises(ValueError, match="from 0 to the 16 that are left"):
+            prune.kernel_l1(nn.Linear(4, 4), amount=wrong)
+    with pytest.raises(ValueError, match="finite number, got True"):
+        prune.kernel_l1(nn.Linear(4, 4), amount=True)
+
+
+def test_custom_masks_are_torchs_with_what_torchs_lack(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    twin = copy.deepcopy(model)
+    mask = torch.block_diag(*[torch.ones(4, 4)] * 2)
+    assert prune.custom_from_mask(model[1], "weight", mask) is model[1]
+    prune.custom_from_mask(model[1], "bias", torch.tensor([1, 0] * 4))
+    torch_prune.custom_from_mask(twin[1], "weight", mask)
+    torch_prune.custom_from_mask(twin[1], "bias", torch.tensor([1, 0] * 4))
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), twin(x))
+    assert torch.equal(copy.deepcopy(model)(x), twin(x))
+    assert [layer.groups for layer in sao_prune.report(model).pruned] == [2]
+    prune.custom_from_mask(model[1], "weight", torch.ones(8, 8).tril())
+    assert torch.equal(model[1].weight_mask, mask.tril())
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "said"),
+    [
+        (torch.ones(4, 3), ValueError, "must have the shape"),
+        (torch.full((4, 4), 0.5), ValueError, "only zeros and ones"),
+        (torch.full((4, 4), torch.nan), ValueError, "only zeros and ones"),
+        ([[1]], TypeError, "tensor of zeros and ones"),
+    ],
+)
+def test_custom_masks_are_checked(mask, error, said):
+    layer = nn.Linear(4, 4)
+    with pytest.raises(error, match=said):
+        prune.custom_from_mask(layer, "weight", mask)
+    with pytest.raises(ValueError, match=r"no parameter 'kernel'; it has: weight, bias"):
+        prune.custom_from_mask(layer, "kernel", torch.ones(4, 4))
+    assert sorted(layer.state_dict()) == ["bias", "weight"]

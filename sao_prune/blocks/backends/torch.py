@@ -54,7 +54,7 @@ def linear_forward(
     else:
         flat = x.reshape(-1, x.shape[-1])
         y = _matmul(flat, weight, bias, layout).view(*x.shape[:-1], layout.channels)
-    return _activated(y, activation, keep)
+    return activated(y, activation, keep)
 
 
 def linear_backward(
@@ -118,7 +118,7 @@ def conv_forward(
         y = y.contiguous(memory_format=torch.channels_last)
     elif not y.is_contiguous():
         y = y.contiguous()
-    return _activated(y, activation, keep)
+    return activated(y, activation, keep)
 
 
 def conv_backward(
@@ -175,7 +175,8 @@ def norm_backward(
     return dz, dgain, doffset
 
 
-def _activated(y: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor | None]:
+def activated(y: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """A product with its activation and, if it is to be kept, the derivative there."""
     if not activation:
         return y, None
     return ACTIVATIONS[activation](y), derivative(activation, y) if keep else None

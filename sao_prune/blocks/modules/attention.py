@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._torch import without_subclasses
 from .composite import BlockComposite
 
 
@@ -22,7 +23,7 @@ class DenseView(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Computes as for a plain tensor."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             return func(*args, **kwargs or {})
 
 

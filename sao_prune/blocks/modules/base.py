@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..._torch import forward_level, is_wrapped, tracing_state, transforms_active
+from ..._torch import is_batched as holds_several
+from ..._torch import unwrapped as inner
+from ...discovery import Packed
 from ...topology import BlockTopology, decode_sets, encode_sets, unwrapped
 from ..epilogue import Epilogue
 from ..flops import register_flops
@@ -82,11 +86,7 @@ def is_plain(x: Any) -> bool:
         or _is_exporting()
         or (
             not torch.compiler.is_compiling()
-            and (
-                torch._C._get_tracing_state() is not None
-                or torch._C._are_functorch_transforms_active()
-                or torch.autograd.forward_ad._current_level >= 0
-            )
+            and (tracing_state() is not None or transforms_active() or forward_level() >= 0)
         )
     )
 
@@ -94,7 +94,7 @@ def is_plain(x: Any) -> bool:
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
-class BlockModule(nn.Module):
+class BlockModule(Packed):
     """Base of `BlockLinear` and the block convolutions.
 
     The parameter ``blocks`` has shape ``(g, m/g, n/g, *kernel)``; where the blocks are of several shapes,
@@ -111,8 +111,6 @@ class BlockModule(nn.Module):
     # Last known; what the buffers hold is what counts wherever they can be read.
     _layout: Layout
 
-    # For the rooms to the left, which cannot import this class.
-    is_block_layer: ClassVar[bool] = True
     # What joins this layer's kernel, if it owns something; what this layer joined, if it did. See `fusion`.
     epilogue: Epilogue | None = None
     absorbed: Epilogue | None = None
@@ -179,7 +177,7 @@ class BlockModule(nn.Module):
         slots = block_slots(self.topology, self.parts).to(blocks.device)
         values = blocks.reshape(-1, *shape[2:])
         zeros = values.new_zeros(shape[0] * shape[1], *shape[2:])
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return zeros.index_copy(0, slots, values).view(shape)
         return zeros.index_copy_(0, slots, values).view(shape)
 
@@ -222,13 +220,12 @@ class BlockModule(nn.Module):
 
 def is_batched(t: Tensor) -> bool:
     """Whether `torch.vmap` runs over several of these tensors, so that no single one can be read."""
-    functorch = torch._C._functorch
-    if not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return False
-    while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
+    while is_wrapped(t):
+        if holds_several(t):
             return True
-        t = functorch.getunwrapped(t)
+        t = inner(t)
     return False
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy, wrap
 from torch.nn import functional as F
 
+from ..._torch import ConvNd, transforms_active
 from ...topology import BlockTopology
 from ...weights import orthogonal_blocks
 from .. import functional, operators
@@ -60,7 +61,7 @@ class BlockConv(BlockModule):
     execution = Execution()
     transposed = False
 
-    dense_class: ClassVar[type[nn.modules.conv._ConvNd]]
+    dense_class: ClassVar[type[ConvNd]]
     convolve: ClassVar[Callable[..., Tensor]]
 
     def __init__(
@@ -116,11 +117,7 @@ class BlockConv(BlockModule):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         elif self.padding == "same" and not self._is_even():
             x = F.pad(x, self._reversed_padding_repeated_twice)
-        if (
-            self.execution.channels_last
-            and not isinstance(x, Proxy)
-            and not torch._C._are_functorch_transforms_active()
-        ):
+        if self.execution.channels_last and not isinstance(x, Proxy) and not transforms_active():
             x = x.contiguous(memory_format=torch.channels_last)
         return x
 

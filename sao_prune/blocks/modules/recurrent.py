@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from ..epilogue import has_global_hooks, is_watched
+from ..._torch import has_global_hooks
+from ..epilogue import is_watched
 from .base import is_plain
 from .composite import BlockComposite
 

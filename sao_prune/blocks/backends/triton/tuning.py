@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
 
+from ....files import replacing
 from .suits import interpreted
 from .tiles import Tile
 
@@ -83,13 +84,7 @@ def _write(path: Path, device: str) -> None:
     _READ.discard(path)
     _read(path, device)  # what other processes have found since
     stored = {key: astuple(tile) for (name, key), tile in _CHOSEN.items() if name == device}
-    scratch = None
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(stored, file)
-        os.replace(scratch, path)
-    except OSError:
-        if scratch is not None and os.path.exists(scratch):
-            os.unlink(scratch)
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps(stored))

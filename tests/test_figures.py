@@ -6,7 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sao_prune.analysis import figures, ks_test, plot
+from sao_prune import figures
+from sao_prune.analysis import ks_test, plot
 from sao_prune.cli import app
 
 

@@ -12,14 +12,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..algorithms import RG, Method, resolve
-from ..model import apply
-from ..seeds import named_generator
-from ..topology import ramanujan
-from . import plot
-from .graph import adjacency_eigenvalues, ramanujan_gap
-from .reach import model_masks, reachability
-from .similarity import ks_test
+from .algorithms import RG, Method, resolve
+from .analysis import plot
+from .analysis.graph import adjacency_eigenvalues, ramanujan_gap
+from .analysis.reach import model_masks, reachability
+from .analysis.similarity import ks_test
+from .model import apply
+from .seeds import named_generator
+from .topology import ramanujan
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)
 WIDTHS = (128, 256, 512, 1024)
@@ -108,7 +108,7 @@ def layer_gaps(seed: int) -> dict[str, dict[str, dict[int, list[float]]]]:
 def layer_reach(seed: int) -> dict[str, dict[str, Tensor]]:
     """Figure 4.4: reachability after 1, 3 and 5 layers of width 256; with the interleaved topology, ours, beside it."""
     out: dict[str, dict[str, Tensor]] = {}
-    methods = {"LMP": resolve("lmp"), "SAO, RG": RG(unique=True), "interleaved": RG(topology="interleaved")}
+    methods = {"LMP": resolve("lmp"), "SAO, RG": RG(topology_sharing="none"), "interleaved": RG(topology="interleaved")}
     for name, method in methods.items():
         net = _chain([256] * 6, seed)
         _prune_all(net, method, seed)
@@ -119,7 +119,7 @@ def layer_reach(seed: int) -> dict[str, dict[str, Tensor]]:
 def mlp50_reach(seed: int) -> dict[str, dict[str, Tensor]]:
     """Figure 4.9: reachability along the 49 layers of width 256 of MLP-50, all pruned together by GMP or RG."""
     out: dict[str, dict[str, Tensor]] = {}
-    for method, name in ((resolve("gmp"), "GMP-S"), (RG(unique=True), "SAO, RG")):
+    for method, name in ((resolve("gmp"), "GMP-S"), (RG(topology_sharing="none"), "SAO, RG")):
         net = _chain([1024, 512, *[256] * 50], seed)
         _prune_all(net, method, seed)
         masks = model_masks(net)[2:]

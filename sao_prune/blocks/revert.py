@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import nn
 
+from ..discovery import Selector, pick
 from ..plain import why_not_plain
 from ..prune import RefreshAll, RefreshChildren, pruning_hooks, settle_all, watch
 from ..replaced import warn_replaced
@@ -17,20 +18,32 @@ from .modules import BlockComposite, BlockModule
 from .report import CompactRecord, CompactReport
 from .swap import become
 
+Block: TypeAlias = BlockModule | BlockComposite
 
-def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> CompactReport:
-    """Turn every block layer back into its dense one, in place.
+
+def expand(
+    model: nn.Module,
+    form: Literal["masked", "baked"] | None = None,
+    *,
+    include: Selector | None = None,
+    exclude: Selector = (),
+) -> CompactReport:
+    """Turn block layers back into their dense ones, in place; all of them, unless some are chosen.
 
     Args:
         model: any module.
         form: ``"masked"`` puts ``weight_orig`` and ``weight_mask`` back, so that training keeps the zeros;
             ``"baked"`` plain weights; ``None`` what each layer was before.
+        include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
+            layers. Layers inside one with several weights, as in attention, go with it.
+        exclude: the same, for layers that stay compact.
 
     Returns:
-        A `CompactReport` that lists the expanded layers as left.
+        A `CompactReport` that lists the expanded layers as skipped, with that reason, and those that stay compact.
 
     Raises:
-        ValueError: if no layer is compact, or for an unknown form.
+        TypeError: if a selector is neither patterns nor a predicate.
+        ValueError: if no chosen layer is compact, a pattern matches nothing, or for an unknown form.
 
     Example:
         >>> import torch, sao_prune
@@ -45,18 +58,20 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
         raise ValueError(f"form must be 'masked', 'baked' or None, got {form!r}")
     inner = parts_of_composites(model)
     kinds = (BlockModule, BlockComposite)
-    targets = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inner]
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inner]
+    targets = _chosen(found, include, exclude)
     if not targets:
-        raise ValueError("nothing to expand: no layer of the model is compact")
+        raise ValueError(f"nothing to expand: {'no chosen layer' if found else 'no layer of the model'} is compact")
     for name, module in targets:
         _check_plain(name, module)
-    blocks = [m for _, m in model.named_modules() if isinstance(m, BlockModule)]
+    blocks = [m for _, target in targets for m in target.modules() if isinstance(m, BlockModule)]
     warn_replaced([module._parameters.get("blocks") for module in blocks], "expand")
     settle_all(model)
     # All of them first: if one fails, for want of memory say, the model is as it was.
     forms = [dense_form(module, None if form is None else form == "masked") for _, module in targets]
     detach(model)
-    records: list[CompactRecord] = []
+    kept = [each for each in found if all(each[1] is not module for _, module in targets)]
+    records = [record for name, module in kept for record in _kept(name, module)]
     for (name, module), dense in zip(targets, forms):
         records += _expanded(name, module, dense)
         become(module, dense)
@@ -66,6 +81,28 @@ def expand(model: nn.Module, form: Literal["masked", "baked"] | None = None) -> 
                 watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
     to_contiguous(model.modules())
     return CompactReport(tuple(records), "expanded")
+
+
+def _chosen(found: list[tuple[str, Block]], include: Selector | None, exclude: Selector) -> list[tuple[str, Block]]:
+    """The block layers to expand; those below one with several weights go with it, because it reads theirs."""
+    names = [("blocks", "weight") if isinstance(m, BlockModule) else _weights(m) for _, m in found]
+    reasons = pick([(name, m, tensors) for (name, m), tensors in zip(found, names)], include, exclude)
+    taken = [each for each, reason in zip(found, reasons) if reason is None]
+    above = {id(inner) for _, m in taken if isinstance(m, BlockComposite) for inner in m.modules()}
+    return [each for each, reason in zip(found, reasons) if reason is None or id(each[1]) in above]
+
+
+def _weights(module: nn.Module) -> tuple[str, ...]:
+    return module.compact_weights if isinstance(module, BlockComposite) else ()
+
+
+def _kept(name: str, module: nn.Module) -> list[CompactRecord]:
+    """The records of a layer that stays compact."""
+    kind = type(module).__name__
+    if isinstance(module, BlockModule):
+        groups, execution = module.topology.groups, str(module.execution)
+        return [CompactRecord(name, kind, module.weight_shape, groups, execution)]
+    return [CompactRecord(f"{name}.{t}" if name else t, kind, (), None) for t in _weights(module)]
 
 
 def _expanded(name: str, module: nn.Module, dense: nn.Module) -> list[CompactRecord]:

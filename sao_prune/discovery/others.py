@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapters import adapter_reason
 from .endpoints import is_positional
-from .kinds import is_block_layer, parameter_of
+from .kinds import Packed, parameter_of
 from .weight import RAW, PrunableWeight
 
 _NORMS = re.compile(r"Norm|GRN|Affine")
@@ -29,6 +29,9 @@ def untouched(model: nn.Module, found: Sequence[PrunableWeight]) -> list[Prunabl
     Args:
         model: any module; block layers are taken as known.
         found: from `walk`, over the same model.
+
+    Returns:
+        The records, in the order of registration.
 
     Example:
         >>> from torch import nn
@@ -58,7 +61,7 @@ def _others(
         owner = owner.removesuffix(".") if parametrized else path
         source = parametrized.partition(".")[0] or re.sub("_[gv]$", "", tensor)
         sources = {(owner, source), (owner, source.removesuffix("_orig"))}
-        if is_block_layer(modules[owner]) or (source != tensor and sources & computed):
+        if isinstance(modules[owner], Packed) or (source != tensor and sources & computed):
             continue
         module = modules[owner]
         kind = RAW if type(module).__module__.startswith("torch.nn.modules.container") else type(module).__name__

@@ -1,17 +1,24 @@
-"""The makers of block topologies: Algorithm 1 of the thesis, and the interleaved one."""
+"""The generators of block topologies, found by name: Algorithm 1 of the thesis, the interleaved one, your own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..naming import nearest
 from .block import BlockTopology
 from .sizes import even_sizes, exact_sizes
 
-Maker = Callable[[Tensor, Tensor, "torch.Generator | None"], BlockTopology]
+#: From the sizes of the row sets and of the column sets, as many of one as of the other, and a source of randomness.
+TopologyGenerator = Callable[[Tensor, Tensor, "torch.Generator | None"], BlockTopology]
+#: From rows, columns, density, the place of the layer in its chain, and a source of randomness, to a plain mask.
+SupportGenerator = Callable[[int, int, float, int, "torch.Generator | None"], Tensor]
+F = TypeVar("F")
+#: The generators of masks that are not made of blocks, by name; `supports` fills it.
+SUPPORTS: dict[str, SupportGenerator] = {}
 
 
 def _contiguous(sizes: Tensor) -> Tensor:
@@ -43,7 +50,47 @@ def interleaved_sets(row_sizes: Tensor, col_sizes: Tensor, generator: torch.Gene
     return BlockTopology(_contiguous(row_sizes), _strided(col_sizes))
 
 
-MAKERS: dict[str, Maker] = {"ramanujan": ramanujan_sets, "interleaved": interleaved_sets}
+GENERATORS: dict[str, TopologyGenerator] = {"ramanujan": ramanujan_sets, "interleaved": interleaved_sets}
+
+
+def register(name: str) -> Callable[[TopologyGenerator], TopologyGenerator]:
+    """Decorator: make a generator of block topologies known by a name, for `SAO`, `RG` and `make_topology`.
+
+    The function is called as ``generate(row_sizes, col_sizes, generator)``: two 1-D tensors of set sizes, of one
+    length, and a `torch.Generator` (or ``None``). It returns a `BlockTopology` in which the sets have these sizes.
+
+    Args:
+        name: what users call it.
+
+    Returns:
+        The decorator, which gives the function back.
+
+    Raises:
+        ValueError: for a name that is taken or empty.
+
+    Example:
+        >>> @register("contiguous")
+        ... def contiguous(row_sizes, col_sizes, generator):
+        ...     sets = torch.arange(len(row_sizes))
+        ...     return BlockTopology(sets.repeat_interleave(row_sizes), sets.repeat_interleave(col_sizes))
+        >>> make_topology("contiguous", 4, 4, groups=2).mask().int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+        >>> _ = GENERATORS.pop("contiguous")
+    """
+    return put_into(GENERATORS, name, "topology")
+
+
+def put_into(table: dict[str, F], name: str, kind: str) -> Callable[[F], F]:
+    """Decorator: put a function into a table under a name that no topology and no support has."""
+    taken = {*GENERATORS, *SUPPORTS}
+    if not isinstance(name, str) or not name or name in taken:
+        raise ValueError(f"a {kind} needs a name of its own, got {name!r}; taken: {', '.join(sorted(taken))}")
+
+    def known(function: F) -> F:
+        table[name] = function
+        return function
+
+    return known
 
 
 def make_topology(
@@ -58,12 +105,15 @@ def make_topology(
     """A topology of a named kind with either a number of groups (even sets) or of edges (uneven sets).
 
     Args:
-        kind: ``"ramanujan"`` or ``"interleaved"``.
+        kind: ``"ramanujan"``, ``"interleaved"``, or a name given to `register`.
         rows: outputs ``m``.
         cols: inputs ``n``.
         groups: number of blocks, ``1 .. min(m, n)``; sets differ by at most one node.
         nnz: number of edges, ``max(m, n) .. m n``; met as closely as integers allow.
         generator: where random sets come from; without one, `torch.initial_seed` decides.
+
+    Returns:
+        The `BlockTopology`, of shape ``(rows, cols)``.
 
     Raises:
         ValueError: for an unknown kind, for both or neither of ``groups`` and ``nnz``, or one out of range.
@@ -72,10 +122,10 @@ def make_topology(
         >>> make_topology("interleaved", 4, 4, groups=2).mask().int().tolist()
         [[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 1, 0, 1]]
     """
-    if kind not in MAKERS:
-        near = get_close_matches(kind, MAKERS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown topology {kind!r}{hint}; known: {', '.join(sorted(MAKERS))}")
+    if kind not in GENERATORS:
+        raise ValueError(
+            f"unknown topology {kind!r}{nearest(kind, GENERATORS)}; known: {', '.join(sorted(GENERATORS))}"
+        )
     if (groups is None) == (nnz is None):
         raise ValueError(f"give exactly one of groups and nnz, got groups={groups}, nnz={nnz}")
     if groups is not None:
@@ -83,13 +133,25 @@ def make_topology(
     else:
         assert nnz is not None
         sizes = exact_sizes(rows, cols, nnz)
-    return MAKERS[kind](*sizes, generator)
+    return GENERATORS[kind](*sizes, generator)
 
 
 def ramanujan(rows: int, cols: int, groups: int, generator: torch.Generator | None = None) -> BlockTopology:
     """The thesis's Ramanujan construction (Algorithm 1), by one permutation; see `make_topology`.
 
     Its degree on the smaller side's nodes is ``max(rows, cols) / groups``.
+
+    Args:
+        rows: outputs ``m``.
+        cols: inputs ``n``.
+        groups: number of blocks, ``1 .. min(m, n)``.
+        generator: of the permutation; without one, `torch.initial_seed` decides.
+
+    Returns:
+        The `BlockTopology`, of shape ``(rows, cols)``.
+
+    Raises:
+        ValueError: if ``groups`` is out of range.
 
     Example:
         >>> import torch
@@ -105,6 +167,17 @@ def interleaved(rows: int, cols: int, groups: int) -> BlockTopology:
 
     Repeated layers reach every output from every input in the fewest possible layers, and the permutation is a
     reshape. See `make_topology`.
+
+    Args:
+        rows: outputs ``m``.
+        cols: inputs ``n``.
+        groups: number of blocks, ``1 .. min(m, n)``.
+
+    Returns:
+        The `BlockTopology`, of shape ``(rows, cols)``.
+
+    Raises:
+        ValueError: if ``groups`` is out of range.
 
     Example:
         >>> interleaved(4, 6, 2).col_set.tolist()

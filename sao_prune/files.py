@@ -1,0 +1,44 @@
+"""Files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file beside a file, which takes its place when all is written; if anything fails, nothing changes.
+
+    Args:
+        path: of the file, in a folder that exists.
+
+    Returns:
+        The path to write to.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     target = Path(folder, "a.txt")
+        ...     with replacing(target) as scratch:
+        ...         _ = scratch.write_text("whole")
+        ...     target.read_text(), len(os.listdir(folder))
+        ('whole', 1)
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -90,6 +90,18 @@ def check_support(name: str, values: Tensor, modules: Mapping[str, nn.Module]) -
 def check_fit(
     model: nn.Module, state: Mapping[str, Tensor], to_prune: list[str], masked: set[str], strict: bool
 ) -> None:
+    """Refuse a state with entries of other shapes than the model's or, if it is strict, with others than the model's.
+
+    Args:
+        model: as it is.
+        state: the checkpoint's entries.
+        to_prune: dense weights that the checkpoint has masks for.
+        masked: pruned weights that the checkpoint has no masks for.
+        strict: whether entries may be neither missing nor unexpected.
+
+    Raises:
+        CheckpointError: naming the first ten.
+    """
     own = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
     for name in to_prune:
@@ -118,6 +130,15 @@ def check_fit(
 
 
 def check_masks(state: Mapping[str, Tensor], names: set[str]) -> None:
+    """Refuse masks with other values than 0 and 1.
+
+    Args:
+        state: the checkpoint's entries.
+        names: the weights that have masks.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
     for name in sorted(names):
         mask = state[f"{name}_mask"]
         if not bool(((mask == 0) | (mask == 1)).all()):

@@ -48,6 +48,11 @@ def gap_against_sparsity(
     Args:
         gaps: ``gaps[definition][method][width]``, one number a sparsity.
         sparsities: in [0, 1).
+        title: heading of the figure.
+        theme: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The figure.
     """
     methods = list(next(iter(gaps.values())))
     figure, grid = _panels(len(gaps), len(methods), (3.5, 2.9), title, theme)
@@ -73,7 +78,16 @@ def gap_against_sparsity(
 def eigenvalue_spectra(
     spectra: Mapping[str, Tensor], title: str = "Eigenvalues of the adjacency matrix", theme: Theme = "light"
 ) -> Figure:
-    """Histograms of eigenvalues, a panel for each spectrum, counts on a logarithmic axis."""
+    """Histograms of eigenvalues, a panel for each spectrum, counts on a logarithmic axis.
+
+    Args:
+        spectra: eigenvalues, by name.
+        title: heading of the figure.
+        theme: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The figure.
+    """
     figure, grid = _panels(1, len(spectra), (3.1, 2.9), title, theme)
     for index, (axes, (name, values)) in enumerate(zip(grid[0], spectra.items())):
         numbers = values.double().numpy()
@@ -90,7 +104,16 @@ def eigenvalue_spectra(
 def reachability_matrices(
     matrices: Mapping[str, Mapping[str, Tensor]], title: str = "Reachability", theme: Theme = "light"
 ) -> Figure:
-    """Boolean matrices, a row for each method, a panel for each depth: which inputs (across) reach which outputs."""
+    """Boolean matrices, a row for each method, a panel for each depth: which inputs (across) reach which outputs.
+
+    Args:
+        matrices: boolean ``(outputs, inputs)`` matrices, by method and by depth.
+        title: heading of the figure.
+        theme: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The figure.
+    """
     rows, columns = len(matrices), len(next(iter(matrices.values())))
     figure, grid = _panels(rows, columns, (1.75, 1.95), title, theme)
     look = _LOOKS[theme]
@@ -112,7 +135,16 @@ def reachability_matrices(
 def singular_value_histograms(
     values: Mapping[str, Mapping[str, Tensor]], title: str = "Singular values of the Jacobian", theme: Theme = "light"
 ) -> Figure:
-    """Distributions of singular values: a panel for each outer key, a stepped histogram for each inner one."""
+    """Distributions of singular values: a panel for each outer key, a stepped histogram for each inner one.
+
+    Args:
+        values: singular values, by panel and by name.
+        title: heading of the figure.
+        theme: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The figure.
+    """
     figure, grid = _panels(1, len(values), (3.3, 3.0), title, theme)
     look = _LOOKS[theme]
     for axes, (name, by_method) in zip(grid[0], values.items()):
@@ -143,7 +175,16 @@ def singular_value_histograms(
 def accuracy_bars(
     accuracies: Mapping[str, Mapping[str, float]], title: str = "Accuracy on the test set", theme: Theme = "light"
 ) -> Figure:
-    """Accuracy (%) as bars: a cluster for each outer key, a bar for each inner one."""
+    """Accuracy (%) as bars: a cluster for each outer key, a bar for each inner one.
+
+    Args:
+        accuracies: in percent, by cluster and by name.
+        title: heading of the figure.
+        theme: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The figure.
+    """
     figure, grid = _panels(1, 1, (max(4.0, 0.55 * sum(map(len, accuracies.values())) + 2), 3.4), title, theme)
     axes, look = grid[0][0], _LOOKS[theme]
     names = list(dict.fromkeys(method for by_method in accuracies.values() for method in by_method))
@@ -167,7 +208,17 @@ def storage_against_density(
     title: str = "Numbers to store a sparse matrix",
     theme: Theme = "light",
 ) -> Figure:
-    """Numbers stored, as a share of the dense matrix's, against density; a line for each format."""
+    """Numbers stored, as a share of the dense matrix's, against density; a line for each format.
+
+    Args:
+        densities: shares of weights that stay, in [0, 1].
+        numbers: of values to store, by scheme.
+        title: heading of the figure.
+        theme: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The figure.
+    """
     figure, grid = _panels(1, 1, (5.2, 3.6), title, theme)
     axes = grid[0][0]
     for index, (name, values) in enumerate(numbers.items()):
@@ -180,7 +231,15 @@ def storage_against_density(
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG; returns the path."""
+    """Write a figure as PNG; returns the path.
+
+    Args:
+        figure: the figure.
+        path: of the file; its ending tells the format.
+
+    Returns:
+        What was written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..._torch import tree_leaves
 from ...discovery import call
 
 LENGTH, BATCH = 16, 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from ..._torch import tree_leaves
 from ...prune import MaskedWeight
 
 _READERS = frozenset(

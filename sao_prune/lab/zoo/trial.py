@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..._torch import tree_leaves
 from ...algorithms.saliency import floats_as
 from ...blocks import compact
 from ...checkpoint import load, save

@@ -60,7 +60,16 @@ def decode_sets(codes: Tensor) -> Tensor:
 
 @contextmanager
 def real_values() -> Iterator[None]:
-    """Compute with what tensors hold, whatever mode is on, and keep results that any mode can use."""
+    """Compute with what tensors hold, whatever mode is on, and keep results that any mode can use.
+
+    Returns:
+        A context; nothing to use.
+
+    Example:
+        >>> with torch.inference_mode(), real_values():
+        ...     torch.ones(1).is_inference()
+        False
+    """
     with without_modes(), torch.inference_mode(False):
         yield
 

@@ -94,6 +94,8 @@ class Held(nn.Module):
     """
 
     codes: Tensor
+    _own: Tensor
+    _seen: Tensor
 
     def __init__(
         self, layout: Layout, weight: Tensor, kind: OrthogonalMap, gain: float, mirrors: Sequence[Mirror | None]

@@ -64,7 +64,7 @@ class WeightView(Tensor):
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
         # Set by nn.Parameter(view): an ordinary one, which an optimizer may write to.
-        self.__class__ = nn.Parameter
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(_plain(self), memo)
@@ -72,7 +72,7 @@ class WeightView(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _plain(self).__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(_plain(self))
 
 

@@ -1,8 +1,6 @@
 """The page on methods, topologies and backends of one's own: every snippet runs, is complete and is short."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,22 +9,25 @@ from torch import Tensor, nn
 
 import sao_prune
 from sao_prune.algorithms import Draw, register
+from sao_prune.algorithms.base import _REGISTRY
 from sao_prune.blocks import Backend, BlockConv2d, BlockLinear, register_backend, unregister_backend
-from sao_prune.topology import interleaved, register_support
+from sao_prune.topology import GENERATORS, interleaved, register_support
 from sao_prune.topology import register as register_topology
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_snippets_are_complete_and_short() -> None:
+def test_snippets_are_complete_and_short(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(SNIPPETS) == 3
     assert max(len(snippet.splitlines()) for snippet in SNIPPETS) < 40
-    # In one process, as a notebook would run them; another, so that nothing stays registered in this one.
-    code = "\n".join(f"exec(compile({snippet!r}, 'extending.md', 'exec'), {{}})" for snippet in SNIPPETS)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "applied: top-rows" in ran.stdout
+    try:
+        for snippet in SNIPPETS:
+            exec(compile(snippet, "extending.md", "exec"), {})
+    finally:
+        _REGISTRY.pop("top-rows", None)
+        GENERATORS.pop("rotated", None)
+    assert "applied: top-rows" in capsys.readouterr().out
 
 
 def test_names_are_unique() -> None:

@@ -1,4 +1,4 @@
-"""hold: orthogonal blocks after many optimiser steps, and nothing else changed."""
+"""hold: orthogonal blocks after many optimizer steps, and nothing else changed."""
 
 import copy
 
@@ -21,11 +21,11 @@ def mlp(width=60, depth=3):
 
 
 def train(model, x):
-    optimiser = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
     for _ in range(STEPS):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def drift(weight, gain=1.0):

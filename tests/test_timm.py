@@ -74,7 +74,7 @@ def test_the_hook_is_three_lines_and_the_log_tells_what_it_did(caplog):
 
 
 @pytest.mark.parametrize("decay", [None, 0.75])
-def test_the_optimiser_decays_and_scales_as_before(decay):
+def test_the_optimizer_decays_and_scales_as_before(decay):
     dense, sparse = timm.create_model("test_vit", num_classes=10), created(model="test_vit")
     groups = []
     for net in (dense, sparse):

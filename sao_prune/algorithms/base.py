@@ -95,7 +95,7 @@ class Method:
 
     @property
     def origin(self) -> Values:
-        """Where values come from, as the report of `plan` has it; by default they are kept. Draws say it for themselves."""
+        """Where values come from, as the report of `plan` has it; by default they are kept."""
         return "kept"
 
     def bind(self, model: nn.Module, example_input: Any) -> Method:

@@ -136,12 +136,12 @@ def test_ks_test_sees_differences_and_forgives_rounding():
 def test_track_isometry_records_and_writes(tmp_path):
     model = mlp()
     tracker = analysis.track_isometry(model, torch.randn(1, 24), every=2)
-    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(5):
         tracker()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(torch.randn(4, 24)).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     assert [r.step for r in tracker.records] == [0, 2, 4]
     assert tracker.records[0].mean != tracker.records[-1].mean
     lines = tracker.to_csv(tmp_path / "track.csv").read_text().splitlines()

@@ -37,11 +37,11 @@ def test_merged_adapters_are_in_the_parameter_where_the_mask_is_one(kind, safe):
     model, x = Mlp(), torch.randn(4, 16)
     sao_prune.apply(model, groups=4, seed=0)
     wrapped = adapted(model, **KINDS[kind])
-    optimiser = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], 0.5)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], 0.5)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         wrapped(x).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     layer = wrapped.base_model.model.a
     effective = layer(torch.eye(16)).mT - layer.base_layer.bias[:, None]
     with pytest.warns(UserWarning, match=r"Linear\.weight is pruned: .* were dropped"):

@@ -18,13 +18,13 @@ def digits(count):
 
 def train(model, x, labels, steps):
     torch.manual_seed(0)
-    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     model.train()
     for _ in range(steps):
         batch = torch.randint(len(x), (64,))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(4 * model(x[batch]), labels[batch]).backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def test_no_certified_sample_breaks_under_attack():

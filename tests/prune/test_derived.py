@@ -346,10 +346,10 @@ def test_a_dense_write_says_what_of_it_was_dropped():
 def test_reading_writes_nothing(seed, passes):
     model = layers()
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for _ in range(passes):
         model(torch.randn(2, 16, generator=generator)).sum().backward()
-        optimiser.step()
+        optimizer.step()
         model[1].weight.data.norm()
         before = model[1].weight_orig.detach().clone()
         assert torch.equal(model[1].weight.data, before * model[1].weight_mask)
@@ -528,10 +528,10 @@ def test_frozen_zeros_survive_conversions_and_copies(swap, twin):
         model = twin(model.bfloat16())
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    optimiser = torch.optim.AdamW(model.parameters(), 0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     for _ in range(2):
         model(torch.randn(2, 16).bfloat16()).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     assert sao_prune.report(model).sparsity == 0.75
     sao_prune.compact(model)
     assert type(model[1]).__name__ == "BlockLinear"

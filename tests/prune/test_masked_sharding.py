@@ -38,13 +38,13 @@ def masked(block):
 
 def losses(model):
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
-    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     out = []
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(x).square().sum()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         out.append(loss.item())
     with torch.no_grad():
         return torch.tensor([*out, model(x).sum().item()])

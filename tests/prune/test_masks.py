@@ -26,14 +26,14 @@ def net():
 
 
 def test_two_backwards_and_steps_keep_zeros_zero(net):
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         net(image()).square().sum().backward()
         assert masks_hold(net)
         assert net.reader.qkv.weight_orig.grad is not None
         assert not bool(net.reader.qkv.weight_orig.grad[net.reader.qkv.weight_mask == 0].any())
-        optimiser.step()
+        optimizer.step()
     net(image()).sum().backward()
     net(image()).sum().backward()
     product = net.reader.qkv.weight_orig * net.reader.qkv.weight_mask
@@ -43,10 +43,10 @@ def test_two_backwards_and_steps_keep_zeros_zero(net):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_independent_and_equal(net, trained, twin):
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     if trained:
         net(image()).sum().backward()
-        optimiser.step()
+        optimizer.step()
     x = image()
     other = twin(net)
     assert torch.equal(other(x), net(x))
@@ -68,10 +68,10 @@ def test_state_dict_round_trip(net):
 def test_model_ema(net):
     utils = pytest.importorskip("timm.utils")
     ema = utils.ModelEmaV3(net, decay=0.5)
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         net(image()).sum().backward()
-        optimiser.step()
+        optimizer.step()
         ema.update(net)
     assert masks_hold(ema.module)
     assert ema.module(image()).isfinite().all()
@@ -128,11 +128,11 @@ def test_tied_weights_are_masked_under_every_name():
 @pytest.mark.parametrize("frozen", [False, True])
 def test_frozen_zeros_survive_training(net, frozen):
     sao_prune.remove(net, freeze_zeros=frozen)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         net(image()).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     still = sao_prune.report(net).sparsity == 0.75
     assert still is frozen
 
@@ -146,11 +146,11 @@ def _ddp_worker(rank, port, folder):
     sao_prune.apply(model, groups=4, method=SAO(variant=3))
     torch.save(model.conv.weight_mask, f"{folder}/before{rank}.pt")
     parallel = nn.parallel.DistributedDataParallel(model)
-    optimiser = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         parallel(image()).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     torch.save({k: v.clone() for k, v in model.state_dict().items()}, f"{folder}/after{rank}.pt")
     dist.destroy_process_group()
 
@@ -175,12 +175,12 @@ def test_masks_hold_however_a_weight_is_read(method, twin):
     sao_prune.apply(model, groups=4, seed=0, method=method)
     model = twin(model)
     x = torch.randn(8, 16)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(x).square().sum().backward()
         assert model.layers[1].weight_orig.grad is not None
-        optimiser.step()
+        optimizer.step()
         assert masks_hold(model)
     with torch.no_grad():
         trained = model(x)

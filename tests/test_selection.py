@@ -89,7 +89,8 @@ def test_layers_that_are_not_chosen_are_in_the_report() -> None:
     report = sao_prune.compact(model, exclude=["2"])
     assert {layer.name: layer.reason for layer in report.skipped}["2"] == "excluded"
     report = sao_prune.expand(model, include=["1"])
-    assert {layer.name: layer.compact for layer in report.layers} == {"1": False, "3": True}
+    assert [layer.name for layer in report.expanded] == ["1"]
+    assert [layer.name for layer in report.compact] == ["3"]
     model = masked()
     report = sao_prune.remove(model, include=["1"])
     assert [layer.name for layer in report.pruned] == ["1.weight"]
@@ -117,9 +118,12 @@ def test_attention_expands_with_what_it_reads() -> None:
     assert {layer.name for layer in report.compact} == {"self_attn.in_proj_weight", "linear1", "linear2"}
     assert torch.allclose(model(x), before, atol=1e-5)
     sao_prune.compact(model, example_input=x)
+    report = sao_prune.expand(model, include=["linear1"])
+    (projections,) = [layer for layer in report.compact if layer.name == "self_attn.in_proj_weight"]
+    assert (projections.shape, projections.groups) == ((48, 16), 6)
     sao_prune.expand(model, include=["self_attn"])
     assert type(model.self_attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
-    assert isinstance(model.linear1, sao_prune.blocks.BlockLinear)
+    assert isinstance(model.linear2, sao_prune.blocks.BlockLinear)
     assert torch.allclose(model(x), before, atol=1e-5)
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from ..tables import Column, Line, TableReport, plain, shape_text
 from .plan import Plan
 
+EXPANDED = "expanded"
+
 
 @dataclass(frozen=True)
 class CompactRecord:
@@ -69,14 +71,20 @@ class CompactReport(TableReport):
         return tuple(layer for layer in self.layers if layer.compact)
 
     @property
+    def expanded(self) -> tuple[CompactRecord, ...]:
+        """The records of the layers that `expand` has made dense again."""
+        return tuple(layer for layer in self.layers if layer.reason == EXPANDED)
+
+    @property
     def skipped(self) -> tuple[CompactRecord, ...]:
-        """The records of the layers that are not compact."""
-        return tuple(layer for layer in self.layers if not layer.compact)
+        """The records of the other layers that are not compact."""
+        return tuple(layer for layer in self.layers if layer.reason not in (None, EXPANDED))
 
     def summary(self) -> str:
         """One line of totals."""
         note = f"; {self.note}" if self.note else ""
-        return f"{len(self.compact)} layers compact, {len(self.skipped)} skipped{note}"
+        expanded = f", {len(self.expanded)} expanded" if self.expanded else ""
+        return f"{len(self.compact)} layers compact{expanded}, {len(self.skipped)} skipped{note}"
 
     def lines(self) -> list[Line]:
         """One line a layer."""
@@ -88,7 +96,7 @@ class CompactReport(TableReport):
                     shape_text(layer.shape),
                     str(layer.groups) if layer.groups else "-",
                     "-" if layer.ratio is None else f"{layer.ratio:.2f}x",
-                    layer.execution if layer.compact else f"skipped: {layer.reason}",
+                    _runs_as(layer),
                 ),
                 dim=not layer.compact,
             )
@@ -102,3 +110,9 @@ class CompactReport(TableReport):
     def totals(self) -> dict[str, Any]:
         """The note, and the plan as it is saved."""
         return {"note": self.note, "plan": None if self.plan is None else json.loads(self.plan.to_json())}
+
+
+def _runs_as(layer: CompactRecord) -> str:
+    if layer.compact:
+        return layer.execution
+    return EXPANDED if layer.reason == EXPANDED else f"skipped: {layer.reason}"

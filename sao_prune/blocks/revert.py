@@ -15,7 +15,7 @@ from .eligible import parts_of_composites
 from .epilogue import detach
 from .forms import dense_form, parameter_of
 from .modules import BlockComposite, BlockModule
-from .report import CompactRecord, CompactReport
+from .report import EXPANDED, CompactRecord, CompactReport
 from .swap import become
 
 Block: TypeAlias = BlockModule | BlockComposite
@@ -39,7 +39,7 @@ def expand(
         exclude: the same, for layers that stay compact.
 
     Returns:
-        A `CompactReport` that lists the expanded layers as skipped, with that reason, and those that stay compact.
+        A `CompactReport` with the expanded layers in its ``expanded``, and those that stay compact.
 
     Raises:
         TypeError: if a selector is neither patterns nor a predicate.
@@ -80,7 +80,7 @@ def expand(
             if name:
                 watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
     to_contiguous(model.modules())
-    return CompactReport(tuple(records), "expanded")
+    return CompactReport(tuple(records), EXPANDED)
 
 
 def _chosen(found: list[tuple[str, Block]], include: Selector | None, exclude: Selector) -> list[tuple[str, Block]]:
@@ -96,17 +96,22 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
     return module.compact_weights if isinstance(module, BlockComposite) else ()
 
 
-def _kept(name: str, module: nn.Module) -> list[CompactRecord]:
+def _kept(name: str, module: Block) -> list[CompactRecord]:
     """The records of a layer that stays compact."""
     kind = type(module).__name__
     if isinstance(module, BlockModule):
         groups, execution = module.topology.groups, str(module.execution)
         return [CompactRecord(name, kind, module.weight_shape, groups, execution)]
-    return [CompactRecord(f"{name}.{t}" if name else t, kind, (), None) for t in _weights(module)]
+    out = []
+    for tensor, record in module.compact_records.items():
+        layers = [m.layer for m in module.matrices() if m.tensor == tensor]
+        groups, path = sum(layer.topology.groups for layer in layers), f"{name}.{tensor}" if name else tensor
+        out.append(CompactRecord(path, kind, record.shape, groups, str(layers[0].execution)))
+    return out
 
 
 def _expanded(name: str, module: nn.Module, dense: nn.Module) -> list[CompactRecord]:
-    kind, reason = type(dense).__name__, "expanded"
+    kind, reason = type(dense).__name__, EXPANDED
     if isinstance(module, BlockModule):
         return [CompactRecord(name, kind, module.weight_shape, module.topology.groups, reason=reason)]
     assert isinstance(module, BlockComposite)

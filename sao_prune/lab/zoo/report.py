@@ -119,7 +119,10 @@ def write_markdown(zoo: Zoo, path: Path) -> None:
 def write_json(zoo: Zoo, path: Path) -> None:
     """Every record, with the versions."""
     content = {"command": zoo.command, "sparsity": zoo.sparsity, "seconds": zoo.seconds, "versions": versions()}
-    records = {"plans": [asdict(p) for p in zoo.plans], "runs": [asdict(r) for r in zoo.runs]}
+    records = {
+        name: [asdict(record) for record in found]
+        for name, found in (("plans", zoo.plans), ("runs", zoo.runs), ("left_out", zoo.left_out))
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, **records}, indent=1) + "\n", encoding="utf-8")
 

@@ -197,6 +197,7 @@ def test_the_command(tmp_path):
     content = json.loads(records.read_text())
     assert content["plans"][0]["architecture"]["name"] == content["runs"][0]["architecture"]["name"] == "test_resnet"
     assert content["runs"][0]["error"] is None
+    assert content["left_out"] == []
     text = page.read_text()
     assert "sao-prune zoo --filter 'test_resnet' --run --output" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text

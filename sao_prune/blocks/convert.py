@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .modules import BlockComposite, BlockModule
 from .plan import Choice, Plan, carry_out, plan_of
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, restore
-from .tuning import tuned
+from .tuning import of_first_rank, tuned
 
 _SMALL = 1e-30
 
@@ -191,7 +192,8 @@ def _chosen(
         return _convert(model, whole, candidates, complete(own))
 
     parts, sequences = parts_of(whole, calls, paths)
-    return complete(tuned(model, candidates, parts, sequences, calls, example_input, tune, convert))
+    how = partial(tuned, model, candidates, parts, sequences, calls, example_input, tune, convert)
+    return complete(of_first_rank(how))
 
 
 def _convert(

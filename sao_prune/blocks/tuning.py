@@ -24,6 +24,21 @@ from .tuning_cache import TuningCache
 Convert = Callable[[Plan], Callable[[], None]]
 
 
+def of_first_rank(make: Callable[[], Plan]) -> Plan:
+    """A plan; in a distributed run that of rank 0, so that all ranks are alike. Global generators are left alone."""
+    together = dist.is_available() and dist.is_initialized()
+    plan: Plan | None = None
+    if not together or dist.get_rank() == 0:
+        with torch.random.fork_rng(devices=[]):
+            plan = make()
+    if together:
+        told = [None if plan is None else plan.to_json()]
+        dist.broadcast_object_list(told, src=0)
+        plan = Plan.from_json(str(told[0]))
+    assert plan is not None
+    return plan
+
+
 def tuned(
     model: nn.Module,
     candidates: Sequence[Candidate],
@@ -34,7 +49,7 @@ def tuned(
     tune: Literal["train", "infer"],
     convert: Convert,
 ) -> Plan:
-    """The plan that runs a model fastest; in a distributed run that of rank 0, so that all ranks are alike.
+    """The plan that runs a model fastest.
 
     Args:
         model: as it was.
@@ -46,27 +61,6 @@ def tuned(
         tune: forward and backward, or forward alone.
         convert: makes the model compact by a plan and returns what undoes it.
     """
-    together = dist.is_available() and dist.is_initialized()
-    if not together or dist.get_rank() == 0:
-        with torch.random.fork_rng(devices=[]):
-            plan = _tuned(model, candidates, parts, sequences, calls, example_input, tune, convert)
-    if together:
-        told = [plan.to_json() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(told, src=0)
-        plan = Plan.from_json(str(told[0]))
-    return plan
-
-
-def _tuned(
-    model: nn.Module,
-    candidates: Sequence[Candidate],
-    parts: Sequence[Candidate],
-    sequences: Sequence[Recurrent],
-    calls: Calls,
-    example_input: Any,
-    tune: Literal["train", "infer"],
-    convert: Convert,
-) -> Plan:
     here = machine()
     cache = TuningCache(here)
     undo = convert(default_plan(candidates))

@@ -54,6 +54,19 @@ def test_results_and_gradients_are_those_of_the_masked_experts(family, implement
     assert compact(x[:0], index[:0], shares[:0]).shape == (0, 8)
 
 
+def test_experts_are_exported():
+    model = pruned(experts("mixtral"), 0, groups=2)
+    sao_prune.compact(model)
+    index = torch.tensor([[0, 1], [1, 3], [0, 3]])
+    inputs = torch.randn(3, 8, dtype=torch.float64), index, torch.rand(3, 2, dtype=torch.float64)
+    tokens = torch.export.Dim("tokens", min=2)
+    program = torch.export.export(model, inputs, dynamic_shapes={"inputs": tuple({0: tokens} for _ in inputs)})
+    again = tuple(torch.cat([t, t]) for t in inputs)
+    torch.testing.assert_close(program.module()(*again), model(*again))
+    mapped = torch.func.vmap(model)(*(torch.stack([t, t]) for t in inputs))
+    torch.testing.assert_close(mapped[1], model(*inputs))
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_states(family, tmp_path):
     model = pruned(experts(family), 1, "apart", groups=2)

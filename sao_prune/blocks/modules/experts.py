@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import is_plain
 from .composite import BlockComposite, child_name
 
 
@@ -37,6 +38,11 @@ class BlockExperts(BlockComposite):
         assert index is not None
         assert weights is not None
         tokens, chosen = index.shape
+        if is_plain(hidden_states):
+            # How many tokens an expert gets is not known: each computes all of them.
+            shares = ((weights * (index == e)).sum(-1, keepdim=True) for e in range(self.num_experts))
+            results = sum(share * self._expert(e, hidden_states) for e, share in enumerate(shares))
+            return results.to(hidden_states.dtype)  # type: ignore[union-attr]
         if not index.numel():
             return torch.zeros_like(hidden_states)
         # Sorted by expert, so that the tokens of each lie together.

@@ -157,7 +157,7 @@ def convert(args: argparse.Namespace, dense: nn.Module, data: Dataset, groups: i
         warnings.simplefilter("ignore", sao_prune.SparsityWarning)
         method = sao_prune.Project(inputs, args.topology, samples=args.samples)
         report = sao_prune.apply(student, groups=groups, method=method, seed=args.seed)
-    cost = multiply_adds(dense, data.image_shape)
+    cost = multiply_adds(dense, data.standardise(data.test_x[:1]))
     share = cost.after({layer.name: layer.achieved for layer in report.pruned}) / cost.total
     row = Row(f"project-g{groups}", *first(student, dense, data), share, report.remaining)
     fit(args, student, data, args.further_epochs, args.further_lr, dense)
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         dense, data = prepare(args)
-        cost = multiply_adds(dense, data.image_shape)
+        cost = multiply_adds(dense, data.standardise(data.test_x[:1]))
         accuracy, parameters = evaluate(dense, data)[0], sum(p.numel() for p in dense.parameters())
         models, rows = {"dense": dense}, {"dense": Row("dense", accuracy, 0.0, 1.0, parameters)}
         shares = []

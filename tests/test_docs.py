@@ -12,7 +12,7 @@ import sao_prune
 from .snippets import ROOT, extension, run
 
 PAGES = ("checkpoints", "methods", "selection")
-HEAVIER = ("isometry", "start")
+HEAVIER = ("deploy", "isometry", "start")
 TUTORIALS = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.md"))
 WRITTEN = sorted(
     path.relative_to(ROOT).as_posix()

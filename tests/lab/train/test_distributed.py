@@ -1,5 +1,6 @@
 """Two processes train as one does."""
 
+import copy
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from torch import nn
 
 import sao_prune
 from sao_prune.lab.data import Dataset
-from sao_prune.lab.train import History, TrainSpec, train
+from sao_prune.lab.train import DistillSpec, History, TrainSpec, train
 
 PROGRAM = """
 import shutil, sys
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from sao_prune.lab.train import checkpoint, train
 from sao_prune.lab.train.distributed import process_group, rank
-from tests.lab.train.test_distributed import task
+from tests.lab.train.test_distributed import company, task
 torch.set_num_threads(1)
 checkpoint.SECONDS_BETWEEN = 0
 folder, device = Path(sys.argv[1]), torch.device("cpu")
@@ -32,9 +33,10 @@ def keep_second(history):
         shutil.copy(folder / "whole.file", folder / "resumed.file")
 with process_group() as given:
     assert given == device
-    for name, on_epoch in (("whole", keep_second), ("resumed", None), ("bn", None)):
+    for name, on_epoch in (("whole", keep_second), ("resumed", None), ("bn", None), ("taught", None)):
         model, data, spec = task(name)
-        history = train(model, data, spec, 0.05, 0, on_epoch, folder / f"{name}.file", ("crop",))
+        file = folder / f"{name}.file"
+        history = train(model, data, spec, 0.05, 0, on_epoch, file, ("crop",), **company(name, model))
         torch.save([model.state_dict(), asdict(history)], folder / f"{name}{rank()}.pt")
 """
 
@@ -51,9 +53,21 @@ def task(kind: str) -> tuple[nn.Module, Dataset, TrainSpec]:
     layers: list[nn.Module] = [m for _ in range(3) for m in (nn.Linear(16, 16), nn.Tanh())]
     first: list[nn.Module] = [nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)] if kind == "bn" else []
     model = nn.Sequential(*first, nn.Flatten(), *layers, nn.Linear(16, 3))
-    sao_prune.apply(model, groups=4, seed=0)
+    if kind != "taught":
+        sao_prune.apply(model, groups=4, seed=0)
     options: dict[str, Any] = {"ema": 0.9, "isometry_every": 1, "cutmix": 0.5, "clip": 1.0, "weight_decay": 1e-3}
-    return model, data, TrainSpec(epochs=3, batch_size=8, execution="compact", **options)
+    distill = DistillSpec(0.5) if kind == "taught" else None
+    return model, data, TrainSpec(epochs=3, batch_size=8, execution="compact", distill=distill, **options)
+
+
+def company(kind: str, model: nn.Module) -> dict[str, Any]:
+    """What prunes the model while it trains, and what it learns from."""
+    if kind != "taught":
+        return {}
+    teacher = copy.deepcopy(model)
+    teacher[-1].weight.data.mul_(3)
+    over = sao_prune.Schedule(start=2, end=9, steps=4)
+    return {"teacher": teacher, "pruner": sao_prune.schedule(model, "lmp", 0.75, over=over, seed=0)}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +92,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]
     assert [process.returncode for process in processes] == [0, 0], errors
     return {
         name: [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
-        for name in ("whole", "resumed", "bn")
+        for name in ("whole", "resumed", "bn", "taught")
     }
 
 
@@ -94,12 +108,22 @@ def test_two_processes_train_to_the_weights_and_the_history_of_one(results: dict
     assert said["execution"] == history.execution == "compact: 2 of 4 layers"
 
 
-@pytest.mark.parametrize("name", ["whole", "resumed", "bn"])
+@pytest.mark.parametrize("name", ["whole", "resumed", "bn", "taught"])
 def test_every_process_has_the_same_weights_and_says_the_same(results: dict[str, list[Result]], name: str) -> None:
     (first, said), (second, also_said) = results[name]
     assert said == also_said
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert History.restored(said).epochs == 3
+
+
+def test_two_processes_prune_and_are_taught_as_one_is(results: dict[str, list[Result]]) -> None:
+    model, data, spec = task("taught")
+    history = train(model, data, spec, 0.05, 0, augment=("crop",), **company("taught", model))
+    weights, said = results["taught"][0]
+    for key, value in model.state_dict().items():
+        assert torch.allclose(weights[key], value, atol=1e-5), key
+    assert said["train_loss"] == pytest.approx(history.train_loss, rel=1e-4)
+    assert sao_prune.report(model).sparsity == 0.75
 
 
 def test_two_processes_resume_to_the_same_bits(results: dict[str, list[Result]]) -> None:

@@ -101,6 +101,7 @@ class Summary:
         done, trials: finished trials, and those that the whole recipe has.
         seconds, cpu_seconds: of all trainings together, those that chose learning rates included.
         environments: a line for each set of versions and hardware.
+        on_cpu: every training was done on processors, none on another device.
     """
 
     recipe: Recipe
@@ -111,6 +112,7 @@ class Summary:
     seconds: float
     cpu_seconds: float
     environments: tuple[str, ...]
+    on_cpu: bool
 
     @property
     def heading(self) -> str:
@@ -150,6 +152,7 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
         seconds=sum(record["result"].get("seconds", 0.0) for record in used),
         cpu_seconds=sum(record["result"].get("cpu_seconds", 0.0) for record in used),
         environments=tuple(sorted({_environment(record) for record in used})),
+        on_cpu=all(record["environment"]["device"].startswith("cpu") for record in used),
     )
 
 

@@ -39,7 +39,7 @@ _FULL = {
 
 
 def full_name(method: MethodSpec) -> str:
-    """What a method's short name stands for; that of one without an entry is its class's first sentence.
+    """What a method's short name stands for; one without an entry has its class's first sentence and preset options.
 
     Example:
         >>> full_name(MethodSpec("gmp-s"))
@@ -47,9 +47,10 @@ def full_name(method: MethodSpec) -> str:
         >>> full_name(MethodSpec("sao", {"gain": 1.1}))
         'Sparsity-aware orthogonal initialisation (gain 1.1)'
     """
-    options = ", ".join(f"{key} {value}" for key, value in method.options.items())
-    name = _FULL.get(method.name) or _sentence(method.name)
-    return f"{name} ({options})" if options else name
+    known, options = _FULL.get(method.name), dict(method.options)
+    if known is None:
+        known, options = _sentence(method.name), {**METHODS[method.name].preset, **options}
+    return f"{known} ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else known
 
 
 def full_names(rows: Iterable[Row]) -> dict[str, str]:

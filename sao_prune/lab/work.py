@@ -129,6 +129,7 @@ class Worker:
                 key=trial.key,
                 pruner=None if gradual is None else gradual.pruner,
                 teacher=teacher,
+                mover=cell.arm.method.build(setting.gain) if cell.arm.method.is_moving else None,
             )
         if gradual is not None:
             pruned = gradual.left()

@@ -44,3 +44,47 @@ def exchange_columns(tensor: Tensor, swaps: Tensor) -> Tensor:
     pairs = swaps.to(tensor.device)
     source[pairs[:, 0]], source[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
     return tensor.index_select(1, source)
+
+
+def column_sources(before: BlockTopology, after: BlockTopology) -> list[Tensor]:
+    """Where the columns of every block were, for a topology whose inputs alone have changed places.
+
+    Args:
+        before: a topology.
+        after: one with the same outputs in every set and as many inputs.
+
+    Returns:
+        One tensor ``(blocks, c)`` a bucket: the position in the same block, or -1 for a column that was in another.
+
+    Raises:
+        ValueError: if the outputs or the sizes of the sets differ.
+
+    Example:
+        >>> one = BlockTopology(torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1]))
+        >>> other = BlockTopology(torch.tensor([0, 1]), torch.tensor([1, 0, 0, 1]))
+        >>> [s.tolist() for s in column_sources(one, other)]
+        [[[1, -1], [-1, 1]]]
+    """
+    if not torch.equal(before.row_set, after.row_set) or not torch.equal(before.col_sizes, after.col_sizes):
+        raise ValueError("the topologies differ in more than the places of their inputs")
+    inputs = len(before.col_set)
+    place = torch.full((inputs,), -1, device="cpu")
+    for bucket in before.buckets:
+        place[bucket.cols] = torch.arange(bucket.cols.shape[1], device="cpu").expand_as(bucket.cols)
+    return [torch.where(before.col_set[b.cols] == b.sets[:, None], place[b.cols], -1) for b in after.buckets]
+
+
+def gather_columns(blocks: Tensor, source: Tensor) -> Tensor:
+    """Columns of blocks in other places; zeros where a column has no source.
+
+    Args:
+        blocks: ``(blocks, r, c, *kernel)``.
+        source: ``(blocks, c)``, from `column_sources`.
+
+    Example:
+        >>> gather_columns(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1, -1]])).tolist()
+        [[[2.0, 0.0]]]
+    """
+    shape = (len(source), 1, source.shape[1], *(1,) * (blocks.dim() - 3))
+    index = source.clamp(min=0).view(shape).expand_as(blocks)
+    return blocks.gather(2, index) * (source >= 0).view(shape).to(blocks.dtype)

@@ -79,6 +79,8 @@ class TrainSpec:
         amp: ``bf16`` runs the network under `torch.autocast`; the weights stay in float32.
         execution: ``masked``; ``compact``, wherever the masks are made of blocks; or ``auto``, compact where that is
             faster as well.
+        move_every: optimizer steps between moves of methods that move (`sao_prune.Moves`).
+        move_until: the share of the training after which nothing moves any more.
         further_epochs: epochs after pruning of methods that prune a trained network; as many as ``epochs`` if left out.
         distill: what these learn from that network, beside the labels.
         isometry_every: record layer isometry after every so many epochs, and at the start; 0 for never.
@@ -104,6 +106,8 @@ class TrainSpec:
     channels_last: bool = False
     compile: bool = False
     execution: str = rule("auto", choices=("masked", "compact", "auto"))
+    move_every: int = rule(100, least=1)
+    move_until: float = rule(0.75, above=0, most=1)
     isometry_every: int = rule(0, least=0)
     further_epochs: int | None = rule(None, least=1)
     distill: DistillSpec | None = None

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .algorithms import Draw
-from .blocks.layout import encode_sets
 from .blocks.modules import BlockModule
 from .blocks.modules.base import stack_blocks
 from .discovery import PrunableWeight
 from .prune import refresh
 from .prune.listening import Listener, listen, stop_listening
-from .topology import BlockTopology
+from .topology import BlockTopology, encode_sets
 from .weights import Blocks
 from .weights.rewire import column_sources, gather_columns
 

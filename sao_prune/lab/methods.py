@@ -126,6 +126,14 @@ class MethodSpec:
         return METHODS[self.name].trained
 
     @property
+    def draws_values(self) -> bool:
+        """Its initial values have the scale of its density already, or are trained ones."""
+        method = METHODS[self.name]
+        fresh = self.build(1.0) if method.pruner in ("RG",) else None
+        own = method.pruner in ("SAO", "EOI", "Rewire") or (fresh is not None and fresh.values != "keep")
+        return own or method.trained or method.pruner is None
+
+    @property
     def is_moving(self) -> bool:
         """Entries move while it trains."""
         method = None if METHODS[self.name].pruner is None else self.build(1.0)

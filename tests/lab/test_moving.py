@@ -37,7 +37,7 @@ def test_entries_move_at_one_budget(name: str, micro: Micro, tmp_path: Path, mon
         ("depth: 2", "depth: 2, width: 32"),
     )
     arm = next(load_recipe(path).arms())
-    check_method(initial_network("sao_mlp", arm.options, 10, (1, 32, 32)), arm)
+    check_method(initial_network("sao_mlp", arm.options, 10, {"in_chans": 1, "img_size": 32}), arm)
     (cell, _) = final_cells(arm, {})
     trained = {}
     monkeypatch.setattr(
@@ -62,7 +62,7 @@ def test_what_cannot_move_is_refused(train_options: str, message: str, micro: Mi
     path = micro((METHODS, "[rigl]"), ("batch_size: 256", f"batch_size: 256, {train_options}"))
     arm = next(load_recipe(path).arms())
     with pytest.raises(LabError, match=message):
-        check_method(initial_network("sao_mlp", arm.options, 10, (1, 32, 32)), arm)
+        check_method(initial_network("sao_mlp", arm.options, 10, {"in_chans": 1, "img_size": 32}), arm)
 
 
 def test_a_training_too_short_to_move_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ def train(
     pruner: Pruner | None = None,
     teacher: nn.Module | None = None,
     mover: Method | None = None,
+    base: Mapping[str, float] | None = None,
 ) -> History:
     """Train ``model`` in place on the device that it and ``data`` are on.
 
@@ -72,6 +73,7 @@ def train(
         pruner: of ``model``, to be stepped after every optimizer step; the model is then trained masked.
         teacher: what ``model`` learns from as ``spec.distill`` says; stays as it is.
         mover: a method that moves the masks that the model has, as ``spec.move_every`` and ``spec.move_until`` say.
+        base: fan-ins of the dense network (`sao_prune.lab.width.fan_ins`), where rates follow width and density.
 
     Returns:
         What happened; the same on every process.
@@ -96,7 +98,7 @@ def train(
         trainer = _Trainer(model, data, spec, seed, augment, distiller)
         if mover is not None:
             pruner = _moving(model, mover, spec, len(data.train_y), seed)
-        optimizer = make_optimizer(model, spec, lr)
+        optimizer = _optimizer(model, spec, lr, base)
         scheduler = make_scheduler(optimizer, spec, lr)
         average = ModelEmaV3(model, spec.ema, use_warmup=True) if spec.ema else None
         state = TrainingState(model, optimizer, average, History(execution=execution), pruner)
@@ -209,6 +211,13 @@ class _Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         optimizer.step()
         return loss.detach()
+
+
+def _optimizer(model: nn.Module, spec: TrainSpec, lr: float, base: Mapping[str, float] | None) -> torch.optim.Optimizer:
+    try:
+        return make_optimizer(model, spec, lr, base)
+    except ValueError as error:
+        raise LabError(f"scaling {spec.scaling}: {error}; execution: masked keeps the names of all weights") from error
 
 
 def _moving(model: nn.Module, mover: Method, spec: TrainSpec, images: int, seed: int) -> Pruner:

@@ -82,10 +82,10 @@ def present(model: nn.Module, method: Method, options: PlanOptions) -> Items:
             items.append(replace(weight, reason=weight.reason or "it has no mask"))
     items += [_compact(path, module, method) for path, module in modules.items() if is_block_layer(module)]
     found = [item.weight if isinstance(item, Allocation) else item for item in items]
-    chosen = {}
-    for option in ("include", "exclude"):
-        selector = options.get(option)
-        check_patterns(option, selector, found)  # type: ignore[arg-type]
+    chosen: dict[str, list[str] | None] = {}
+    selectors: dict[str, Selector | None] = {key: options.get(key) for key in ("include", "exclude")}  # type: ignore[misc]
+    for option, selector in selectors.items():
+        check_patterns(option, selector, found)
         chosen[option] = None if selector is None else [w.name for w in found if _fits(selector, w, modules[w.module])]
     items = [_chosen(item, chosen["include"], chosen["exclude"] or []) for item in items]
     for item in items:

@@ -15,7 +15,7 @@ from .prune import refresh
 from .prune.listening import Listener, listen, stop_listening
 from .topology import BlockTopology, encode_sets
 from .weights import Blocks
-from .weights.rewire import column_sources, gather_columns
+from .weights.rewire import column_sources, move_columns_
 
 
 class Site:
@@ -197,7 +197,7 @@ class CompactSite(Site):
 
 
 def move_inputs(layer: BlockModule, before: BlockTopology, after: BlockTopology, states: list[Tensor]) -> None:
-    """Give a compact layer's inputs other places, in place: what came to a block starts at zero.
+    """Give a compact layer's inputs other places, in place: what came to a block starts at zero, without a gradient.
 
     Args:
         layer: with the topology ``before``.
@@ -206,17 +206,16 @@ def move_inputs(layer: BlockModule, before: BlockTopology, after: BlockTopology,
         states: tensors of the shape of the blocks, an optimizer's state, that move along.
     """
     sources = [s.to(layer.blocks.device) for s in column_sources(before, after)]
-    tensors = [layer.blocks.data, *states, *([layer.blocks.grad] if layer.blocks.grad is not None else [])]
-    moved = []
-    for tensor in tensors:
-        rest, parts = tensor.reshape(-1, *tensor.shape[3:] if len(before.buckets) == 1 else tensor.shape[2:]), []
+    layer.blocks.grad = None
+    for tensor in (layer.blocks.data, *states):
+        whole = tensor.contiguous()
+        rest = whole.view(-1, *tensor.shape[3:] if len(before.buckets) == 1 else tensor.shape[2:])
         for bucket, source in zip(before.buckets, sources):
             groups, rows, cols = bucket.shape
-            own, rest = rest.split([groups * rows * cols, len(rest) - groups * rows * cols])
-            parts.append(gather_columns(own.view(groups, rows, cols, *own.shape[1:]), source))
-        moved.append(stack_blocks(after, parts).view(tensor.shape))
-    for tensor, values in zip(tensors, moved):
-        tensor.copy_(values)
+            own, rest = rest[: groups * rows * cols], rest[groups * rows * cols :]
+            move_columns_(own.view(groups, rows, cols, *own.shape[1:]), source)
+        if whole is not tensor:
+            tensor.copy_(whole)
     layer.row_set.copy_(encode_sets(after.row_set))
     layer.col_set.copy_(encode_sets(after.col_set))
 

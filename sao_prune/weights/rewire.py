@@ -74,17 +74,21 @@ def column_sources(before: BlockTopology, after: BlockTopology) -> list[Tensor]:
     return [torch.where(before.col_set[b.cols] == b.sets[:, None], place[b.cols], -1) for b in after.buckets]
 
 
-def gather_columns(blocks: Tensor, source: Tensor) -> Tensor:
-    """Columns of blocks in other places; zeros where a column has no source.
+@torch.no_grad()
+def move_columns_(blocks: Tensor, source: Tensor) -> None:
+    """Give the columns of blocks other places, in place; zeros where a column has no source.
 
     Args:
         blocks: ``(blocks, r, c, *kernel)``.
         source: ``(blocks, c)``, from `column_sources`.
 
     Example:
-        >>> gather_columns(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1, -1]])).tolist()
+        >>> blocks = torch.tensor([[[1.0, 2.0]]])
+        >>> move_columns_(blocks, torch.tensor([[1, -1]]))
+        >>> blocks.tolist()
         [[[2.0, 0.0]]]
     """
-    shape = (len(source), 1, source.shape[1], *(1,) * (blocks.dim() - 3))
-    index = source.clamp(min=0).view(shape).expand_as(blocks)
-    return blocks.gather(2, index) * (source >= 0).view(shape).to(blocks.dtype)
+    # Block by block: a gather of all together takes an index as large as the values.
+    for block, place in zip(blocks, source):
+        values = block.index_select(1, place.clamp(min=0))
+        block.copy_(values.index_fill_(1, (place < 0).nonzero().flatten(), 0))

@@ -256,7 +256,7 @@ class Pruner:
             with written(self._model, settlement.values):
                 for site, draw, prepared in zip(self._sites, draws, new):
                     site.write(draw, prepared, optimizer)
-        self._kept = self._counted()
+        self._kept = {draw.weight.name: draw.nnz if self._method.fine else draw.edges for draw in draws}
         self.report = self._reported(stage.allocations, draws, settlement.notes)
         return self.report
 

@@ -9,13 +9,13 @@ from torch import nn
 
 import sao_prune
 from sao_prune import Rewire
-from sao_prune.lab.cells import final_cells
 from sao_prune.lab.data import load_dataset
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.methods import check_method
 from sao_prune.lab.network import initial_network
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.train import TrainSpec, train
+from sao_prune.lab.trials import final_trials
 from sao_prune.lab.work import Worker, Workplace
 
 Micro = Callable[..., Path]
@@ -36,16 +36,16 @@ def test_entries_move_at_one_budget(name: str, micro: Micro, tmp_path: Path, mon
         ("data: digits", "data: {name: digits, subset: 128, test_subset: 32}"),
         ("depth: 2", "depth: 2, width: 32"),
     )
-    arm = next(load_recipe(path).arms())
-    check_method(initial_network("sao_mlp", arm.options, 10, {"in_chans": 1, "img_size": 32}), arm)
-    (cell, _) = final_cells(arm, {})
+    configuration = next(load_recipe(path).configurations())
+    check_method(initial_network("sao_mlp", configuration.options, 10, {"in_chans": 1, "img_size": 32}), configuration)
+    (trial, _) = final_trials(configuration, {})
     trained = {}
     monkeypatch.setattr(
         "sao_prune.lab.work.train", lambda model, *a, **k: trained.update(net=model) or train(model, *a, **k)
     )
     worker = Worker(Workplace(tmp_path))
-    start, pruned = worker.network(cell)
-    result = worker.work(cell)["result"]
+    start, pruned = worker.network(trial)
+    result = worker.work(trial)["result"]
     assert result["status"] == "ok"
     assert result["execution"].startswith("compact" if "rewire" in name else "masked")
     before, after = masks(start), masks(trained["net"])
@@ -60,9 +60,11 @@ def test_entries_move_at_one_budget(name: str, micro: Micro, tmp_path: Path, mon
 )
 def test_what_cannot_move_is_refused(train_options: str, message: str, micro: Micro) -> None:
     path = micro((METHODS, "[rigl]"), ("batch_size: 256", f"batch_size: 256, {train_options}"))
-    arm = next(load_recipe(path).arms())
+    configuration = next(load_recipe(path).configurations())
     with pytest.raises(LabError, match=message):
-        check_method(initial_network("sao_mlp", arm.options, 10, {"in_chans": 1, "img_size": 32}), arm)
+        check_method(
+            initial_network("sao_mlp", configuration.options, 10, {"in_chans": 1, "img_size": 32}), configuration
+        )
 
 
 def test_a_training_too_short_to_move_is_refused() -> None:

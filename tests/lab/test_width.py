@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import sao_prune
-from sao_prune.lab.cells import final_cells
 from sao_prune.lab.errors import LabError, RecipeError
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.train import TrainSpec
-from sao_prune.lab.train.optimise import make_optimizer, make_scheduler
+from sao_prune.lab.train.optimizer import make_optimizer, make_scheduler
+from sao_prune.lab.trials import final_trials
 from sao_prune.lab.width import fan_ins, groups_of, rate_factors, scale_to_density, widened
 from sao_prune.lab.work import Worker, Workplace
 
@@ -29,23 +29,27 @@ def test_products_of_two_widths_cost_what_they_did(groups: int) -> None:
     assert wide**2 / groups == pytest.approx(128**2, rel=0.05)
 
 
-def test_arms_are_as_wide_as_their_amount_says(micro: Micro, tmp_path: Path) -> None:
-    arms = list(load_recipe(micro((METHODS, "[dense, sao]"), ("groups: 4", "groups: [4, 16]"), WIDE)).arms())
-    assert [arm.network_options["width"] for arm in arms] == [64, 128, 256]
-    assert [groups_of(arm.prune) for arm in arms] == [1, 4, 16]
+def test_networks_are_as_wide_as_their_amount_says(micro: Micro, tmp_path: Path) -> None:
+    configurations = list(
+        load_recipe(micro((METHODS, "[dense, sao]"), ("groups: 4", "groups: [4, 16]"), WIDE)).configurations()
+    )
+    assert [configuration.network_options["width"] for configuration in configurations] == [64, 128, 256]
+    assert [groups_of(configuration.prune) for configuration in configurations] == [1, 4, 16]
     worker = Worker(Workplace(tmp_path))
-    costs = [worker.network(final_cells(arm, _rate(arm))[0])[1] for arm in arms]
+    costs = [
+        worker.network(final_trials(configuration, _rate(configuration))[0])[1] for configuration in configurations
+    ]
     assert {cost.dense_flops for cost in costs} == {costs[0].flops}
     # All layers but the last, which stays dense, cost what they did; the first has a fixed input, so it costs less.
     assert all(cost.flops < 1.1 * costs[0].flops for cost in costs[1:])
-    assert len({final_cells(arm, _rate(arm))[0].key for arm in arms}) == 3
+    assert len({final_trials(configuration, _rate(configuration))[0].key for configuration in configurations}) == 3
 
 
-def _rate(arm) -> dict:
-    from sao_prune.lab.cells import selection_cells
+def _rate(configuration) -> dict:
+    from sao_prune.lab.trials import selection_trials
 
-    cells = [cell for group in selection_cells(arm, {}).values() for cell in group]
-    return {cell.key: {"result": {"status": "ok", "accuracy": 0.5, "loss": 1.0}} for cell in cells}
+    trials = [trial for group in selection_trials(configuration, {}).values() for trial in group]
+    return {trial.key: {"result": {"status": "ok", "accuracy": 0.5, "loss": 1.0}} for trial in trials}
 
 
 @pytest.mark.parametrize(
@@ -118,8 +122,8 @@ def test_drawn_for_dense_is_scaled_to_the_density(name: str, scaled: bool, micro
     )
     weights = []
     for recipe in (path, plain):
-        (cell, _) = final_cells(next(load_recipe(recipe).arms()), {})
-        weights.append(Worker(Workplace(tmp_path)).network(cell)[0].layers[2].fc.weight.detach())
+        (trial, _) = final_trials(next(load_recipe(recipe).configurations()), {})
+        weights.append(Worker(Workplace(tmp_path)).network(trial)[0].layers[2].fc.weight.detach())
     assert torch.allclose(weights[0], (2.0 if scaled else 1.0) * weights[1])
 
 

@@ -20,7 +20,8 @@ from sao_prune.lab.work import Worker, Workplace
 
 Micro = Callable[..., Path]
 METHODS = "[dense, sao, rg-s, gmp-s]"
-NAMES = ["rewire", "rewire-random", "set", "set-kernel", "rigl", "rigl-kernel", "rigl-block"]
+MORE = ["rewire-random", "set", "rigl-kernel", "rigl-block"]
+NAMES = ["rewire", "set-kernel", "rigl", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 
 
 def masks(model: nn.Module) -> list[torch.Tensor]:

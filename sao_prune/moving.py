@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,7 @@ from torch import nn
 from .algorithms import Method
 from .allocation import Allocation, Amount
 from .blocks.modules import BlockModule
-from .discovery import (
-    ALREADY_PRUNED,
-    PrunableWeight,
-    Selection,
-    Selector,
-    check_patterns,
-    is_block_layer,
-    matches,
-    walk,
-)
+from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, pick, walk
 from .held import held_tensors
 from .model import apply
 from .options import PlanOptions
@@ -80,14 +72,8 @@ def present(model: nn.Module, method: Method, options: PlanOptions) -> Items:
             items.append(_masked(weight, modules[weight.module], method))
         else:
             items.append(replace(weight, reason=weight.reason or "it has no mask"))
-    items += [_compact(path, module, method) for path, module in modules.items() if is_block_layer(module)]
-    found = [item.weight if isinstance(item, Allocation) else item for item in items]
-    chosen: dict[str, list[str] | None] = {}
-    selectors: dict[str, Selector | None] = {key: options.get(key) for key in ("include", "exclude")}  # type: ignore[misc]
-    for option, selector in selectors.items():
-        check_patterns(option, selector, found)
-        chosen[option] = None if selector is None else [w.name for w in found if _fits(selector, w, modules[w.module])]
-    items = [_chosen(item, chosen["include"], chosen["exclude"] or []) for item in items]
+    items += [_compact(path, module, method) for path, module in modules.items() if isinstance(module, BlockModule)]
+    items = _picked(items, modules, options.get("include"), options.get("exclude", ()))
     for item in items:
         if isinstance(item, Allocation) and held_tensors(modules[item.weight.module]):
             raise ValueError(
@@ -120,21 +106,21 @@ def _compact(path: str, module: Any, method: Method) -> Allocation | PrunableWei
     return Allocation(weight, 1 - module.topology.sparsity, module.topology.groups)
 
 
-def _fits(selector: Selector, weight: PrunableWeight, module: nn.Module) -> bool:
-    if callable(selector):
-        return bool(selector(weight.module, module))
-    return any(matches(pattern, weight) for pattern in selector)
-
-
-def _chosen(
-    item: Allocation | PrunableWeight, include: list[str] | None, exclude: list[str]
-) -> Allocation | PrunableWeight:
-    if isinstance(item, Allocation):
-        if item.weight.name in exclude:
-            return replace(item.weight, reason="excluded")
-        if include is not None and item.weight.name not in include:
-            return replace(item.weight, reason="not included")
-    return item
+def _picked(items: Items, modules: Mapping[str, nn.Module], include: Selector | None, exclude: Selector) -> Items:
+    """The items that the selectors take; a tied weight is taken under any of its names."""
+    names = []
+    for index, item in enumerate(items):
+        weight = item.weight if isinstance(item, Allocation) else item
+        names += [(index, path, tensor) for path, tensor in ((weight.module, weight.tensor), *weight.aliases)]
+    reasons = pick([(path, modules[path], [tensor]) for _, path, tensor in names], include, exclude)
+    skipped = {index: reason for (index, _, _), reason in zip(names, reasons) if reason is not None}
+    for (index, _, _), reason in zip(names, reasons):
+        if reason is None:
+            skipped.pop(index, None)
+    return [
+        replace(item.weight, reason=skipped[index]) if isinstance(item, Allocation) and index in skipped else item
+        for index, item in enumerate(items)
+    ]
 
 
 def _is_one_of(item: Allocation | PrunableWeight, names: set[str]) -> bool:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .discovery import ALREADY_PRUNED, Selection, is_block_layer, walk
+from .blocks.modules import BlockModule
+from .discovery import ALREADY_PRUNED, Selection, walk
 from .sites import mask_units
 from .topology import BlockTopology, NotBlockStructuredError
 
@@ -57,8 +58,8 @@ def permutations(model: nn.Module) -> dict[str, tuple[BlockOrder, ...]]:
                 continue
             tables[weight.name] = tuple(_order(part) for part in parts)
     for path, module in model.named_modules():
-        if is_block_layer(module):
-            tables[f"{path}.weight" if path else "weight"] = (_order(module.topology),)  # type: ignore[arg-type]
+        if isinstance(module, BlockModule):
+            tables[f"{path}.weight" if path else "weight"] = (_order(module.topology),)
     return tables
 
 

@@ -12,7 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import prune
-    from .algorithms import EOI, GMP, LMP, LRP, NM, RG, SAO, SNIP, GraSP, Method, Project, SynFlow, methods
+    from .algorithms import (
+        EOI,
+        GMP,
+        LMP,
+        LRP,
+        NM,
+        RG,
+        SAO,
+        SET,
+        SNIP,
+        GraSP,
+        Method,
+        Project,
+        Rewire,
+        RigL,
+        SynFlow,
+        methods,
+    )
     from .allocation import Budget
     from .blocks import compact, expand
     from .checkpoint import load, save
@@ -21,10 +38,11 @@ if TYPE_CHECKING:
     from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
     from .orthogonality import hold, release
+    from .permutations import BlockOrder, permutations
     from .pruner import Pruner, schedule
     from .replaced import StaleOptimizerWarning
     from .reporting import LayerRecord, Report, SparsityWarning
-    from .scheduling import Schedule
+    from .scheduling import Moves, Schedule
     from .state_file import CheckpointError
     from .topology import BlockTopology, NotBlockStructuredError
 
@@ -38,7 +56,9 @@ __all__ = [
     "NM",
     "RG",
     "SAO",
+    "SET",
     "SNIP",
+    "BlockOrder",
     "BlockTopology",
     "Budget",
     "CheckpointError",
@@ -48,11 +68,14 @@ __all__ = [
     "GraSP",
     "LayerRecord",
     "Method",
+    "Moves",
     "NotBlockStructuredError",
     "Project",
     "PrunableWeight",
     "Pruner",
     "Report",
+    "Rewire",
+    "RigL",
     "Schedule",
     "Selection",
     "SparsityWarning",
@@ -65,6 +88,7 @@ __all__ = [
     "hold",
     "load",
     "methods",
+    "permutations",
     "plan",
     "prune",
     "release",
@@ -81,7 +105,7 @@ _ROOMS = ("algorithms", "allocation", "analysis", "blocks", "discovery", "models
 _HOMES = {
     name: home
     for home, names in {
-        "algorithms": "EOI GMP LMP LRP NM RG SAO SNIP GraSP Method Project SynFlow methods",
+        "algorithms": "EOI GMP LMP LRP NM RG SAO SET SNIP GraSP Method Project Rewire RigL SynFlow methods",
         "allocation": "Budget",
         "blocks": "compact expand",
         "checkpoint": "load save",
@@ -90,10 +114,11 @@ _HOMES = {
         "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",
+        "permutations": "BlockOrder permutations",
         "pruner": "Pruner schedule",
         "replaced": "StaleOptimizerWarning",
         "reporting": "LayerRecord Report SparsityWarning",
-        "scheduling": "Schedule",
+        "scheduling": "Moves Schedule",
         "state_file": "CheckpointError",
         "topology": "BlockTopology NotBlockStructuredError",
     }.items()

@@ -8,17 +8,20 @@ from math import log
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .algorithms import Draw, Method, Stage, resolve
 from .allocation import Allocation, Amount
-from .discovery import PrunableWeight, initialise_
+from .discovery import initialise_
+from .moving import begin
 from .options import PlanOptions, allocate_model, asked
-from .prune import MaskPruning, Snapshot, attach_all, refresh, settle_all, written
+from .prune import MaskPruning, Snapshot, attach_all, settle_all, written
 from .reporting import LayerRecord, Report, done, skipped
-from .scheduling import Schedule
+from .scheduling import Moves, Schedule
 from .seeds import Seed, base_seed, from_rank_zero
+from .sites import MaskedSite, site_of
 from .topology import chain
 
 
@@ -27,29 +30,35 @@ def schedule(
     method: str | Method = "gmp",
     sparsity: Amount | None = None,
     *,
-    over: Schedule,
+    over: Schedule | Moves,
     seed: Seed = None,
     **options: Unpack[PlanOptions],
 ) -> Pruner:
     """Prune a model while it trains, in place: masks now, all ones, and a `Pruner` that shrinks them step by step.
+
+    With a method that moves its topology, `Rewire`, `RigL` or `SET`, and `Moves` in place of a `Schedule`, the number
+    of entries stays: an amount draws masks now, as `apply` does; without one those that the model has begin to move,
+    `Rewire`'s in compact layers as well.
 
     Parameters stay the same objects, so the optimizer may be made before or after.
 
     Args:
         model: any module.
         method: a method that ranks at any time: ``"gmp"``, ``"lmp"``, ``"lrp"`` (whole kernels of convolutions),
-            ``"rg"`` with its values kept, or a `Project`; the last two split their sets on the way, 1 -> 2 -> 4 ..
-        sparsity: as for `apply`, what is reached at the end.
+            ``"rg"`` with its values kept, or a `Project`; the last two split their sets on the way, 1 -> 2 -> 4 ..; or
+            one that moves.
+        sparsity: as for `apply`, what is reached at the end; for a method that moves, from the start.
         over: when and how fast.
         seed: where the draws come from, as for `apply`.
-        **options: as for `plan`.
+        **options: as for `plan`; ``include`` and ``exclude`` alone where masks that are there begin to move.
 
     Returns:
         A `Pruner`, whose ``step`` is called after every optimizer step.
 
     Raises:
-        TypeError: if the model is no module, an option has the wrong type, or the method does not prune over time.
-        ValueError: as for `apply`; the model is then as it was.
+        TypeError: if the model is no module, an option has the wrong type, the method does not prune over time, or
+            its kind is not that of ``over``.
+        ValueError: as for `apply`, or if nothing is there that could move; the model is then as it was.
 
     Example:
         >>> import torch, sao_prune
@@ -67,8 +76,15 @@ def schedule(
         0.75
     """
     chosen = resolve(method)
-    if not isinstance(over, Schedule):
-        raise TypeError(f"over must be a sao_prune.Schedule(start, end, steps), got {over!r}")
+    kind = "Moves(steps, every)" if chosen.moving else "Schedule(start, end, steps)"
+    if not isinstance(over, Moves if chosen.moving else Schedule):
+        raise TypeError(f"over must be a sao_prune.{kind} for {chosen.name!r}, got {over!r}")
+    if chosen.moving:
+        base = base_seed(seed)
+        items, report = begin(model, chosen, sparsity, base, options)
+        pruner = Pruner(model, chosen, over, items, base)
+        pruner.report = report
+        return pruner
     if not chosen.gradual:
         raise TypeError(
             f"{chosen!r} does not prune over time: it replaces values, or its scores need a copy without masks; take "
@@ -103,11 +119,10 @@ class Pruner:
     a distributed run rank 0 decides for all ranks. The masks are buffers of the model; save the model, the optimizer
     and `state_dict`, load all three, and training goes on to the same bits.
 
-    Methods that move a topology while training use the same object: `Method.revise` is handed the masks and weights of
-    the moment and may answer with masks that have new entries. These start at zero, for what was outside a mask is
-    zero, unless the draw brings values; the optimizer's state is zero there too. Such a method says how much it moves
-    by ``stage``: its ``allocations`` have the density of the moment. Give it a `Schedule` with as many ``steps`` as it
-    shall move.
+    Methods that move a topology while training use the same object with `Moves`: `Method.revise` is handed the masks
+    and weights of the moment, and the gradients of entries that are not there where the method asks for them, summed
+    over the passes of the last optimizer step; it answers with masks that have new entries. These start at zero,
+    unless the draw brings values, and with no momentum.
 
     Attributes:
         count: optimizer steps so far.
@@ -118,20 +133,27 @@ class Pruner:
         self,
         model: nn.Module,
         method: Method,
-        over: Schedule,
+        over: Schedule | Moves,
         items: Sequence[Allocation | Any],
         seed: int,
     ) -> None:
         self._model, self._method, self._schedule, self._items, self._seed = model, method, over, items, seed
         self._final = [item for item in items if isinstance(item, Allocation)]
         self._parameters = sum(p.numel() for p in model.parameters())
+        self._sites = [site_of(model, a.weight, method.fine) for a in self._final]
         self._kept = {a.weight.name: a.weight.parts * a.weight.matrix[0] * a.weight.matrix[1] for a in self._final}
         self.count = 0
         self.report: Report | None = None
+        if method.moving:
+            for site in self._sites:
+                if isinstance(site, MaskedSite):
+                    site.settle()
+            self._kept = self._counted()
+            self._listen()
 
     @property
-    def schedule(self) -> Schedule:
-        """When it prunes and how much."""
+    def schedule(self) -> Schedule | Moves:
+        """When it prunes and how much, or when it moves."""
         return self._schedule
 
     @property
@@ -142,9 +164,10 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """Sparsity of the masks now."""
-        masks = [self._mask(a) for a in self._final]
-        total = sum(m.numel() for m in masks)
-        return 1 - sum(int(m.count_nonzero()) for m in masks) / total
+        masks = [site.units() for site in self._sites]
+        taps = [a.weight.numel // m.numel() for a, m in zip(self._final, masks)]
+        total = sum(a.weight.numel for a in self._final)
+        return 1 - sum(int(m.count_nonzero()) * t for m, t in zip(masks, taps)) / total
 
     def step(self, optimizer: Any = None) -> Report | None:
         """Count an optimizer step, and prune if the schedule says so.
@@ -156,14 +179,17 @@ class Pruner:
             The `Report` of what is left if it pruned, else ``None``.
 
         Raises:
-            RuntimeError: if the masks are not those that the last pruning left.
+            RuntimeError: if the masks are not those that the last pruning left, or no gradient was seen that the method
+                needs.
         """
         self.count += 1
         try:
-            return self._catch_up(optimizer)
+            report = self._catch_up(optimizer)
         except BaseException:
             self.count -= 1
             raise
+        self._listen()
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's state."""
@@ -187,67 +213,92 @@ class Pruner:
         if set(state.get("kept", ())) != set(self._kept):
             raise ValueError("the state is of a model with other pruned layers")
         self.count, self._seed, self._kept = state["count"], state["seed"], dict(state["kept"])
+        self._listen()
 
     def resume(self, count: int) -> None:
         """Go on after ``count`` optimizer steps with the masks that the model has, where its state alone was kept."""
         if count != self.count:
             self.count = count
-            self._kept = {a.weight.name: int(_units(a, self._mask(a)).sum()) for a in self._final}
+            self._kept = self._counted()
+            self._listen()
+
+    def _counted(self) -> dict[str, int]:
+        """How many units every mask has now."""
+        return {site.weight.name: int(site.units().sum()) for site in self._sites}
+
+    def _listen(self) -> None:
+        """Write dense gradients down if the next optimizer step is one after which the method needs them."""
+        wanted = self._method.hears and self.count + 1 in self._schedule.events
+        for site in self._sites:
+            site.stop()
+            if wanted:
+                site.listen()
 
     def _catch_up(self, optimizer: Any) -> Report | None:
         if self.count not in self._schedule.events:
             return None
         settle_all(self._model)
-        originals = [_original(self._model, a.weight) for a in self._final]
-        masks = [self._mask(a) for a in self._final]
-        units = [_units(a, m) for a, m in zip(self._final, masks)]
+        for site in self._sites:
+            _ = site.parameter
+        units = [site.units() for site in self._sites]
         for allocation, unit in zip(self._final, units):
             if int(unit.sum()) != self._kept[allocation.weight.name]:
                 raise RuntimeError(
                     f"the mask of {allocation.weight.name} is not what the last pruning left: load the state of the "
                     "model as well as that of the pruner, and change no masks in between"
                 )
-        stage = Stage([self._now(a) for a in self._final], self._final, units)
         with torch.no_grad():
-            weights = [w.detach() * m for w, m in zip(originals, masks)]
+            stage = self._stage(units)
+            weights = [site.values() for site in self._sites]
             draws = from_rank_zero(lambda: self._method.revise(self._model, stage, weights, self._seed))
-            new = [draw.mask(w.detach()) for w, draw in zip(originals, draws)]
+            new = [site.prepare(draw) for site, draw in zip(self._sites, draws)]
             settlement = self._method.settle(self._model, stage.allocations, draws)
             with written(self._model, settlement.values):
-                for draw, mask in zip(draws, new):
-                    self._write(draw, mask, optimizer)
-        self._kept = {draw.weight.name: draw.edges for draw in draws}
+                for site, draw, prepared in zip(self._sites, draws, new):
+                    site.write(draw, prepared, optimizer)
+        self._kept = {draw.weight.name: draw.nnz if self._method.fine else draw.edges for draw in draws}
         self.report = self._reported(stage.allocations, draws, settlement.notes)
         return self.report
 
-    def _now(self, final: Allocation) -> Allocation:
+    def _stage(self, units: Sequence[Tensor]) -> Stage:
+        over = self._schedule
+        if isinstance(over, Schedule):
+            return Stage([self._now(a, over) for a in self._final], self._final, units, self.count)
+        gradients = self._gradients() if self._method.hears else ()
+        return Stage(self._final, self._final, units, self.count, over.decay(self.count), gradients)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """The dense gradients of the last optimizer step, the mean over all ranks.
+
+        Raises:
+            RuntimeError: if there are none at all.
+        """
+        gradients = [site.gradient for site in self._sites]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for index, site in enumerate(self._sites):
+                held = gradients[index]
+                some = torch.tensor(float(held is not None), device=site.parameter.device)
+                total = site.values().zero_() if held is None else held.contiguous()
+                dist.all_reduce(some)
+                dist.all_reduce(total)
+                gradients[index] = total / dist.get_world_size() if float(some) else None
+        if all(gradient is None for gradient in gradients):
+            raise RuntimeError(
+                f"{self._method.name!r} needs the gradients of absent entries, and none was seen in optimizer step "
+                f"{self.count}: call step after every optimizer step, and train the model that the pruner was made "
+                "for, not compiled by torch.compile"
+            )
+        return gradients
+
+    def _now(self, final: Allocation, over: Schedule) -> Allocation:
         """What a weight is asked for now; of blocks the nearest number, in ratio, on the way to the final one."""
-        density = self._schedule.density(self.count, final.density)
+        density = over.density(self.count, final.density)
         if not self._method.structured:
             return replace(final, density=density)
         groups = min(chain(final.groups), key=lambda g: abs(log(g * density)))
-        if groups == final.groups or self.count >= self._schedule.events[-1]:
+        if groups == final.groups or self.count >= over.events[-1]:
             return final
         return replace(final, density=density, groups=groups, nnz=None)
-
-    def _mask(self, allocation: Allocation) -> Tensor:
-        module = self._model.get_submodule(allocation.weight.module)
-        mask: Tensor = getattr(module, f"{allocation.weight.tensor}_mask")
-        return mask
-
-    def _write(self, draw: Draw, mask: Tensor, optimizer: Any) -> None:
-        weight = draw.weight
-        original = _original(self._model, weight)
-        draw.write_(original.data)
-        original.data.mul_(mask)
-        if original.grad is not None:
-            original.grad.mul_(mask.to(original.grad.dtype))
-        for value in _state_of(optimizer, original):
-            value.mul_(mask.to(value.dtype))
-        for path, tensor in ((weight.module, weight.tensor), *weight.aliases):
-            module = self._model.get_submodule(path)
-            getattr(module, f"{tensor}_mask").copy_(mask)
-            refresh(module)
 
     def _reported(self, allocations: Sequence[Allocation], draws: Sequence[Draw], notes: Mapping[str, str]) -> Report:
         by_name = {draw.weight.name: (a, draw) for a, draw in zip(allocations, draws)}
@@ -258,34 +309,6 @@ class Pruner:
                 records.append(done(*by_name[name], notes.get(name, "")))
             else:
                 records.append(skipped(item))
-        title = f"pruned: {self._method.name}, after {self.count} optimizer steps"
+        done_ = "moved" if self._method.moving else "pruned"
+        title = f"{done_}: {self._method.name}, after {self.count} optimizer steps"
         return Report(tuple(records), self._parameters, title)
-
-
-def _original(model: nn.Module, weight: PrunableWeight) -> nn.Parameter:
-    """The parameter behind a mask.
-
-    Raises:
-        RuntimeError: if it is none any more.
-    """
-    parameter = model.get_submodule(weight.module)._parameters.get(f"{weight.tensor}_orig")
-    if parameter is None:
-        raise RuntimeError(
-            f"{weight.name} is no masked parameter any more (removed, held, compact or parametrized): let the pruner "
-            "finish before, or stop calling its step"
-        )
-    return parameter
-
-
-def _units(allocation: Allocation, mask: Tensor) -> Tensor:
-    """``(parts, m, n)`` booleans of a mask; a kernel is there as a whole or not at all."""
-    stacked = allocation.weight.matrices(mask != 0)
-    return (stacked.flatten(3).any(3) if allocation.weight.kernel else stacked).cpu()
-
-
-def _state_of(optimizer: Any, parameter: nn.Parameter) -> list[Tensor]:
-    """The optimizer's tensors of a parameter's own shape."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    state = getattr(optimizer, "state", {}).get(parameter, {})
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]

@@ -1,9 +1,13 @@
-"""When to prune and how much: the schedule that `sao_prune.schedule` follows."""
+"""When to prune and how much, or when to move: the schedules that `sao_prune.schedule` follows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from .algorithms.base import check_share
+from .topology.rewire import moving_share
 
 Shape = Literal["cubic", "linear", "one-shot", "iterative"]
 
@@ -37,9 +41,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for option, ge in (("start", 0), ("end", 0), ("steps", 1)):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < ge:
-                raise ValueError(f"{option} must be a whole number of at least {ge}, got {value!r}")
+            _check_count(option, getattr(self, option), ge)
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape must be one of {', '.join(map(repr, get_args(Shape)))}, got {self.shape!r}")
         if self.shape != "one-shot" and self.end < self.start:
@@ -69,3 +71,57 @@ class Schedule:
         if self.shape == "iterative":
             return final**t
         return round(1 - (1 - final) * (1 - (1 - t) ** 3 if self.shape == "cubic" else t), 12)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """When a topology moves while it trains, counted in optimizer steps; how many entries there are stays the same.
+
+    Attributes:
+        steps: optimizer steps of the whole training.
+        every: optimizer steps between moves; the first move comes after as many.
+        until: share of the training after which nothing moves any more.
+
+    Raises:
+        ValueError: for a value out of range, or if nothing would ever move.
+
+    Source: the schedule of RigL (Evci et al., 2020, https://arxiv.org/abs/1911.11134), which has 100 and 0.75.
+
+    Example:
+        >>> over = Moves(steps=1000, every=200)
+        >>> list(over.events), over.decay(200), round(over.decay(600), 3)
+        ([200, 400, 600], 0.8345653031794291, 0.095)
+    """
+
+    steps: int
+    every: int = 100
+    until: float = 0.75
+
+    def __post_init__(self) -> None:
+        for option in ("steps", "every"):
+            _check_count(option, getattr(self, option), 1)
+        check_share("until", self.until)
+        if not self.events:
+            raise ValueError(
+                f"nothing would move: the first move comes after {self.every} optimizer steps, and there are none "
+                f"from {self.end} of {self.steps} on; give a smaller every"
+            )
+
+    @property
+    def end(self) -> int:
+        """The first optimizer step after which nothing moves any more."""
+        return round(self.until * self.steps)
+
+    @property
+    def events(self) -> Sequence[int]:
+        """The optimizer steps after which it moves."""
+        return range(self.every, self.end, self.every)
+
+    def decay(self, step: int) -> float:
+        """The factor on how much moves after ``step`` optimizer steps: a half cosine from 1 to 0."""
+        return moving_share(step, self.end, 1.0)
+
+
+def _check_count(option: str, value: object, ge: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < ge:
+        raise ValueError(f"{option} must be a whole number of at least {ge}, got {value!r}")

@@ -6,6 +6,8 @@ from .eoi import EOI
 from .grasp import GraSP
 from .magnitude import GMP, LMP, LRP
 from .project import Project
+from .regrowth import SET, RigL
+from .rewire import Rewire
 from .rg import RG
 from .sao import SAO
 from .semistructured import NM
@@ -20,6 +22,7 @@ __all__ = [
     "NM",
     "RG",
     "SAO",
+    "SET",
     "SNIP",
     "Draw",
     "Fidelity",
@@ -27,6 +30,8 @@ __all__ = [
     "Method",
     "Project",
     "ResidualRecord",
+    "Rewire",
+    "RigL",
     "Settlement",
     "Stage",
     "SynFlow",

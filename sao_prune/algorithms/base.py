@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -68,12 +69,19 @@ class Stage:
     Attributes:
         allocations: what each weight is asked for now.
         final: what each is asked for at the end.
-        units: what stays until now: boolean ``(parts, m, n)`` masks.
+        units: what stays until now: boolean ``(parts, m, n)`` masks, of a `Method.fine` one ``(parts, m, n, *kernel)``.
+        step: optimizer steps so far.
+        decay: of methods that move, the factor on how much moves now, from 1 to 0.
+        gradients: for a method that `Method.hears`, of the loss by each weight as if it were dense, from the last
+            optimizer step, averaged over all ranks; ``None`` for a weight that none reached.
     """
 
     allocations: Sequence[Allocation]
     final: Sequence[Allocation]
     units: Sequence[Tensor]
+    step: int = 0
+    decay: float = 1.0
+    gradients: Sequence[Tensor | None] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,21 @@ class Method:
 
     name: ClassVar[str] = ""
     layerwise: ClassVar[bool] = True
+
+    @property
+    def moving(self) -> bool:
+        """Whether `revise` moves entries at a constant number of them, by a `sao_prune.Moves`."""
+        return False
+
+    @property
+    def hears(self) -> bool:
+        """Whether `revise` needs the gradients of entries that are masked out."""
+        return False
+
+    @property
+    def fine(self) -> bool:
+        """Whether single weights of a convolution's kernels come and go, instead of whole kernels."""
+        return False
 
     @property
     def structured(self) -> bool:
@@ -251,6 +274,12 @@ def choice(option: str, value: object, allowed: Sequence[object]) -> None:
     if isinstance(value, bool) or value not in allowed:
         hint = nearest(value, allowed)
         raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def check_share(option: str, value: object) -> None:
+    """Refuse what is no share in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(f"{option} must be a share in (0, 1], got {value!r}")
 
 
 class TopologyDrawer:

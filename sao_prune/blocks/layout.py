@@ -163,13 +163,16 @@ def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
         col_group = _spread(topology.col_set, merge, groups)
         rows, row_place = _places(topology.row_set, row_group, groups)
         cols, col_place = _places(topology.col_set, col_group, groups)
-        slots = torch.cat(
-            [
-                (row_place[b.rows][:, :, None] * cols + (col_place[b.cols] % cols)[:, None, :]).flatten()
-                for b in topology.buckets
-            ]
-        )
-        exact = len(slots) == groups * rows * cols and torch.equal(slots, torch.arange(len(slots)))
+        # Blocks of one shape that hold all channels are packed as they are.
+        exact = merge == 1 and topology.nnz == groups * rows * cols and len(topology.buckets) == 1
+        if not exact:
+            slots = torch.cat(
+                [
+                    (row_place[b.rows][:, :, None] * cols + (col_place[b.cols] % cols)[:, None, :]).flatten()
+                    for b in topology.buckets
+                ]
+            )
+            exact = len(slots) == groups * rows * cols and torch.equal(slots, torch.arange(len(slots)))
         inputs = torch.zeros(groups * cols, dtype=torch.long)
         inputs[col_place] = torch.arange(len(col_place))
         outputs = torch.zeros(groups * rows, dtype=torch.long)

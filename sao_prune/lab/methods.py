@@ -75,6 +75,13 @@ METHODS: dict[str, LabMethod] = {
     ),
     "two-four-t": LabMethod("2:4-T", "NM", trained=True),
     "two-four-permuted-t": LabMethod("2:4-T, permuted", "NM", {"permute": True}, trained=True),
+    "rewire": LabMethod("Rewire", "Rewire"),
+    "rewire-random": LabMethod("Random moves", "Rewire", {"random": True}),
+    "set": LabMethod("SET", "SET"),
+    "set-kernel": LabMethod("SET, kernels", "SET", {"unit": "kernel"}),
+    "rigl": LabMethod("RigL", "RigL"),
+    "rigl-kernel": LabMethod("RigL, kernels", "RigL", {"unit": "kernel"}),
+    "rigl-block": LabMethod("RigL, tiles", "RigL", {"unit": "block"}),
     "structured-s": LabMethod("Structured-S", None, structured=True),
     "structured-t": LabMethod("Structured-T", None, structured=True, trained=True),
 }
@@ -118,6 +125,20 @@ class MethodSpec:
         """Pruning comes after a dense training."""
         return METHODS[self.name].trained
 
+    @property
+    def draws_values(self) -> bool:
+        """Its initial values have the scale of its density already, or are trained ones."""
+        method = METHODS[self.name]
+        fresh = self.build(1.0) if method.pruner in ("RG",) else None
+        own = method.pruner in ("SAO", "EOI", "Rewire") or (fresh is not None and fresh.values != "keep")
+        return own or method.trained or method.pruner is None
+
+    @property
+    def is_moving(self) -> bool:
+        """Entries move while it trains."""
+        method = None if METHODS[self.name].pruner is None else self.build(1.0)
+        return method is not None and method.moving
+
     def problem(self) -> tuple[str, str] | None:
         """What is wrong with the options, if anything."""
         method = METHODS[self.name]
@@ -156,6 +177,8 @@ class MethodSpec:
         given: dict[str, Any] = {"gain": gain} if "gain" in takes else {}
         if examples is not None:
             given.update({key: value for key, value in zip(("inputs", "targets"), examples) if key in takes})
+        if "initial" in takes:
+            given["initial"] = sao_prune.SAO(gain=gain)
         return cls(**{**given, **method.preset, **self.options})
 
 
@@ -300,6 +323,12 @@ def check_method(model: nn.Module, arm: Configuration) -> None:
     Raises:
         LabError: if the library refuses, with its reason.
     """
+    if arm.method.is_moving:
+        train = arm.setting.train
+        if train.ema:
+            raise LabError(f"{arm.method.title}: masks that move have no average; leave ema out")
+        if train.compile and arm.method.build(1.0).hears:
+            raise LabError(f"{arm.method.title}: a compiled network does not tell gradients of absent entries")
     if not arm.method.is_dense:
         _plan(model, "sao" if arm.method.is_structured else arm.method.build(1.0), arm)
         if arm.method.is_trained_first and arm.train.distill is not None:
@@ -334,5 +363,5 @@ def _off_target(report: sao_prune.Report) -> str:
 
 def _free_options(method: LabMethod) -> list[str]:
     cls = getattr(sao_prune, str(method.pruner))
-    given = ("inputs", "targets", "loss")
+    given = ("inputs", "targets", "loss", "initial")
     return [f.name for f in dataclasses.fields(cls) if f.init and f.name not in method.preset and f.name not in given]

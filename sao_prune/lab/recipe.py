@@ -14,6 +14,7 @@ from .errors import RecipeError
 from .methods import MethodSpec
 from .schema import Scalar, rule
 from .train.spec import TrainSpec
+from .width import groups_of, widened
 
 _UNITS = ("sparsity", "degree", "groups")
 INITIALISATIONS = ("delta", "orthogonal", "eco", "he", "fixup", "default")
@@ -24,6 +25,10 @@ class NetworkSpec:
     """A network of timm's registry (this project's are in it), at one or more depths, widths and options.
 
     Every option may be a list; the comparison then has a network for every combination.
+
+    Attributes:
+        widen: options that are widths, with their values for dense: at an amount that leaves one of ``g`` weights they
+            are multiplied with the square root of ``g``, so that multiply-adds stay.
     """
 
     shorthand: ClassVar[str] = "name"
@@ -32,12 +37,18 @@ class NetworkSpec:
     depth: tuple[int, ...] | None = rule(None, least=1)
     width: tuple[int, ...] | None = rule(None, least=1)
     options: Mapping[str, Scalar | tuple[Scalar, ...]] = field(default_factory=dict)
+    widen: Mapping[str, Scalar] = field(default_factory=dict)
 
     def problem(self) -> tuple[str, str] | None:
-        """``depth`` and ``width`` have their own keys."""
+        """``depth`` and ``width`` have their own keys; what is widened is given once, as a number."""
         for key in ("depth", "width"):
             if key in self.options:
                 return "options", f"{key} has a key of its own"
+        for key, value in self.widen.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                return "widen", f"{key} is a width: a whole number of at least 1, got {value!r}"
+            if key in self.axes():
+                return "widen", f"{key} is given twice"
         return None
 
     def axes(self) -> dict[str, tuple[Scalar, ...]]:
@@ -138,7 +149,11 @@ class Setting:
     label: str | None = None
 
     def problem(self) -> tuple[str, str] | None:
-        """Nothing twice."""
+        """Nothing twice; what the width follows is known."""
+        if self.network.widen and self.prune.degree is not None:
+            return "network", "widen follows groups or sparsity, not degree"
+        if self.network.widen and any(method.is_trained_first for method in self.methods):
+            return "network", "widen makes networks for an amount: methods that start from a dense training have none"
         if len(set(self.seeds)) < len(self.seeds):
             return "seeds", "a seed is given twice"
         titles = [method.title for method in self.methods]
@@ -167,6 +182,13 @@ class Configuration:
     options: Mapping[str, Scalar]
     method: MethodSpec
     prune: Mapping[str, Scalar]
+
+    @property
+    def network_options(self) -> dict[str, Scalar]:
+        """The options that its network is built with."""
+        groups = groups_of(self.prune)
+        wider = {key: widened(int(value), groups) for key, value in self.setting.network.widen.items()}
+        return {**self.options, **(wider if self.prune else self.setting.network.widen)}
 
     @property
     def network_title(self) -> str:

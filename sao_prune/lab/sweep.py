@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Set
@@ -105,11 +106,13 @@ def check_configurations(recipe: Recipe, source: DataSource) -> None:
     """
     for setting in recipe.settings:
         data = load_dataset(setting.data, source)
-        for options in setting.network.grid():
+        every = sorted(setting.configurations(), key=lambda each: repr(each.network_options))
+        for _, alike in itertools.groupby(every, key=lambda each: each.network_options):
+            same = list(alike)
+            options = same[0].network_options
             model = build_network(setting.network.name, options, len(data.classes), data.sizes)
-            for configuration in setting.configurations():
-                if configuration.options == options:
-                    check_method(model, configuration)
+            for configuration in same:
+                check_method(model, configuration)
 
 
 class Sweep:

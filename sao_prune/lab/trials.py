@@ -43,7 +43,7 @@ class Trial:
             "kind": self.kind,
             "data": data,
             "network": setting.network.name,
-            "options": dict(self.configuration.options),
+            "options": self.configuration.network_options,
             "gain": setting.gain,
             "init": setting.init,
             "method": {"name": method.name, "options": dict(method.options)},

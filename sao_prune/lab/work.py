@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 import sao_prune
 
 from ..seeds import named_generator
+from .cost import multiply_adds
 from .data import Dataset, DataSource, DataSpec, load_dataset
 from .depth import depth_spectrum
 from .errors import LabError
@@ -28,6 +29,7 @@ from .network import initial_network
 from .recipe import Configuration
 from .train import History, TensorBoardWriter, from_first, rank, train, world
 from .trials import Trial
+from .width import fan_ins, scale_to_density
 
 # Each is many samples: one a step.
 _SEQUENCES = 64
@@ -99,7 +101,18 @@ class Worker:
             gradual = schedule_network(model, configuration, trial.seed, data.example, steps)
             return model, gradual.left(), gradual
         chosen = examples(data, trial.seed, configuration.method.per_class) if configuration.method.needs_data else None
-        return model, prune_network(model, configuration, trial.seed, data.example, chosen), None
+        pruned = prune_network(model, configuration, trial.seed, data.example, chosen)
+        if configuration.train.scaling == "supar" and not configuration.method.draws_values:
+            scale_to_density(model)
+        if configuration.setting.network.widen:
+            # As a share of the network that is not wider.
+            dense = multiply_adds(self._initial(_network_key(configuration.dense), trial.seed), data.example)
+            pruned = replace(pruned, dense_flops=dense.total)
+        return model, pruned, None
+
+    def _base(self, configuration: Configuration) -> dict[str, float]:
+        """Fan-ins of the dense network, as wide as a recipe says it."""
+        return fan_ins(self._initial(_network_key(configuration.dense), 0))
 
     def _unpruned(self, trial: Trial) -> nn.Module:
         """The initial network, or what a -T method's dense training has left of it."""
@@ -112,7 +125,7 @@ class Worker:
         setting, place = trial.configuration.setting, self.place
         assert trial.lr is not None
         model, pruned, gradual = self._pruned(trial)
-        data, spec = self._data_of(trial), trial.configuration.train
+        data, spec, method = self._data_of(trial), trial.configuration.train, trial.configuration.method
         checkpoint = place.checkpoint(trial)
         model = model.to(self._device)
         teacher = self._unpruned(trial).to(self._device) if spec.distill is not None else None
@@ -129,6 +142,8 @@ class Worker:
                 key=trial.key,
                 pruner=None if gradual is None else gradual.pruner,
                 teacher=teacher,
+                base=self._base(trial.configuration) if spec.scaling == "supar" else None,
+                mover=method.build(setting.gain) if method.is_moving else None,
             )
         if gradual is not None:
             pruned = gradual.left()
@@ -218,8 +233,8 @@ def examples(data: Dataset, seed: int, per_class: int = 10) -> tuple[torch.Tenso
 
 
 def _network_key(configuration: Configuration) -> tuple[Any, ...]:
-    setting = configuration.setting
-    return setting.network.name, tuple(configuration.options.items()), setting.data, setting.gain, setting.init
+    setting, options = configuration.setting, configuration.network_options
+    return setting.network.name, tuple(options.items()), setting.data, setting.gain, setting.init
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .._torch import disabled_torch_function, set_grad_enabled, version
 from .alias import lend, lends
+from .listening import heard
 from .offload import offloaded
 from .operands import PLAIN, operands, product
 
@@ -248,7 +249,7 @@ def derive(module: nn.Module, name: str) -> Tensor:
         weight = _mark(product(original, mask))
     if type(weight) is MaskedWeight:
         weight._owner, weight._name, weight._origin = weakref.ref(module), name, version(original)
-    return weight
+    return heard(module, name, weight)
 
 
 def _mark(weight: Tensor) -> Tensor:

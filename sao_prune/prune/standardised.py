@@ -28,6 +28,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from ..discovery import is_standardised
 from .derived import place
+from .listening import heard
 from .operands import operands
 
 
@@ -75,7 +76,8 @@ class Centring:
             module.__dict__[self.tensor] = centred(weight, _support(weight))
         else:
             self._product = getattr(module, self.tensor)
-            place(module, self.tensor, _with_graph(*operands(module, self.tensor)))
+            centre = _with_graph(*operands(module, self.tensor))
+            place(module, self.tensor, heard(module, self.tensor, centre))
         if later:
             # A pruning hook of ours that has just moved behind this one, and has run.
             for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:

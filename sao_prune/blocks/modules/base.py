@@ -181,6 +181,10 @@ class BlockModule(Packed):
             return zeros.index_copy(0, slots, values).view(shape)
         return zeros.index_copy_(0, slots, values).view(shape)
 
+    def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer would compute with a dense weight, without its bias."""
+        raise NotImplementedError
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""

@@ -99,6 +99,12 @@ class BlockConv(BlockModule):
         """Groups of the dense convolution."""
         return self.groups
 
+    def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer would compute with a dense weight, without its bias."""
+        geometry = self.geometry
+        options = geometry.stride, geometry.padding, geometry.dilation, self.groups
+        return type(self).convolve(self._formatted(x), weight, None, *options)
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(batch, n, *space)``, or without the batch, to ``(batch, m, *space)``."""
         plain = is_plain(x)

@@ -78,6 +78,10 @@ class BlockLinear(BlockModule):
         """How often the topology has every input."""
         return self.copies
 
+    def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer would compute with a dense weight, without its bias."""
+        return F.linear(x, weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., n)`` to ``(..., m)``."""
         if self.absorbed is not None and not isinstance(x, Proxy) and self.absorbed.given(x, self):

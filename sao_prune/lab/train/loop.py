@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...algorithms import Method
 from ...analysis import track_isometry
 from ...distillation import Distiller
-from ...pruner import Pruner
+from ...pruner import Pruner, schedule
+from ...scheduling import Moves
 from ...seeds import named_generator
 from ..data import Dataset
 from ..errors import LabError
@@ -45,6 +47,8 @@ def train(
     key: str = "",
     pruner: Pruner | None = None,
     teacher: nn.Module | None = None,
+    mover: Method | None = None,
+    base: Mapping[str, float] | None = None,
 ) -> History:
     """Train ``model`` in place on the device that it and ``data`` are on.
 
@@ -68,12 +72,14 @@ def train(
         key: what else tells this training from others; a checkpoint with another key is not used.
         pruner: of ``model``, to be stepped after every optimizer step; the model is then trained masked.
         teacher: what ``model`` learns from as ``spec.distill`` says; stays as it is.
+        mover: a method that moves the masks that the model has, as ``spec.move_every`` and ``spec.move_until`` say.
+        base: fan-ins of the dense network (`sao_prune.lab.width.fan_ins`), where rates follow width and density.
 
     Returns:
         What happened; the same on every process.
 
     Raises:
-        LabError: if the model cannot learn from its teacher.
+        LabError: if the model cannot learn from its teacher, or nothing could ever move.
 
     Example:
         >>> import torch, sao_prune
@@ -90,11 +96,13 @@ def train(
         _distiller(model, teacher, spec) as distiller,
     ):
         trainer = _Trainer(model, data, spec, seed, augment, distiller)
-        optimizer = make_optimizer(model, spec, lr)
+        if mover is not None:
+            pruner = _moving(model, mover, spec, len(data.train_y), seed)
+        optimizer = _optimizer(model, spec, lr, base)
         scheduler = make_scheduler(optimizer, spec, lr)
         average = ModelEmaV3(model, spec.ema, use_warmup=True) if spec.ema else None
         state = TrainingState(model, optimizer, average, History(execution=execution), pruner)
-        file = Checkpoint(checkpoint, _identity(spec, lr, seed, execution, augment, key, data))
+        file = Checkpoint(checkpoint, _identity(spec, lr, seed, execution, augment, key, data, mover))
         file.resume(state)
         history = state.history
         isometry = _isometry(model, few, spec, history)
@@ -205,6 +213,21 @@ class _Trainer:
         return loss.detach()
 
 
+def _optimizer(model: nn.Module, spec: TrainSpec, lr: float, base: Mapping[str, float] | None) -> torch.optim.Optimizer:
+    try:
+        return make_optimizer(model, spec, lr, base)
+    except ValueError as error:
+        raise LabError(f"scaling {spec.scaling}: {error}; execution: masked keeps the names of all weights") from error
+
+
+def _moving(model: nn.Module, mover: Method, spec: TrainSpec, images: int, seed: int) -> Pruner:
+    try:
+        over = Moves(spec.steps(images), spec.move_every, spec.move_until)
+        return schedule(model, mover, over=over, seed=seed)
+    except ValueError as error:
+        raise LabError(f"{mover.name}: {error}") from error
+
+
 @contextmanager
 def _distiller(model: nn.Module, teacher: nn.Module | None, spec: TrainSpec) -> Iterator[Distiller | None]:
     """What adds the teacher's part to the loss, if there is a teacher."""
@@ -248,7 +271,15 @@ def _isometry(model: nn.Module, x: Tensor, spec: TrainSpec, history: History) ->
 
 
 def _identity(
-    spec: TrainSpec, lr: float, seed: int, execution: str, augment: tuple[str, ...], key: str, data: Dataset
+    spec: TrainSpec,
+    lr: float,
+    seed: int,
+    execution: str,
+    augment: tuple[str, ...],
+    key: str,
+    data: Dataset,
+    mover: Method | None,
 ) -> str:
     sizes = [data.name, len(data.train_y), len(data.test_y)]
-    return json.dumps([FORMAT, asdict(spec), lr, seed, execution, augment, key, sizes, world()])
+    moving = [] if mover is None else [repr(mover)]
+    return json.dumps([FORMAT, asdict(spec), lr, seed, execution, augment, key, sizes, world(), *moving])

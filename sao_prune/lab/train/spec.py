@@ -79,6 +79,11 @@ class TrainSpec:
         amp: ``bf16`` runs the network under `torch.autocast`; the weights stay in float32.
         execution: ``masked``; ``compact``, wherever the masks are made of blocks; or ``auto``, compact where that is
             faster as well.
+        scaling: ``supar`` divides the rate of every weight by its width and its density, relative to the dense network
+            as the recipe says it, and scales initial weights that were drawn for the dense layer to their density; for
+            Adam.
+        move_every: optimizer steps between moves of methods that move (`sao_prune.Moves`).
+        move_until: the share of the training after which nothing moves any more.
         further_epochs: epochs after pruning of methods that prune a trained network; as many as ``epochs`` if left out.
         distill: what these learn from that network, beside the labels.
         isometry_every: record layer isometry after every so many epochs, and at the start; 0 for never.
@@ -104,12 +109,17 @@ class TrainSpec:
     channels_last: bool = False
     compile: bool = False
     execution: str = rule("auto", choices=("masked", "compact", "auto"))
+    scaling: str = rule("none", choices=("none", "supar"))
+    move_every: int = rule(100, least=1)
+    move_until: float = rule(0.75, above=0, most=1)
     isometry_every: int = rule(0, least=0)
     further_epochs: int | None = rule(None, least=1)
     distill: DistillSpec | None = None
 
     def problem(self) -> tuple[str, str] | None:
-        """Two betas."""
+        """Two betas; a scaling that is derived for Adam."""
+        if self.scaling == "supar" and self.optimizer not in ("adam", "adamw"):
+            return "scaling", f"supar is derived for adam and adamw, got {self.optimizer}"
         if len(self.betas) != 2:
             return "betas", f"Adam has two, e.g. [0.9, 0.999], got {len(self.betas)}"
         return None

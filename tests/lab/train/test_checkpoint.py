@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sao_prune import Method, Rewire, RigL
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.train import History, ScheduleSpec, TrainSpec, checkpoint, train
 
@@ -149,3 +150,20 @@ def test_no_file_no_warning(blobs: Dataset, network: Maker, tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         train(network(), blobs, replace(SPEC, epochs=1), 0.05, 0, None, tmp_path / "trial.pt")
+
+
+@pytest.mark.parametrize(("mover", "form"), [(Rewire(share=0.5), "compact"), (RigL(), "masked")], ids=str)
+def test_entries_that_move_do_so_alike_when_resumed(
+    blobs: Dataset, network: Maker, tmp_path: Path, mover: Method, form: str
+) -> None:
+    spec = replace(SPEC, ema=0.0, execution=form, move_every=3)
+    options = {"key": "this", "mover": mover}
+    whole, resumed, first = (network("mlp", groups=4) for _ in range(3))
+    before = [module.weight_mask.clone() for module in whole.modules() if hasattr(module, "weight_mask")]
+    train(whole, blobs, spec, 0.05, 0, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, blobs, spec, 0.05, 0, until(2), tmp_path / "cell.pt", **options)
+    train(resumed, blobs, spec, 0.05, 0, None, tmp_path / "cell.pt", **options)
+    assert same_bits(whole, resumed)
+    after = [module.weight_mask for module in whole.modules() if hasattr(module, "weight_mask")]
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -6,7 +6,9 @@ STAMP  := $(VENV)/.installed
 LOWEST ?= .venv-lowest
 OLDEST ?= 3.10
 
-.PHONY: install demo test test-slow lowest check format docs dist bench clean
+ASAN   := -fsanitize=address -fno-omit-frame-pointer -g1
+
+.PHONY: install demo test test-slow lowest asan check format docs dist bench clean
 
 install: $(STAMP)
 
@@ -37,6 +39,13 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernels under AddressSanitizer, by gcc. They are compiled without the preloaded library, and kept apart.
+asan: $(STAMP)
+	export CC="env -u LD_PRELOAD gcc $(ASAN)" LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0; \
+	$(BIN)/python -c "from sao_prune.blocks.backends import cpu; raise SystemExit(cpu.why_unavailable())" && \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "not derivatives and not registration" \
+	tests/blocks/test_cpu.py tests/blocks/test_storages.py tests/blocks/test_memory.py tests/blocks/test_operators.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

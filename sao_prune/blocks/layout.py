@@ -30,6 +30,9 @@ class Layout:
             values in their own order.
         is_dealt: whether channel ``i`` is read by matrix ``i % groups`` at ``i // groups``, those missing at the end
             counted as zeros.
+        own: shape of the ``blocks`` parameter without a kernel.
+        channels: of the result.
+        sources: channels of the input.
         runs: where the outputs lie matrix after matrix, but not all rows are some: ``(matrices, rows)`` of equal ones.
     """
 
@@ -43,6 +46,9 @@ class Layout:
     slots: Tensor | None
     is_dealt: bool = False
     runs: tuple[tuple[int, int], ...] = ()
+    own: torch.Size = field(init=False)
+    channels: int = field(init=False)
+    sources: int = field(init=False)
     _on: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
     @property
@@ -50,21 +56,13 @@ class Layout:
         """Values in the packed matrices, zeros included."""
         return self.groups * self.rows * self.cols
 
-    @cached_property
-    def own(self) -> torch.Size:
-        """Shape of the ``blocks`` parameter without a kernel."""
+    def __post_init__(self) -> None:
+        # Not cached properties: before Python 3.12 those take a lock, which compilers cannot trace.
         buckets = self.topology.buckets
-        return torch.Size(buckets[0].shape if len(buckets) == 1 else (self.topology.nnz, 1))
-
-    @cached_property
-    def channels(self) -> int:
-        """Channels of the result."""
-        return len(self.outputs.index)
-
-    @cached_property
-    def sources(self) -> int:
-        """Channels of the input."""
-        return len(self.inputs.inverse)
+        own = torch.Size(buckets[0].shape if len(buckets) == 1 else (self.topology.nnz, 1))
+        object.__setattr__(self, "own", own)
+        object.__setattr__(self, "channels", len(self.outputs.index))
+        object.__setattr__(self, "sources", len(self.inputs.inverse))
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def test_agreement_with_dense_layers(call, second):
 @given(_calls("cpu"), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_agreement_of_the_kernels_with_dense_layers(call, second):
-    _check(call.to(torch.float32), call, 2e-3 if second else 2e-4, second)
+    _check(call.to(torch.float32), call, 2e-4, second)
 
 
 @pytest.mark.parametrize(("name", "layout", "operand", "act"), CASES, ids=_ids)

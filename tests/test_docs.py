@@ -98,3 +98,13 @@ def test_figures_of_the_front_page_are_those_of_the_records():
     spec.loader.exec_module(draw)
     drawn = (file.parent / "front.csv").read_text(encoding="utf-8").splitlines()
     assert drawn == [",".join(row) for row in draw.rows()], "run python docs/figures/draw_front.py"
+
+
+def test_every_page_has_its_place_in_the_tree():
+    tree = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^(?:[^<\n]*<)?([\w./-]+)>?$", tree, re.MULTILINE))
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("docs/tutorials/*.md"))
+    }
+    assert pages - named == {"index"}

@@ -12,7 +12,7 @@ import sao_prune
 from .snippets import ROOT, extension, run
 
 PAGES = ("checkpoints", "methods", "selection")
-HEAVIER = ("isometry", "start")
+HEAVIER = ("export", "index", "isometry", "properties", "start")
 TUTORIALS = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.md"))
 WRITTEN = sorted(
     path.relative_to(ROOT).as_posix()
@@ -37,7 +37,8 @@ def test_pages_run(page, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", HEAVIER)
 def test_heavier_pages_run(page, tmp_path, monkeypatch):
-    pytest.importorskip("timm")
+    for needed in ("timm", "onnxruntime"):
+        pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     assert run(f"docs/{page}.md")
 

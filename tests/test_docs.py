@@ -12,7 +12,7 @@ import sao_prune
 from .snippets import ROOT, extension, run
 
 PAGES = ("checkpoints", "methods", "selection")
-HEAVIER = ("deploy", "isometry", "start")
+HEAVIER = ("deploy", "export", "index", "isometry", "properties", "start")
 TUTORIALS = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.md"))
 WRITTEN = sorted(
     path.relative_to(ROOT).as_posix()
@@ -37,7 +37,8 @@ def test_pages_run(page, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", HEAVIER)
 def test_heavier_pages_run(page, tmp_path, monkeypatch):
-    pytest.importorskip("timm")
+    for needed in ("timm", "onnxruntime"):
+        pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     assert run(f"docs/{page}.md")
 
@@ -98,3 +99,13 @@ def test_figures_of_the_front_page_are_those_of_the_records():
     spec.loader.exec_module(draw)
     drawn = (file.parent / "front.csv").read_text(encoding="utf-8").splitlines()
     assert drawn == [",".join(row) for row in draw.rows()], "run python docs/figures/draw_front.py"
+
+
+def test_every_page_has_its_place_in_the_tree():
+    tree = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^(?:[^<\n]*<)?([\w./-]+)>?$", tree, re.MULTILINE))
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("docs/tutorials/*.md"))
+    }
+    assert pages - named == {"index"}

@@ -324,7 +324,7 @@ def check_method(model: nn.Module, arm: Configuration) -> None:
         LabError: if the library refuses, with its reason.
     """
     if arm.method.is_moving:
-        train = arm.setting.train
+        train = arm.train
         if train.ema:
             raise LabError(f"{arm.method.title}: masks that move have no average; leave ema out")
         if train.compile and arm.method.build(1.0).hears:

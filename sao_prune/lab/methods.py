@@ -230,9 +230,9 @@ class Pruned:
 
 
 def prune_network(
-    model: nn.Module, arm: Configuration, seed: int, example: Tensor, examples: Examples | None = None
+    model: nn.Module, configuration: Configuration, seed: int, example: Tensor, examples: Examples | None = None
 ) -> Pruned:
-    """Prune ``model`` in place, as an arm of a recipe says.
+    """Prune ``model`` in place, as a configuration of a recipe says.
 
     Args:
         example: a batch of one input; multiply-adds are counted for it.
@@ -241,23 +241,23 @@ def prune_network(
     Raises:
         LabError: if the library refuses, with its reason.
     """
-    method, cost = arm.method, multiply_adds(model, example)
+    method, cost = configuration.method, multiply_adds(model, example)
     if method.is_dense:
         parameters = sum(p.numel() for p in model.parameters())
         return Pruned(0.0, parameters, parameters, cost.total, cost.total)
     if method.is_structured:
-        return _remove_channels(model, arm, cost, example)
+        return _remove_channels(model, configuration, cost, example)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
-            pruner = method.build(arm.setting.gain, examples)
+            pruner = method.build(configuration.setting.gain, examples)
             residual = examples[0] if examples is not None and getattr(pruner, "residual", None) else None
             report = sao_prune.apply(
                 model,
                 method=pruner,
                 seed=seed,
                 example_input=residual,
-                **arm.prune,  # type: ignore[arg-type]
+                **configuration.prune,  # type: ignore[arg-type]
             )
     except (TypeError, ValueError) as error:
         raise LabError(f"{method.title}: {error}") from error
@@ -285,8 +285,8 @@ class Gradual:
         return Pruned(self.pruner.sparsity, report.parameters, report.remaining, flops, self._cost.total)
 
 
-def schedule_network(model: nn.Module, arm: Configuration, seed: int, example: Tensor, steps: int) -> Gradual:
-    """Begin to prune ``model`` in place over a training of ``steps`` optimizer steps, as an arm of a recipe says.
+def schedule_network(model: nn.Module, configuration: Configuration, seed: int, example: Tensor, steps: int) -> Gradual:
+    """Begin to prune ``model`` in place over a training of ``steps`` optimizer steps, as a configuration of a recipe says.
 
     Raises:
         LabError: if the library refuses, with its reason.
@@ -296,55 +296,57 @@ def schedule_network(model: nn.Module, arm: Configuration, seed: int, example: T
     try:
         pruner = sao_prune.schedule(
             model,
-            arm.method.build(arm.setting.gain),
+            configuration.method.build(configuration.setting.gain),
             over=over,
             seed=seed,
-            **arm.prune,  # type: ignore[arg-type]
+            **configuration.prune,  # type: ignore[arg-type]
         )
     except (TypeError, ValueError) as error:
-        raise LabError(f"{arm.method.title}: {error}") from error
+        raise LabError(f"{configuration.method.title}: {error}") from error
     return Gradual(pruner, model, cost)
 
 
-def _remove_channels(model: nn.Module, arm: Configuration, cost: Cost, example: Tensor) -> Pruned:
+def _remove_channels(model: nn.Module, configuration: Configuration, cost: Cost, example: Tensor) -> Pruned:
     """Whole channels, until no more multiply-adds are left than SAO leaves at the same amount."""
-    report = _plan(model, "sao", arm)
+    report = _plan(model, "sao", configuration)
     share = cost.after({layer.name: layer.achieved for layer in report.pruned}) / cost.total
     # Orthogonal rows have equal norms: one ranking over all layers would leave some of them a single channel.
-    scope: Literal["global", "layer"] = "global" if arm.method.is_trained_first else "layer"
+    scope: Literal["global", "layer"] = "global" if configuration.method.is_trained_first else "layer"
     done = structured(model, example, share, scope)
     note = f"{done.share:.2%} of the multiply-adds are left, in {done.parameters:,} parameters, none of them zero"
     return Pruned(0.0, done.dense_parameters, done.parameters, done.flops, cost.total, note)
 
 
-def check_method(model: nn.Module, arm: Configuration) -> None:
+def check_method(model: nn.Module, configuration: Configuration) -> None:
     """Find out whether `prune_network` would work, touching no weight.
 
     Raises:
         LabError: if the library refuses, with its reason.
     """
-    if arm.method.is_moving:
-        train = arm.train
+    if configuration.method.is_moving:
+        train = configuration.train
         if train.ema:
-            raise LabError(f"{arm.method.title}: masks that move have no average; leave ema out")
-        if train.compile and arm.method.build(1.0).hears:
-            raise LabError(f"{arm.method.title}: a compiled network does not tell gradients of absent entries")
-    if not arm.method.is_dense:
-        _plan(model, "sao" if arm.method.is_structured else arm.method.build(1.0), arm)
-        if arm.method.is_trained_first and arm.train.distill is not None:
+            raise LabError(f"{configuration.method.title}: masks that move have no average; leave ema out")
+        if train.compile and configuration.method.build(1.0).hears:
+            raise LabError(
+                f"{configuration.method.title}: a compiled network does not tell gradients of absent entries"
+            )
+    if not configuration.method.is_dense:
+        _plan(model, "sao" if configuration.method.is_structured else configuration.method.build(1.0), configuration)
+        if configuration.method.is_trained_first and configuration.train.distill is not None:
             try:
-                sao_prune.Distiller(model, copy.deepcopy(model), arm.train.distill.options()).close()
+                sao_prune.Distiller(model, copy.deepcopy(model), configuration.train.distill.options()).close()
             except ValueError as error:
                 raise LabError(f"distill: {error}") from error
 
 
-def _plan(model: nn.Module, method: Any, arm: Configuration) -> sao_prune.Report:
+def _plan(model: nn.Module, method: Any, configuration: Configuration) -> sao_prune.Report:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
-            return sao_prune.plan(model, method=method, **arm.prune)  # type: ignore[arg-type]
+            return sao_prune.plan(model, method=method, **configuration.prune)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise LabError(f"{arm.method.title}: {error}") from error
+        raise LabError(f"{configuration.method.title}: {error}") from error
 
 
 def _residuals(report: sao_prune.Report) -> str:

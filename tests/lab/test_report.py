@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sao_prune.lab.methods import METHODS, MethodSpec
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.report import costs, print_report, write_report
 from sao_prune.lab.report.chart import MOST_PANELS
 from sao_prune.lab.report.costs import cost_chart
 from sao_prune.lab.report.curves import accuracy_chart, spectrum_chart
 from sao_prune.lab.report.drawing import DARK, LIGHT, styles
+from sao_prune.lab.report.names import full_name
 from sao_prune.lab.report.pages import style_sheet
 from sao_prune.lab.report.table import groups
 from sao_prune.lab.report.versus import depth_chart, sparsity_chart
@@ -169,6 +171,12 @@ def test_methods_are_named_in_full_where_the_pointer_rests(ran: Ran) -> None:
     # In every panel: multiply-adds, time, bytes (each with bars), and the curve for a broad page and a slim one.
     assert source.count(f"<title>GMP-T: {full}</title>") == 3 * 4 + 2
     assert f"- GMP-T: {full}\n" in (folder / "report.md").read_text()
+
+
+def test_no_two_methods_have_the_same_full_name() -> None:
+    named = [full_name(MethodSpec(name)) for name in METHODS]
+    assert len(set(named)) == len(named)
+    assert not set(named) & {method.label for method in METHODS.values()}
 
 
 def test_accuracy_against_multiply_adds_seconds_and_bytes(ran: Ran) -> None:

@@ -33,6 +33,13 @@ _FULL = {
     "project-random": "Projection of a trained model onto blocks, random sets",
     "two-four-t": "2:4 magnitude pruning of trained weights: two of every four in a row stay",
     "two-four-permuted-t": "2:4 magnitude pruning of trained weights, its columns permuted to keep more of them",
+    "rewire": "Inputs of a layer change places between its blocks during training, chosen by a score",
+    "rewire-random": "Inputs of a layer change places between its blocks during training, at random",
+    "set": "Sparse evolutionary training: weights move",
+    "set-kernel": "Sparse evolutionary training: whole kernels move",
+    "rigl": "Rigging the lottery: weights move to where gradients are large",
+    "rigl-kernel": "Rigging the lottery: whole kernels move to where gradients are large",
+    "rigl-block": "Rigging the lottery: whole tiles move to where gradients are large",
     "structured-s": "Structured pruning: whole channels of the initial network go",
     "structured-t": "Structured pruning: whole channels of a trained network go",
 }

@@ -286,7 +286,7 @@ class Gradual:
 
 
 def schedule_network(model: nn.Module, configuration: Configuration, seed: int, example: Tensor, steps: int) -> Gradual:
-    """Begin to prune ``model`` in place over a training of ``steps`` optimizer steps, as a configuration of a recipe says.
+    """Begin to prune ``model`` in place over ``steps`` optimizer steps, as a configuration of a recipe says.
 
     Raises:
         LabError: if the library refuses, with its reason.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .distillation import Distillation, Distiller
     from .exporting import ExportReport, export_onnx
     from .model import apply, plan, remove, report
+    from .orders import BlockOrder, permutations
     from .orthogonality import hold, release
-    from .permutations import BlockOrder, permutations
     from .pruner import Pruner, schedule
     from .replaced import StaleOptimizerWarning
     from .reporting import LayerRecord, Report, SparsityWarning
@@ -114,7 +114,7 @@ _HOMES = {
         "exporting": "ExportReport export_onnx",
         "model": "apply plan remove report",
         "orthogonality": "hold release",
-        "permutations": "BlockOrder permutations",
+        "orders": "BlockOrder permutations",
         "pruner": "Pruner schedule",
         "replaced": "StaleOptimizerWarning",
         "reporting": "LayerRecord Report SparsityWarning",

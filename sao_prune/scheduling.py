@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import cos, pi
+from numbers import Real
 from typing import Literal, get_args
-
-from .algorithms.base import check_share
-from .topology.rewire import moving_share
 
 Shape = Literal["cubic", "linear", "one-shot", "iterative"]
 
@@ -119,7 +118,21 @@ class Moves:
 
     def decay(self, step: int) -> float:
         """The factor on how much moves after ``step`` optimizer steps: a half cosine from 1 to 0."""
-        return moving_share(step, self.end, 1.0)
+        return (1 + cos(pi * step / self.end)) / 2 if step < self.end else 0.0
+
+
+def check_share(option: str, value: object) -> None:
+    """Refuse what is no share in (0, 1].
+
+    Args:
+        option: what the user calls it.
+        value: what was given.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(f"{option} must be a share in (0, 1], got {value!r}")
 
 
 def _check_count(option: str, value: object, ge: int) -> None:

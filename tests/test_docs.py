@@ -12,7 +12,7 @@ import sao_prune
 from .snippets import ROOT, extension, run
 
 PAGES = ("checkpoints", "methods", "selection")
-HEAVIER = ("deploy", "export", "index", "isometry", "properties", "start")
+HEAVIER = ("deploy", "export", "index", "isometry", "moving", "properties", "start")
 TUTORIALS = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.md"))
 WRITTEN = sorted(
     path.relative_to(ROOT).as_posix()

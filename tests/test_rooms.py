@@ -34,9 +34,12 @@ ORDER = (
     "held",
     "plain",
     "blocks",  # run them fast
+    "sites",
+    "orders",
     "orthogonality",
     "analysis",
     "model",  # the verbs
+    "moving",
     "pruner",
     "state_names",
     "state_fit",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -274,12 +273,6 @@ def choice(option: str, value: object, allowed: Sequence[object]) -> None:
     if isinstance(value, bool) or value not in allowed:
         hint = nearest(value, allowed)
         raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
-
-
-def check_share(option: str, value: object) -> None:
-    """Refuse what is no share in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise ValueError(f"{option} must be a share in (0, 1], got {value!r}")
 
 
 class TopologyDrawer:

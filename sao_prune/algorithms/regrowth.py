@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..allocation import Allocation
+from ..scheduling import check_share
 from ..seeds import named_generator
-from .base import Method, Stage, check_share, choice, register
+from .base import Method, Stage, choice, register
 from .draw import Draw
 from .magnitude import keep_top
 

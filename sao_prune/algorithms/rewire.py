@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
+from ..scheduling import check_share
 from ..seeds import named_generator
 from ..topology import BlockTopology
 from ..topology.rewire import choose_swaps, move_scores, random_swaps, swapped
 from ..weights.rewire import exchange_columns
-from .base import Method, Stage, check_share, choice, register
+from .base import Method, Stage, choice, register
 from .draw import Draw, Values
 from .sao import SAO
 

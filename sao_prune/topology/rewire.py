@@ -8,8 +8,6 @@ likewise: pass the transposed topology.
 
 from __future__ import annotations
 
-from math import cos, pi
-
 import torch
 from torch import Tensor
 
@@ -158,23 +156,6 @@ def swapped(topology: BlockTopology, swaps: Tensor) -> BlockTopology:
     col_set = topology.col_set.clone()
     col_set[swaps[:, 0]], col_set[swaps[:, 1]] = topology.col_set[swaps[:, 1]], topology.col_set[swaps[:, 0]]
     return BlockTopology(topology.row_set, col_set)
-
-
-def moving_share(step: int, end: int, share: float) -> float:
-    """The share of inputs that may move at a step: a half cosine from ``share`` to nothing at ``end``.
-
-    Args:
-        step: of training, from 0.
-        end: first step without moves; 75 % of the training, say.
-        share: at step 0.
-
-    Source: the schedule of Evci et al., "Rigging the lottery" (2020), https://arxiv.org/abs/1911.11134.
-
-    Example:
-        >>> [round(moving_share(step, 100, 0.3), 3) for step in (0, 50, 99, 100)]
-        [0.3, 0.15, 0.0, 0.0]
-    """
-    return share / 2 * (1 + cos(pi * step / end)) if step < end else 0.0
 
 
 def _ranked(topology: BlockTopology, values: Tensor, depth: int) -> Tensor:

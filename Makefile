@@ -40,11 +40,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The kernels under AddressSanitizer, by gcc. They are compiled without the preloaded library, and kept apart.
+# The kernels under AddressSanitizer, by gcc; they are compiled without the preloaded libraries. Without -s, pytest
+# would swallow what it finds.
 asan: $(STAMP)
-	export CC="env -u LD_PRELOAD gcc $(ASAN)" LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0; \
+	export CC="env -u LD_PRELOAD gcc $(ASAN)" LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0; \
 	$(BIN)/python -c "from sao_prune.blocks.backends import cpu; raise SystemExit(cpu.why_unavailable())" && \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -k "not derivatives and not registration" \
+	$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "not derivatives and not registration" \
 	tests/blocks/test_cpu.py tests/blocks/test_storages.py tests/blocks/test_memory.py tests/blocks/test_operators.py
 
 format: $(STAMP)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .state_file import CheckpointError
     from .topology import BlockTopology, NotBlockStructuredError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EOI",

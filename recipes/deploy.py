@@ -75,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="fashion-mnist", help="fashion-mnist, digits, cifar-10, .., folder:PATH")
     add("--data-dir", type=Path, default=Path("data"), help="where data lie")
     add("--download", action="store_true", help="fetch data that are missing")
-    add("--subset", type=int, default=12000, help="training images, or crops; 0 for all (12000; crops 768)")
+    add("--subset", type=int, help="training images, or crops; 0 for all (Fashion-MNIST 12000, crops 768, else all)")
     add("--test-subset", type=int, default=None, help="test images, or crops (all; crops 512)")
     add("--dense", type=Path, help="dense weights: read from this file if it exists, else written to it")
     for name in ("epochs", "further-epochs", "samples"):
@@ -94,8 +94,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     preset = PRESETS[args.model]
     if args.model == "efficientnet_lite0":
-        args.subset = 768 if args.subset == parser.get_default("subset") else args.subset
+        args.subset = args.subset or 768
         args.test_subset, args.distill, args.batch_size = args.test_subset or 512, 1.0, min(args.batch_size, 32)
+    elif args.subset is None and args.data == "fashion-mnist":
+        args.subset = 12000
     if args.smoke:
         few = {"subset": 8, "test_subset": 8} if args.model == "efficientnet_lite0" else {"subset": 256}
         vars(args).update(few, data="digits", epochs=1, further_epochs=1, samples=64, repeats=3, batch_size=32)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from collections import Counter
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from posixpath import dirname, normpath
 
@@ -82,8 +83,15 @@ def test_links_and_figures_become_those_of_the_site():
 
 
 def test_the_public_face_is_documented():
-    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.rst"))
-    named = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", pages, re.MULTILINE)}
+    entries = [
+        (module, entry)
+        for path in (ROOT / "docs" / "api").glob("*.rst")
+        for part in re.split(r"^\.\. currentmodule:: ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for module in [part.splitlines()[0]]
+        for entry in re.findall(r"^\.\. auto\w+:: ([\w.]+)", part, re.MULTILINE)
+    ]
+    assert not [entry for entry, times in Counter(entries).items() if times > 1]
+    named = {entry.rpartition(".")[2] for _, entry in entries}
     public = {*sao_prune.__all__} - {"prune"}
     for room, internal in INTERNAL.items():
         public |= {*importlib.import_module(f"sao_prune.{room}").__all__} - internal

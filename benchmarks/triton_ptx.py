@@ -127,14 +127,14 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print each tile that spills")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     options = parser.parse_args()
-    makers = {
+    generators = {
         "interleaved": lambda m, n: interleaved(m, n, GROUPS),
         "ramanujan": lambda m, n: ramanujan(m, n, GROUPS, torch.Generator().manual_seed(0)),
     }
     lines, spilled = [], 0
     print(*HEAD, sep="\n")
     for shape in SHAPES:
-        for kind, make in makers.items():
+        for kind, make in generators.items():
             if options.only not in shape.name or options.topology not in kind:
                 continue
             for name, kernel, arguments in kernels(shape, make(shape.outputs, shape.inputs)):

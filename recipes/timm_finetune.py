@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="resnet18", help="any name that timm.create_model takes")
     add("--pretrained", action="store_true", help="start from timm's weights; needs a network or a filled cache")
     add("--method", default="sao", choices=METHODS, help="how to prune")
-    add("--sparsity", type=number(0, 1), default=0.875, help="share of zeros in the pruned layers")
+    add("--sparsity", type=number(0, 1), default=0.875, help="sparsity of the pruned layers")
     add("--calibration", type=number(2, kind=int), default=512, help="images that --method project fits values on")
     add("--execution", default="masked", choices=("masked", "compact"), help="how the sparse model runs")
     add("--data", required=True, help="image folder, or a name such as torch/cifar10")

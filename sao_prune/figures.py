@@ -140,8 +140,8 @@ def layer_values(seed: int) -> dict[str, dict[str, Tensor]]:
     for act, function in ACTIVATIONS.items():
         out[act] = {}
         for name, weight in weights.items():
-            slope = torch.func.vmap(torch.func.grad(function))(weight @ x)
-            out[act][name] = torch.linalg.svdvals((slope[:, None] * weight).double())
+            derivative = torch.func.vmap(torch.func.grad(function))(weight @ x)
+            out[act][name] = torch.linalg.svdvals((derivative[:, None] * weight).double())
     return out
 
 

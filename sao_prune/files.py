@@ -38,6 +38,23 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text in one step.
+
+    Args:
+        path: of the file, in a folder that exists.
+        text: all of it.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomically(Path(folder, "a.txt"), "whole")
+        ...     Path(folder, "a.txt").read_text()
+        'whole'
+    """
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -77,7 +77,7 @@ def mean_field(
         second = sqrt(variance) * (correlation * nodes[:, None] + spread * nodes)
         outputs = activation(first)
         after = gain**2 * float(weights @ outputs**2)
-        growth *= gain**2 * float(weights @ _slope(activation, first) ** 2)
+        growth *= gain**2 * float(weights @ _derivative(activation, first) ** 2)
         product = gain**2 * float(weights @ (outputs[:, None] * activation(second)) @ weights)
         correlation = min(1.0, max(-1.0, product / after)) if after > 0 else 0.0
         variance = after
@@ -95,8 +95,8 @@ def _gauss_hermite() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes), torch.from_numpy(weights / total)
 
 
-def _slope(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _derivative(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(activation(x).sum(), x)
-    return slope
+        (derivative,) = torch.autograd.grad(activation(x).sum(), x)
+    return derivative

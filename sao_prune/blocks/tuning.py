@@ -25,7 +25,7 @@ Convert = Callable[[Plan], Callable[[], None]]
 
 
 def of_first_rank(make: Callable[[], Plan]) -> Plan:
-    """A plan; in a distributed run that of rank 0, so that all ranks are alike. Global generators are left alone."""
+    """A plan; in a distributed run that of rank 0, so that all ranks are alike. Global generators are not touched."""
     together = dist.is_available() and dist.is_initialized()
     plan: Plan | None = None
     if not together or dist.get_rank() == 0:

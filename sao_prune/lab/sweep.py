@@ -13,12 +13,12 @@ from statistics import fmean
 
 import torch
 
+from ..files import write_atomically
 from .cluster import RayCluster
 from .data import DataSource, load_dataset
 from .display import Display, MethodProgress
 from .errors import LabError
 from .executors import DataParallel, Executor, InProcess, Processes, follow, lost
-from .files import write_atomically
 from .isolate import one_line
 from .methods import check_method
 from .network import build_network

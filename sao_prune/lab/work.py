@@ -18,12 +18,12 @@ from torch import nn
 
 import sao_prune
 
+from ..files import replacing
 from ..seeds import named_generator
 from .cost import multiply_adds
 from .data import Dataset, DataSource, DataSpec, load_dataset
 from .depth import depth_spectrum
 from .errors import LabError
-from .files import replacing
 from .methods import Gradual, Pruned, prune_network, schedule_network
 from .network import initial_network
 from .recipe import Configuration

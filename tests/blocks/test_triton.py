@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_choices_are_kept_and_a_broken_cache_is_none(monkeypatch: pytest.MonkeyP
         path.write_text(broken)
         tuning._read(path, "device")
         assert not tuning._CHOSEN
-    monkeypatch.setattr(tuning.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(OSError("read-only")))
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(OSError("read-only")))
     tuning._write(path, "device")  # says nothing
 
 

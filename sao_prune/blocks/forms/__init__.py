@@ -56,7 +56,7 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def dense_form(module: BlockModule | BlockComposite, masked: bool | None = None) -> nn.Module:
-    """The stock layer equivalent to a block layer, baked or masked; the block layer itself is left alone."""
+    """The stock layer equivalent to a block layer, baked or masked; the block layer itself is not touched."""
     return _maker(module).dense(module, masked)
 
 

@@ -81,11 +81,11 @@ class Form(ABC):
 
     @abstractmethod
     def block(self, module: nn.Module, given: Mapping[str, Given]) -> nn.Module:
-        """The block form, with those of its weights as blocks that are given; the module itself is left alone."""
+        """The block form, with those of its weights as blocks that are given; the module itself is not touched."""
 
     @abstractmethod
     def dense(self, module: nn.Module, masked: bool | None) -> nn.Module:
-        """The dense layer of a block form, its weights masked or baked, or as they were; the form is left alone."""
+        """The dense layer of a block form, its weights masked or baked, or as they were; the form is not touched."""
 
 
 def weights_of(module: nn.Module) -> list[PrunableWeight]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files import write_atomically
+from ...files import write_atomically
 from ..summary import Summary, summarise
 from .compared import print_comparison, write_comparison
 from .costs import cost_chart

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ...files import write_atomically
 from ..comparison import Comparison, Match, compare
-from ..files import write_atomically
 from ..summary import Row
 from .names import full_names
 from .pages import render

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from ..files import replacing
+from ...files import replacing
 from .chart import Chart, Line, Panel, Tick
 
 # Any colour vision tells these apart, each on its ground; dashes and markers help without colour. The first is dense's.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...files import replacing
 from ...pruner import Pruner
-from ..files import replacing
 from .distributed import from_first, rank
 from .history import History
 

@@ -1,4 +1,4 @@
-/* Activations and their slopes. The polynomials were fitted at Chebyshev nodes; errors are a few units in the last place
+/* Activations and their derivatives. The polynomials were fitted at Chebyshev nodes; errors are a few units in the last place
  * of a float, those of erf and of what is made of it relative to 1. NaN stays NaN. */
 
 #pragma once
@@ -7,7 +7,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* What becomes of u. Of TANH_OF_RESULT and KNOWN there is only the slope: from what tanh gave, and one that was kept. */
+/* What becomes of u. Of TANH_OF_RESULT and KNOWN there is only the derivative: from what tanh gave, and one that was kept. */
 enum { NOTHING, RELU, GELU, SILU, TANH, TANH_OF_RESULT, KNOWN };
 
 INLINE vec choose(bits mask, vec yes, vec no) { return (vec)((mask & (bits)yes) | (~mask & (bits)no)); }
@@ -60,7 +60,7 @@ INLINE vec hyperbolic_tangent(vec x) {
 }
 
 typedef struct {
-    vec value, slope;
+    vec value, derivative;
 } activated;
 
 /* Inlined where only one of the two is used, the other costs nothing. */
@@ -89,7 +89,7 @@ INLINE activated activate(int act, vec u) {
 /* ---- Runs of floats ------------------------------------------------------------------------------------------- */
 
 /* Numbers that every channel has of its own: what is activated is scale z + shift, and the gradient of z is
- * outer (gradient) (slope) + inner (z - mean) + constant. */
+ * outer (gradient) (derivative) + inner (z - mean) + constant. */
 typedef struct {
     const float *scale, *shift, *outer, *inner, *constant, *mean;
 } coefficients;
@@ -119,8 +119,8 @@ INLINE vec forward_step(int act, int affine, int vary, vec z, coefficients c, lo
 }
 
 INLINE vec backward_step(int act, int affine, int vary, vec g, vec z, coefficients c, long p, long count) {
-    if (!affine) return g * activate(act, z).slope;
-    vec through = g * activate(act, z * COEFFICIENT(scale) + COEFFICIENT(shift)).slope;
+    if (!affine) return g * activate(act, z).derivative;
+    vec through = g * activate(act, z * COEFFICIENT(scale) + COEFFICIENT(shift)).derivative;
     return through * COEFFICIENT(outer) + ((z - COEFFICIENT(mean)) * COEFFICIENT(inner) + COEFFICIENT(constant));
 }
 
@@ -149,22 +149,22 @@ INLINE void backward_run(int act, int affine, int vary, float *to, const float *
     default: DO(NOTHING);                                                                                             \
     }
 
-INLINE void both_run(int act, float *y, float *slopes, const float *z, long n) {
+INLINE void both_run(int act, float *y, float *derivatives, const float *z, long n) {
     long p = 0;
     for (; p + V <= n; p += V) {
         activated both = activate(act, LOAD(z + p));
-        STORE(y + p, both.value), STORE(slopes + p, both.slope);
+        STORE(y + p, both.value), STORE(derivatives + p, both.derivative);
     }
     if (p == n) return;
     activated both = activate(act, part(z + p, n - p));
-    keep_part(y + p, both.value, n - p), keep_part(slopes + p, both.slope, n - p);
+    keep_part(y + p, both.value, n - p), keep_part(derivatives + p, both.derivative, n - p);
 }
 
-/* y = act(z), in place too, and the slopes there if they are wanted. */
-static void activate_run(int act, float *y, float *slopes, const float *z, long n) {
+/* y = act(z), in place too, and the derivatives there if they are wanted. */
+static void activate_run(int act, float *y, float *derivatives, const float *z, long n) {
     coefficients none = {0};
-    if (slopes) {
-#define DO(A) both_run(A, y, slopes, z, n)
+    if (derivatives) {
+#define DO(A) both_run(A, y, derivatives, z, n)
         FOR_ACTS(DO)
 #undef DO
     } else {
@@ -175,7 +175,7 @@ static void activate_run(int act, float *y, float *slopes, const float *z, long 
 }
 
 /* Gradients of `y` in place to those of `z`; `c` of one channel, or NULL. */
-static void slope_run(int act, float *g, const float *z, long n, const coefficients *c) {
+static void derivative_run(int act, float *g, const float *z, long n, const coefficients *c) {
     coefficients none = {0};
     if (c) {
 #define DO(A) backward_run(A, 1, 0, g, g, z, n, *c)
@@ -189,7 +189,7 @@ static void slope_run(int act, float *g, const float *z, long n, const coefficie
 }
 
 /* The same for one position of all channels, to a place of its own; `numbers` of all channels, or NULL. */
-static void slope_row(int act, float *to, const float *g, const float *z, long channels, const float *numbers) {
+static void derivative_row(int act, float *to, const float *g, const float *z, long channels, const float *numbers) {
     coefficients c = channel_numbers(numbers, channels, 0);
     if (numbers) {
 #define DO(A) backward_run(A, 1, 1, to, g, z, channels, c)

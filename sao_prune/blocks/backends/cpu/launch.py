@@ -54,7 +54,7 @@ class Derivative:
 
     Attributes:
         act: what was made of the product.
-        values: what its slope is a function of; laid out as the result.
+        values: what its derivative is a function of; laid out as the result.
         numbers: shape ``(6, m)``: scale and shift of what was activated, factors of the gradient through it and of
             the product less its mean, a constant, and the mean; ``None`` where there was nothing but the activation.
     """

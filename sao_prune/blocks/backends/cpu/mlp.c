@@ -5,15 +5,15 @@
 
 /* The hidden channels of a panel, one plane after the other, and behind them one of zeros and one that nobody reads. */
 typedef struct {
-    float *planes, *slopes;
+    float *planes, *derivatives;
     long channels, pitch;
 } hidden;
 
-static int open_hidden(hidden *h, long channels, long lines, int with_slopes) {
+static int open_hidden(hidden *h, long channels, long lines, int with_derivatives) {
     *h = (hidden){.channels = channels, .pitch = ROUND(lines) + V};
-    h->planes = scratch(FOURTH, (channels * (1 + with_slopes) + 2) * h->pitch);
+    h->planes = scratch(FOURTH, (channels * (1 + with_derivatives) + 2) * h->pitch);
     if (!h->planes) return 1;
-    h->slopes = h->planes + (channels + 2) * h->pitch;
+    h->derivatives = h->planes + (channels + 2) * h->pitch;
     memset(h->planes + channels * h->pitch, 0, 2 * h->pitch * sizeof(float));
     return 0;
 }
@@ -145,11 +145,11 @@ int mlp_backward(const float *g, const float *x, const float *w1, const float *b
             long count = from.count, length = ROUND(count);
             half_product(one, from.planes, packed1, b1 ? bias1 : NULL, write, length);
             for (long c = 0; c < middle; c++)
-                activate_run(act, h.planes + c * h.pitch, h.slopes + c * h.pitch, h.planes + c * h.pitch, length);
+                activate_run(act, h.planes + c * h.pitch, h.derivatives + c * h.pitch, h.planes + c * h.pitch, length);
             half_sums(two, top.planes, read, count, my_dw2, my_db2);
             half_back(two, top.planes, back2, down, length);
             for (long c = 0; c < middle; c++)
-                slope_run(KNOWN, h.planes + c * h.pitch, h.slopes + c * h.pitch, length, NULL);
+                derivative_run(KNOWN, h.planes + c * h.pitch, h.derivatives + c * h.pitch, length, NULL);
             half_sums(one, grads, from.planes, count, my_dw1, my_db1);
             if (!dx) continue;
             move_panel(&to, image, line);

@@ -35,7 +35,7 @@ typedef struct {
 } sums;
 
 INLINE void add_step(int act, sums *s, vec g, vec z, vec scale, vec shift, vec mean) {
-    vec through = g * activate(act, z * scale + shift).slope;
+    vec through = g * activate(act, z * scale + shift).derivative;
     s->through += through;
     s->moment += through * (z - mean);
 }

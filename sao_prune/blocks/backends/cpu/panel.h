@@ -20,7 +20,7 @@
 #define STREAMED()
 #endif
 
-/* Row `i` of a square of V to column `i` of another, activated, and if BOTH its slopes to one more: their rows start at
+/* Row `i` of a square of V to column `i` of another, activated, and if BOTH its derivatives to one more: their rows start at
  * t[0], t[1], .. and u[0], u[1], .. plus `shift`. */
 #define DEFINE_SQUARE(NAME, STORE, ACT, BOTH)                                                                         \
     static void NAME(float *const *x, long x_shift, float *const *t, float *const *u, long shift) {                   \
@@ -30,7 +30,7 @@
         UNROLL for (int i = 0; i < V; i++) {                                                                          \
             activated both = activate(ACT, r[i]);                                                                     \
             STORE(t[i] + shift, both.value);                                                                          \
-            if (BOTH) STORE(u[i] + shift, both.slope);                                                                \
+            if (BOTH) STORE(u[i] + shift, both.derivative);                                                           \
         }                                                                                                             \
     }
 
@@ -47,7 +47,7 @@ DEFINE_SQUARES(RELU, relu)
 DEFINE_SQUARES(GELU, gelu)
 DEFINE_SQUARES(SILU, silu)
 DEFINE_SQUARES(TANH, tanh)
-/* By activation, whether with slopes, and whether streamed. */
+/* By activation, whether with derivatives, and whether streamed. */
 static square_fn *const squares[][2][2] = {SQUARES(plain), SQUARES(relu), SQUARES(gelu), SQUARES(silu), SQUARES(tanh)};
 
 /* planes[c][i + ..] = pixels[..][c] for up to V pixels from `i` on. */
@@ -66,19 +66,19 @@ static void gather(float *const *pixels, long count, long channels, float *const
     for (long i = 0; i < count; i += V) gather_some(pixels + i, MIN(V, count - i), channels, planes, i);
 }
 
-/* pixels[i][c] = act(planes[c][i]), and slopes[i][c] its slope, if `slopes` is not NULL. */
-static void scatter(float *const *planes, long channels, float *const *pixels, float *const *slopes, long count,
+/* pixels[i][c] = act(planes[c][i]), and derivatives[i][c] its derivative, if `derivatives` is not NULL. */
+static void scatter(float *const *planes, long channels, float *const *pixels, float *const *derivatives, long count,
                     int stream, int act) {
-    square_fn *whole = squares[act][slopes != NULL][stream != 0];
+    square_fn *whole = squares[act][derivatives != NULL][stream != 0];
     for (long i = 0; i < count; i += V)
         for (long c = 0; c < channels; c += V) {
             if (i + V <= count && c + V <= channels)
-                whole(planes + c, i, pixels + i, slopes ? slopes + i : NULL, c);
+                whole(planes + c, i, pixels + i, derivatives ? derivatives + i : NULL, c);
             else
                 for (long a = i; a < MIN(i + V, count); a++) {
                     float *to = pixels[a] + c;
                     for (long b = c; b < MIN(c + V, channels); b++) to[b - c] = planes[b][a];
-                    activate_run(act, to, slopes ? slopes[a] + c : NULL, to, MIN(V, channels - c));
+                    activate_run(act, to, derivatives ? derivatives[a] + c : NULL, to, MIN(V, channels - c));
                 }
         }
 }
@@ -161,14 +161,14 @@ static void read_panel(panel *p) {
         gather(p->pixels, p->filled, m.channels, p->by_channel);
 }
 
-/* Columns as they are; pixels activated, with their slopes in a panel of the same form, if it is not NULL. */
-static void write_panel(panel *p, int act, const panel *slopes) {
+/* Columns as they are; pixels activated, with their derivatives in a panel of the same form, if it is not NULL. */
+static void write_panel(panel *p, int act, const panel *derivatives) {
     matrix m = p->of;
     if (p->direct) return;
     if (m.columns)
         for (long c = 0; c < m.channels; c++)
             memcpy(in_columns(p, c), p->by_channel[c], p->count * sizeof(float));
     else
-        scatter(p->by_channel, m.channels, p->pixels, slopes ? slopes->pixels : NULL, p->filled,
-                p->stream && (!slopes || slopes->stream), act);
+        scatter(p->by_channel, m.channels, p->pixels, derivatives ? derivatives->pixels : NULL, p->filled,
+                p->stream && (!derivatives || derivatives->stream), act);
 }

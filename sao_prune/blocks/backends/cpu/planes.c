@@ -58,10 +58,10 @@ static void convolve(long rows, const float *const *x, long count, const float *
 
 static long band_size(border b) { return TILE * (ROUND((BAND / b.pitch > 0 ? BAND / b.pitch : 1) * b.pitch) + V); }
 
-/* y = act(product); `slopes`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
+/* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
 int planes_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, long height,
                    long width, long kernel_height, long kernel_width, long dilation_height, long dilation_width,
-                   long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *slopes,
+                   long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *derivatives,
                    float *mean, float *variance) {
     geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
     border b = make_border(f);
@@ -116,7 +116,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 if (channel < 0) continue;
                 if (mean)
                     merge_moments(noted + omp_get_thread_num() * m + channel, run_moments(to[i], 1, area, area));
-                if (act) activate_run(act, to[i], slopes ? slopes + (image * m + channel) * area : NULL, to[i], area);
+                if (act) activate_run(act, to[i], derivatives ? derivatives + (image * m + channel) * area : NULL, to[i], area);
             }
         }
         free(from), free(to);
@@ -178,7 +178,7 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
                         coefficients c = channel_numbers(numbers, m, channel);
                         const float *values = z + ((first + image) * m + channel) * area;
                         for (long line = 0; line < f.height; line++)
-                            slope_run(act, plane + (b.top + line) * b.pitch + b.left, values + line * f.width, f.width,
+                            derivative_run(act, plane + (b.top + line) * b.pitch + b.left, values + line * f.width, f.width,
                                       numbers ? &c : NULL);
                     }
                     if (db && channel >= 0) my_db[channel] += plane_sum(plane, b.size);

@@ -13,11 +13,11 @@ static void note_moments(const panel *p, moments *by_channel) {
                           run_moments(p->planes[i], joined ? 1 : p->count, joined ? p->count * width : width, p->pitch));
 }
 
-/* y = act(product); `slopes`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
+/* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
 int rows_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, long height,
                  long width, long kernel_height, long kernel_width, long dilation_height, long dilation_width,
                  long groups, long rows, long cols, const int *in, const int *out, int x_columns, int y_columns,
-                 long lines, int threads, int act, float *slopes, float *mean, float *variance) {
+                 long lines, int threads, int act, float *derivatives, float *mean, float *variance) {
     geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
     border b = make_border(f);
     shape s = {groups, rows, cols, kernel_height * kernel_width};
@@ -31,10 +31,10 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         panel from, to, kept;
-        matrix beside = {slopes, m, y_columns, out, groups * rows};
+        matrix beside = {derivatives, m, y_columns, out, groups * rows};
         const float **taps = malloc(groups * count * sizeof *taps);
         failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&to, THIRD, result, f, b, 0, lines) |
-                 open_panel(&kept, SECOND, beside, f, b, 0, slopes ? lines : 0) | !taps;
+                 open_panel(&kept, SECOND, beside, f, b, 0, derivatives ? lines : 0) | !taps;
 #pragma omp for
         for (long g = 0; g < groups; g++) lay_out(w + g * size, s, 0, packed + g * size);
 #pragma omp for schedule(dynamic)
@@ -49,11 +49,11 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
                 group_product(rows, taps + g * count, count, packed + g * size, bias ? offsets + g * rows : NULL,
                               to.planes + g * rows, ROUND(length));
             if (mean) note_moments(&to, noted + omp_get_thread_num() * m);
-            if (slopes) move_panel(&kept, image, first);
+            if (derivatives) move_panel(&kept, image, first);
             for (long i = 0; y_columns && act && i < groups * rows; i++)
-                activate_run(act, to.planes[i], slopes ? kept.planes[i] : NULL, to.planes[i], length);
-            write_panel(&to, act, slopes ? &kept : NULL);
-            if (slopes && y_columns) write_panel(&kept, NOTHING, NULL);
+                activate_run(act, to.planes[i], derivatives ? kept.planes[i] : NULL, to.planes[i], length);
+            write_panel(&to, act, derivatives ? &kept : NULL);
+            if (derivatives && y_columns) write_panel(&kept, NOTHING, NULL);
         }
         STREAMED();
         close_panel(&from), close_panel(&to), close_panel(&kept), free(taps);
@@ -64,7 +64,7 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
 }
 
 /* Read gradients of the result, turned into those of the product `z` while they are rows. */
-static void read_slopes(panel *p, const float *z, int act, const float *numbers, float *rows) {
+static void read_derivatives(panel *p, const float *z, int act, const float *numbers, float *rows) {
     long channels = p->of.channels;
     for (long i = 0; i < p->filled; i += V) {
         float *pixels[V];
@@ -73,14 +73,14 @@ static void read_slopes(panel *p, const float *z, int act, const float *numbers,
             pixels[a] = pixel;
             if (pixel == p->spare) continue;
             pixels[a] = rows + a * channels;
-            slope_row(act, pixels[a], pixel, z + (pixel - p->of.data), channels, numbers);
+            derivative_row(act, pixels[a], pixel, z + (pixel - p->of.data), channels, numbers);
         }
         gather_some(pixels, V, channels, p->by_channel, i);
     }
 }
 
 /* Gradients of the result, in place, to those of the product that `values` holds. */
-static void slope_panel(panel *p, const panel *values, int act, const float *numbers) {
+static void derivative_panel(panel *p, const panel *values, int act, const float *numbers) {
     geometry f = p->f;
     long start = MAX(p->first - p->top, 0), stop = MIN(p->first + p->count + p->top, f.height);
     long lines = stop - start, width = f.width, offset = (start - p->first + p->top) * p->pitch + p->left;
@@ -91,7 +91,7 @@ static void slope_panel(panel *p, const panel *values, int act, const float *num
         coefficients c = channel_numbers(numbers, p->of.channels, channel);
         for (long line = 0; line < lines; line++) {
             long at = offset + line * p->pitch;
-            slope_run(act, p->planes[i] + at, values->planes[i] + at, width, numbers ? &c : NULL);
+            derivative_run(act, p->planes[i] + at, values->planes[i] + at, width, numbers ? &c : NULL);
         }
     }
 }
@@ -118,10 +118,10 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
         panel from, top, to, values;
         matrix before = {(float *)z, m, z_columns, out, groups * rows};
         const float **taps = malloc(groups * (rows + cols) * s.taps * sizeof *taps), **back = taps + groups * cols * s.taps;
-        float **centre = malloc(groups * rows * sizeof *centre), *slopes = scratch(FIFTH, V * m);
+        float **centre = malloc(groups * rows * sizeof *centre), *derivatives = scratch(FIFTH, V * m);
         failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&top, SECOND, outer, f, b, 1, lines) |
                  open_panel(&to, THIRD, result, f, b, 0, lines) |
-                 open_panel(&values, FOURTH, before, f, b, 1, apart ? lines : 0) | !taps | !centre | !slopes;
+                 open_panel(&values, FOURTH, before, f, b, 1, apart ? lines : 0) | !taps | !centre | !derivatives;
         top.own = apart;
 #pragma omp for
         for (long k = 0; k < groups; k++)
@@ -134,9 +134,9 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
             move_panel(&from, image, first), move_panel(&top, image, first), move_panel(&to, image, first);
             if (apart)
                 read_panel(&top), move_panel(&values, image, first), read_panel(&values),
-                    slope_panel(&top, &values, act, numbers);
+                    derivative_panel(&top, &values, act, numbers);
             else if (z)
-                read_slopes(&top, z, act, numbers, slopes);
+                read_derivatives(&top, z, act, numbers, derivatives);
             else
                 read_panel(&top);
             tap_table(top.planes, groups * rows, f, b, back);

@@ -148,12 +148,12 @@ def product(
             real = real & (channel >= 0)
         if BIAS:
             h += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
-        value, slope = activate(h, ACTIVATION)
+        value, derivative = activate(h, ACTIVATION)
         to = wide[:, None] * y_channels + channel[None, :]
         mask = there[:, None] & real[None, :]
         tl.store(y + to, value.to(y.dtype.element_ty), mask=mask)
         if KEEP:
-            tl.store(y_saved + to, slope.to(y_saved.dtype.element_ty), mask=mask)
+            tl.store(y_saved + to, derivative.to(y_saved.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -43,8 +43,8 @@ def fill_missing(y: Tensor, saved: Tensor | None, bias: Tensor | None, missing: 
     if saved is not None:
         with torch.enable_grad():
             leaf = h.detach().float().requires_grad_()
-            (slope,) = torch.autograd.grad(_ACTIVATE[activation](leaf).sum(), leaf)
-        saved[:, missing] = slope.to(saved.dtype).view(shape).expand(saved[:, missing].shape)
+            (derivative,) = torch.autograd.grad(_ACTIVATE[activation](leaf).sum(), leaf)
+        saved[:, missing] = derivative.to(saved.dtype).view(shape).expand(saved[:, missing].shape)
 
 
 def bias_gradient(db: Tensor, source: Source, missing: Tensor | None, everything: bool) -> None:
@@ -55,8 +55,8 @@ def bias_gradient(db: Tensor, source: Source, missing: Tensor | None, everything
     grad = grad.float()
     if source.saved is not None:
         saved = (source.saved if everything else source.saved[:, missing]).float()
-        slope = {"relu": lambda: (saved > 0).float(), "tanh": lambda: 1 - saved * saved, "kept": lambda: saved}
-        grad = grad * slope[source.derivative]()
+        derivative = {"relu": lambda: (saved > 0).float(), "tanh": lambda: 1 - saved * saved, "kept": lambda: saved}
+        grad = grad * derivative[source.derivative]()
     total = grad.sum([0, *range(2, grad.dim())]).to(db.dtype)
     if everything:
         db.copy_(total)

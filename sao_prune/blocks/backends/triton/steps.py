@@ -68,18 +68,18 @@ def activate(h, ACTIVATION: tl.constexpr):
     """The activation and, for GELU and SiLU, its derivative."""
     if ACTIVATION == "relu":
         # Not maximum: NaN must stay NaN.
-        value, slope = tl.where(h < 0, 0.0, h), h
+        value, derivative = tl.where(h < 0, 0.0, h), h
     elif ACTIVATION == "tanh":
-        value, slope = tanh(h), h
+        value, derivative = tanh(h), h
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-        value, slope = h * cdf, cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        value, derivative = h * cdf, cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-h))
-        value, slope = h * sigmoid, sigmoid * (1.0 + h * (1.0 - sigmoid))
+        value, derivative = h * sigmoid, sigmoid * (1.0 + h * (1.0 - sigmoid))
     else:
-        value, slope = h, h
-    return value, slope
+        value, derivative = h, h
+    return value, derivative
 
 
 @triton.jit

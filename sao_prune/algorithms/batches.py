@@ -130,6 +130,25 @@ class Rows:
                 rows = x[where, channels] if self._conv is None else _patches(x[:, channels], where, self._conv)
                 yield rows if rows.dtype == torch.float64 else rows.float()
 
+    def match(self, made: Sequence[Tensor], channels: int) -> bool:
+        """Whether tensors are laid out like the outputs."""
+        for x, y in zip(self._inputs, made, strict=True):
+            along = -1 if self._conv is None or y.dim() <= len(self._conv["kernel"]) else -1 - len(self._conv["kernel"])
+            if y.shape[along] != channels or y.numel() != self._places(x) * channels:
+                return False
+        return True
+
+    def outputs(self, made: Sequence[Tensor], channels: slice, width: int) -> Iterable[Tensor]:
+        """The same rows of tensors laid out like the outputs, chunk by chunk as `chunks` gives the inputs."""
+        taps = 1 if self._conv is None else _taps(self._conv).shape[0]
+        step = max(_CHUNK // (width * taps), 1)
+        for y, picked in zip(made, self._picked):
+            if self._conv is not None:
+                y = (y if y.dim() == len(self._conv["kernel"]) + 2 else y[None]).movedim(1, -1)
+            y = y.reshape(-1, y.shape[-1])
+            for index in picked.split(step):
+                yield y[index.to(y.device), channels]
+
     def _places(self, x: Tensor) -> int:
         return len(x) if self._conv is None else len(x) * _outputs(x, self._conv).numel()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -15,14 +16,18 @@ from .._torch import BatchNorm, ConvTransposeNd
 from ..allocation import Allocation
 from ..discovery import PrunableWeight
 from ..seeds import named_generator
-from ..topology import BlockTopology, clustered, coarsened, even_sizes, exact_sizes, kept_energy, make_topology, split
-from ..weights import BlockFit, Blocks
+from ..topology import BlockTopology, kept_energy
+from ..weights import BlockFit, Blocks, refitted
 from .base import Stage
 from .batches import Rows, moments, read_batches
 from .draw import Draw, Fidelity
+from .parts import Given, Part
 from .rehearsal import evaluated, progress_bar, trial
 from .saliency import floats_as, seeded
-from .stations import Use, run
+from .sets import Sets
+from .stations import Use, Visit, run
+from .streams import Sink
+from .tracer import Tracer
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _UNREACHED = "the calibration data never reach it, so its values are kept"
@@ -45,6 +50,8 @@ class Options(Protocol):
     def rows(self) -> int: ...
     @property
     def correct(self) -> bool: ...
+    @property
+    def readout(self) -> bool: ...
 
 
 def convert(
@@ -72,16 +79,16 @@ def convert(
         if getattr(model.get_submodule(allocation.weight.module), allocation.weight.tensor).is_meta:
             raise ValueError(f"{allocation.weight.name} is on the meta device: plan() works there, values need data")
     batches = read_batches(model, options.inputs, options.samples)
-    copied = evaluated(model)
+    copied, whole = evaluated(model), evaluated(model)
     dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
     batches = [floats_as(batch, dtype) for batch in batches]
-    work = _Conversion(options, copied, allocations, seed, stage)
+    own = {name for name, _ in model.named_parameters()}
+    work = _Conversion(options, copied, allocations, seed, stage, own)
     with torch.no_grad(), seeded(list(work.parameters.values()), seed, name="project"):
-        fed = trial(copied, batches[0], work.watched)
+        tracer = trial(copied, batches[0], work.weights)
+        watched = work.watched(whole, tracer)
         with progress_bar(len(allocations)) as advance:
-            if options.correct:
-                run(copied, batches, frozenset(work.keys), work.note_means)
-            run(copied, batches, work.watched, partial(work.stop, fed, advance))
+            run((copied, whole), watched, batches, partial(work.stop, advance), tracer.sinks)
     return work.draws()
 
 
@@ -95,13 +102,13 @@ class _Conversion:
         allocations: Sequence[Allocation],
         seed: int,
         stage: Stage | None,
+        own: Collection[str],
     ) -> None:
         self._options, self._model, self._allocations, self._seed = options, model, allocations, seed
         self.parameters = {
             a.weight.name: getattr(model.get_submodule(a.weight.module), a.weight.tensor) for a in allocations
         }
         self._by_key = {id(self.parameters[a.weight.name]): i for i, a in enumerate(allocations)}
-        self._stage = stage
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._norms: dict[int, str] = {}
         if options.correct:
@@ -110,34 +117,44 @@ class _Conversion:
                 for path, m in model.named_modules()
                 if isinstance(m, BatchNorm) and m.running_mean is not None
             }
-        self._means: dict[int, list[Tensor]] = {}
+        names = list(model.named_parameters(remove_duplicate=False))
+        times = Counter(id(p) for _, p in names)
+        # Biases and linear layers that stand in the model once, and in the original under the same name.
+        self._single = {id(p): name for name, p in names if times[id(p)] == 1 and name in own and p.dim() <= 2}
+        self._sets = Sets(options.topology, allocations, seed, stage)
+        self._sinks: Mapping[int, Sink] = {}
+        self._readout: int | None = None
         self._draws: dict[int, Draw] = {}
         self._last: int | None = None
 
     @property
-    def keys(self) -> frozenset[int]:
-        """Keys of the weights."""
+    def weights(self) -> frozenset[int]:
+        """Ids of the weights."""
         return frozenset(self._by_key)
 
-    @property
-    def watched(self) -> frozenset[int]:
-        """Keys of the weights and of the batch norms."""
-        return self.keys | frozenset(self._norms)
+    def watched(self, whole: nn.Module, tracer: Tracer) -> tuple[dict[int, int], dict[int, int]]:
+        """Where to stop in the model that is converted, and in the whole one; keys are the ids of the former."""
+        self._sinks = tracer.sinks
+        twins = {
+            id(getattr(whole.get_submodule(a.weight.module), a.weight.tensor)): id(self.parameters[a.weight.name])
+            for a in self._allocations
+        }
+        self._readout = tracer.last if self._options.readout and tracer.last in self._single else None
+        if self._readout in self._by_key:
+            self._readout = None
+        if self._readout is not None:
+            twins[id(whole.get_parameter(self._single[self._readout]))] = self._readout
+        return {key: key for key in (*twins.values(), *self._norms)}, twins
 
-    def note_means(self, use: Use, inputs: list[tuple[Tensor, ...]]) -> None:
-        """The mean inputs of a layer while all are as they were: activations of less spread have other means."""
-        if use.bias is not None and id(use.bias) in self._names:
-            weight = self._allocations[self._by_key[use.key]].weight
-            width = weight.matrix[1]
-            rows = self._rows(weight, use, inputs)
-            self._means[use.key] = [moments(each.chunks(part, width))[0] for each, part in rows]
-
-    def stop(self, fed: set[int], advance: Callable[[], None], use: Use, inputs: list[tuple[Tensor, ...]]) -> None:
+    def stop(self, advance: Callable[[], None], visit: Visit) -> None:
         """Convert what is about to be used."""
-        if use.key in self._norms:
-            self._renew(use, [x for (x,) in inputs])
+        key = visit.uses[0].key
+        if key in self._norms:
+            self._renew(key, [x for use in visit.uses for x in use.inputs])
+        elif key == self._readout:
+            self._refit(visit)
         else:
-            self._convert(use, inputs, centred=use.key in fed)
+            self._convert(visit)
             advance()
 
     def draws(self) -> list[Draw]:
@@ -147,11 +164,11 @@ class _Conversion:
                 self._draws[index] = self._blind(index, allocation)
         return [self._draws[index] for index in range(len(self._allocations))]
 
-    def _renew(self, use: Use, inputs: list[Tensor]) -> None:
+    def _renew(self, key: int, inputs: list[Tensor]) -> None:
         """New statistics for a batch norm that comes after a converted layer."""
         if self._last is None:
             return
-        path, count = self._norms[use.key], sum(x.numel() // x.shape[1] for x in inputs)
+        path, count = self._norms[key], sum(x.numel() // x.shape[1] for x in inputs)
         mean, variance, finite = moments(x.movedim(1, -1).reshape(-1, x.shape[1]) for x in inputs)
         if not finite:
             raise ValueError(f"the inputs of {path} are not finite on the calibration data")
@@ -162,23 +179,44 @@ class _Conversion:
             buffer.copy_(value)
             self._also(self._last, f"{path}.{name}" if path else name, buffer)
 
+    def _refit(self, visit: Visit) -> None:
+        """The last layer, which stays dense, reads converted features: it learns to say what it said before."""
+        if self._last is None or visit.whole is None:
+            return
+        use, name = visit.uses[0], self._single[visit.uses[0].key]
+        weight = self._model.get_parameter(name)
+        before = weight.detach().clone()
+        biased = self._options.correct and use.bias is not None and id(use.bias) in self._single
+        part = Part(self._given(name, len(weight), visit)[0], 0, 0, before, name)
+        part.measure(centred=biased)
+        weight.copy_(refitted(before, part.pairs(), centred=biased))
+        self._also(self._last, name, weight)
+        draw = self._draws[self._last]
+        self._draws[self._last] = replace(draw, note="; ".join(filter(None, (draw.note, f"{name} is fitted anew"))))
+        if biased and use.bias is not None:
+            use.bias.add_(part.shift(weight.detach()).to(use.bias))
+            self._also(self._last, self._single[id(use.bias)], use.bias)
+
     def _also(self, index: int, name: str, value: Tensor) -> None:
         draw = self._draws[index]
         self._draws[index] = replace(draw, also={**draw.also, name: value.detach().cpu().clone()})
 
-    def _convert(self, use: Use, inputs: list[tuple[Tensor, ...]], *, centred: bool) -> None:
-        start, index = perf_counter(), self._by_key[use.key]
+    def _convert(self, visit: Visit) -> None:
+        start, use = perf_counter(), visit.uses[0]
+        index = self._by_key[use.key]
         allocation = self._allocations[index]
         weight, parameter = allocation.weight, self.parameters[allocation.weight.name]
         biased = self._options.correct and use.bias is not None and id(use.bias) in self._names
+        normed = self._options.correct and self._sinks.get(use.key, Sink()).norm is not None
         before = _stacked(weight, parameter).clone()
+        given = self._given(weight.name, weight.parts * weight.matrix[0], visit)
+        shared = len(given) < weight.parts
         parts = [
-            _Part(rows, part, before[number], weight.name)
-            for number, (rows, part) in enumerate(self._rows(weight, use, inputs))
+            Part(given[0 if shared else n], n, n if shared else 0, before[n], weight.name) for n in range(weight.parts)
         ]
         for part in parts:
-            part.measure(centred=biased or (centred and self._options.correct))
-        topologies = self._topologies(index, [part.energy for part in parts])
+            part.measure(centred=biased or normed)
+        topologies = self._sets(index, [part.energy for part in parts])
         fits = [part.fit(topology) for part, topology in zip(parts, topologies)]
         blocks = tuple(self._values(fit) for fit in fits) if self._options.values != "keep" else ()
         if allocation.groups == 1:
@@ -192,7 +230,7 @@ class _Conversion:
             after += fit.error(blocks[number]) * fit.total if blocks else fit.lost
             total += fit.total
         energy = _mean_energy([part.energy for part in parts], topologies)
-        rows, needed = parts[0].rows.count, _largest_block(topologies, weight)
+        rows, needed = parts[0].count, _largest_block(topologies, weight)
         note = ""
         if blocks and rows < needed:
             note = f"{rows} rows for blocks of {needed} inputs: the ridge settles the rest"
@@ -201,50 +239,27 @@ class _Conversion:
         self._draws[index], self._last = replace(draw, fidelity=fidelity, note=note), index
         if biased:
             assert use.bias is not None
-            # As the whole model had it, with its inputs of then, so that no drift adds up from layer to layer.
             now = _stacked(weight, parameter)
-            shift = torch.cat(
-                [
-                    _applied(before[n], self._means[use.key][n]) - _applied(now[n], part.mean)
-                    for n, part in enumerate(parts)
-                ]
-            )
+            shift = torch.cat([part.shift(now[n]) for n, part in enumerate(parts)])
             use.bias[use.bias_at : use.bias_at + len(shift)] += shift.to(use.bias)
             self._also(index, self._names[id(use.bias)], use.bias)
 
-    def _rows(self, weight: PrunableWeight, use: Use, inputs: list[tuple[Tensor, ...]]) -> list[tuple[Rows, int]]:
-        """For each part its rows, and which stretch of the channels in them is its own."""
-        made = []
-        for source in range(len(use.inputs)):
-            generator = named_generator(self._seed, "rows", weight.name, source)
-            made.append(Rows([one[source] for one in inputs], self._options.rows, generator, use.conv))
-        if len(made) == weight.parts:
-            return [(rows, 0) for rows in made]
-        return [(made[0], part) for part in range(weight.parts)]
-
-    def _topologies(self, index: int, energies: list[Tensor]) -> tuple[BlockTopology, ...]:
-        allocation, kind, stage = self._allocations[index], self._options.topology, self._stage
-        (rows, cols), name = allocation.weight.matrix, allocation.weight.name
-        final = allocation if stage is None else stage.final[index]
-        if kind != "clustered":
-            # Layers of one shape share their sets, as everywhere in the library.
-            key = (kind, rows, cols, final.groups, final.nnz)
-            generator = named_generator(self._seed, "topology", *key)
-            groups = None if final.nnz is not None else final.groups
-            made = make_topology(kind, rows, cols, groups=groups, nnz=final.nnz, generator=generator)
-            return (coarsened(made, allocation.groups),) * len(energies)
-        exact = final.nnz is not None
-        sizes = exact_sizes(rows, cols, final.nnz or 0) if exact else even_sizes(rows, cols, final.groups)
-        row_sizes, col_sizes = (side.view(allocation.groups, -1).sum(1) for side in sizes)
+    def _given(self, name: str, width: int, visit: Visit) -> list[Given]:
+        """Rows for each of a layer's inputs, the same rows of both models."""
         out = []
-        for part, energy in enumerate(energies):
-            generator = named_generator(self._seed, "clusters", name, part, allocation.groups)
-            if stage is None:
-                out.append(clustered(energy, sizes=(row_sizes, col_sizes), generator=generator))
-            else:
-                now = BlockTopology.from_mask(stage.units[index][part])
-                out.append(split(energy, now, (row_sizes, col_sizes), generator))
-        return tuple(out)
+        for source in range(len(visit.uses[0].inputs)):
+            here = [use.inputs[source] for use in visit.uses]
+            there = [use.inputs[source] for use in visit.whole or ()]
+            rows, whole = (
+                Rows(x, self._options.rows, named_generator(self._seed, "rows", name, source), visit.uses[0].conv)
+                for x in (here, there or here)
+            )
+            if [x.shape for x in here] != [x.shape for x in there]:
+                out.append(Given(rows))
+                continue
+            gaps = [gap for use, other in zip(visit.uses, visit.whole or ()) for gap in _gap(use, other)]
+            out.append(Given(rows, whole, gaps if len(gaps) == len(here) and rows.match(gaps, width) else ()))
+        return out
 
     def _values(self, fit: BlockFit) -> Blocks:
         blocks = fit.values(self._options.ridge)
@@ -255,7 +270,7 @@ class _Conversion:
         start, weight = perf_counter(), allocation.weight
         matrices = _stacked(weight, self.parameters[weight.name])
         energies = [matrix[..., None].flatten(2).square().sum(2) for matrix in matrices]
-        topologies = self._topologies(index, energies)
+        topologies = self._sets(index, energies)
         module = self._model.get_submodule(weight.module)
         if isinstance(module, _RECURRENT):
             note = "recurrent: its inputs are not seen step by step, so its values are kept"
@@ -267,42 +282,16 @@ class _Conversion:
         return Draw(weight, topologies, fidelity=fidelity, note=note)
 
 
-class _Part:
-    """One matrix of a weight, ``(m, n, *kernel)``, and the rows that it multiplies."""
-
-    def __init__(self, rows: Rows, place: int, weight: Tensor, name: str) -> None:
-        self.rows, self._place, self._name = rows, place, name
-        self._weight = weight[:, :, None] if weight.dim() == 2 else weight.flatten(2)
-        self.mean = self._centre = self.energy = torch.empty(0)
-
-    def measure(self, *, centred: bool) -> None:
-        """Means and input-weighted energies; with ``centred`` the means count for nothing, for a bias takes them up."""
-        self.mean, variance, finite = moments(self._chunks())
-        if not finite:
-            raise ValueError(f"the inputs of {self._name} are not finite on the calibration data")
-        self._centre = self.mean if centred else torch.zeros_like(self.mean)
-        second = variance if centred else variance + self.mean.square()
-        energy = (self._weight.square() * second.to(self._weight).view(1, -1, self._weight.shape[2])).sum(2)
-        self.energy = energy if bool(energy.any()) else self._weight.square().sum(2)
-
-    def fit(self, topology: BlockTopology) -> BlockFit:
-        """The moments for the blocks of a topology."""
-        centre = self._centre
-        return BlockFit(self._weight, topology, lambda: (x - centre.to(x) for x in self._chunks()))
-
-    def _chunks(self) -> Iterator[Tensor]:
-        for x in self.rows.chunks(self._place, self._weight.shape[1]):
-            yield x.to(self._weight)
+def _gap(use: Use, whole: Use) -> list[Tensor]:
+    """What a residual stream lacks of that of the whole model, if both are known."""
+    if use.stream is None or whole.stream is None or use.stream.shape != whole.stream.shape:
+        return []
+    return [whole.stream - use.stream]
 
 
 def _stacked(weight: PrunableWeight, parameter: Tensor) -> Tensor:
     """``(parts, m, n, *kernel)``, detached."""
     return weight.matrices(parameter.detach())
-
-
-def _applied(matrix: Tensor, mean: Tensor) -> Tensor:
-    """What ``(m, n, *kernel)`` makes of mean inputs, in double precision."""
-    return matrix.flatten(1).double() @ mean.to(matrix.device, torch.float64)
 
 
 def _mean_energy(energies: Sequence[Tensor], topologies: Sequence[BlockTopology]) -> float:

@@ -25,12 +25,16 @@ class Project(Method):
     """Blocks for a trained model: sets that keep most of its energy, values that keep what its layers compute.
 
     A single forward pass of the calibration data visits the layers in the order of their execution. Each is converted
-    when all data have reached it, so its inputs come from the layers that are converted already. *Where*: balanced
-    co-clustering of the input-weighted energy ``|W|^2 diag(S)`` with ``S`` the covariance of the inputs. *What*: least
-    squares block by block, ``B = W_C + E[(W x - W_C x_C) x_C^T] (S_CC + lambda I)^-1``, which on these data is never
-    worse than the values kept. Biases take up the difference of the outputs' means to those of the trained model, batch
-    norms in the converted part new statistics. Linear layers, convolutions (grouped too) and attention; recurrent
-    layers and transposed convolutions keep their values on sets of their own energy, and the report says so.
+    when all data have reached it, so its inputs come from the layers that are converted already. Beside it the whole
+    model runs, and says what the layer should give. *Where*: balanced co-clustering of the input-weighted energy
+    ``|W|^2 diag(S)`` with ``S`` the covariance of the inputs. *What*: least squares block by block,
+    ``B = W_C + E[(y - W_C x_C) x_C^T] (S_CC + lambda I)^-1``, which on these data is never worse than the values kept.
+    The target ``y`` is the layer's output in the whole model, for that one's inputs; where the output ends a residual
+    branch, in sight of norms, dropout and layer scale, it also makes up for what the residual stream has lost up to
+    there. So errors are corrected on the way instead of adding up. Biases take up the difference of the means, batch
+    norms in the converted part new statistics, and a last linear layer that stays dense is fitted to the features that
+    it gets now. Linear layers, convolutions (grouped too) and attention; recurrent layers and transposed convolutions
+    keep their values on sets of their own energy, and the report says so.
 
     Of no use to a model that is not trained: there `SAO` draws values that train.
 
@@ -42,9 +46,12 @@ class Project(Method):
         values: ``"least_squares"``; ``"keep"``; ``"orthogonal"``, the polar factors of the least-squares blocks with
             one gain a matrix.
         ridge: added to the diagonal of the inputs' covariance, as a share of its mean; pulls towards the values kept.
-        samples: examples that are read from ``inputs``. The pass holds all of them, as one large batch would.
+        samples: examples that are read from ``inputs``. The pass holds all of them in both models, as two large batches
+            would.
         rows: rows of inputs a layer takes of them, a random choice where there are more (tokens, image positions).
         correct: correct biases and take the statistics of batch norms anew.
+        readout: fit the model's last layer anew, where it is linear and stays dense; the ridge for it is chosen by
+            generalised cross-validation, and where examples are too few for it nothing changes.
 
     Raises:
         ValueError: for an option out of range.
@@ -68,6 +75,7 @@ class Project(Method):
     samples: int = 512
     rows: int = 16384
     correct: bool = True
+    readout: bool = True
 
     # The inputs may be tensors, whose equality is no single answer.
     __eq__ = object.__eq__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.utils.prune import remove as torch_remove
 
 from .._torch import tree_map
 from ..discovery import call
-from .stations import Stations
+from .tracer import Tracer
 
 
 def evaluated(model: nn.Module) -> nn.Module:
@@ -36,16 +36,16 @@ def evaluated(model: nn.Module) -> nn.Module:
     return copied.eval().requires_grad_(False)
 
 
-def trial(model: nn.Module, batch: object, watched: frozenset[int]) -> set[int]:
-    """Run two examples: does it work, and which weights have their output go straight into a batch norm?"""
-    few = tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, batch)
-    fed: set[int] = set()
+def trial(model: nn.Module, batch: object, weights: Iterable[int]) -> Tracer:
+    """Run two examples: does it work, and where do the outputs of these weights, given by their ids, go?"""
+    few = tree_map(lambda t: t[:2].clone() if isinstance(t, Tensor) and t.dim() else t, batch)
+    tracer = Tracer(weights, model.parameters())
     try:
-        with Stations(watched, lambda use: None, fed):
+        with tracer:
             call(model, few)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} does not run on the calibration data: {error}") from error
-    return fed
+    return tracer
 
 
 @contextmanager

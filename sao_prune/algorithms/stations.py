@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from ..discovery import call
+from .streams import Retained, Sink
 
 _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -31,7 +32,8 @@ class Use:
         inputs: one tensor for each of the weight's parts, or one for all of them.
         bias: what is added to the output, from entry ``bias_at`` on.
         conv: of a convolution ``kernel``, ``stride``, ``padding`` and ``dilation``.
-        variance: of a batch norm the running variance.
+        variance, scale, eps: of a batch norm the running variance, the weight and what is added to the variance.
+        stream: what the output is going to be added to, laid out and scaled like the output, where that is there.
     """
 
     key: int
@@ -40,6 +42,9 @@ class Use:
     bias_at: int = 0
     conv: Mapping[str, Any] | None = None
     variance: Tensor | None = None
+    scale: Tensor | None = None
+    eps: float = 1e-5
+    stream: Tensor | None = None
 
 
 Stop = Callable[[Use], None]
@@ -49,30 +54,29 @@ class Stations(TorchFunctionMode):
     """Calls ``stop`` before a watched weight or batch norm is used, so that it may change it; inside, nothing is.
 
     Args:
-        watched: ids of weights and of running means.
+        watched: ids of weights and of running means, each with the key that ``stop`` shall know it by.
         stop: what to call.
-        fed_norms: collects the ids of weights whose output goes straight into a batch norm.
+        sinks: of weights, by key: their residual streams are handed to ``stop``.
     """
 
-    def __init__(self, watched: frozenset[int], stop: Stop, fed_norms: set[int] | None = None) -> None:
+    def __init__(self, watched: Mapping[int, int], stop: Stop, sinks: Mapping[int, Sink]) -> None:
         super().__init__()
-        self._watched, self._stop, self._fed = watched, stop, fed_norms
-        self._outputs: list[tuple[int, Any]] = []
+        self._watched, self._stop, self._streams = watched, stop, Retained(sinks)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, number = kwargs or {}, self._streams.count()
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
-        use = _use(func, args, kwargs)
-        if use is None or use.key not in self._watched:
-            return func(*args, **kwargs)
-        if use.variance is not None and self._fed is not None:
-            self._fed.update(key for key, output in self._outputs if output() is use.inputs[0])
-        self._stop(use)
+        use = find_use(func, args, kwargs)
+        if use is not None and use.key in self._watched:
+            self._halt(use)
         output = func(*args, **kwargs)
-        if self._fed is not None and use.variance is None:
-            self._outputs = [*self._outputs[-7:], (use.key, weakref.ref(output))]
+        self._streams.note(number, output)
         return output
+
+    def _halt(self, use: Use) -> None:
+        key = self._watched[use.key]
+        self._stop(replace(use, key=key, stream=self._streams.take(key)))
 
     def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Attention is one call that uses up to four weights: stop before the inner ones and before the last."""
@@ -81,14 +85,14 @@ class Stations(TorchFunctionMode):
         sources = tuple(given[name] for name in ("query", "key", "value"))
         for key, inputs, bias_at in _projections(given, sources):
             if key in self._watched:
-                self._stop(Use(key, inputs, given.get("in_proj_bias"), bias_at))
+                self._halt(Use(key, inputs, given.get("in_proj_bias"), bias_at))
         weight, bias = given["out_proj_weight"], given["out_proj_bias"]
         if id(weight) not in self._watched:
             return func(*args, **kwargs)
         given["out_proj_weight"] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         given["out_proj_bias"] = None
         mixed, scores = func(*bound.args, **bound.kwargs)
-        self._stop(Use(id(weight), (mixed,), bias))
+        self._halt(Use(id(weight), (mixed,), bias))
         return F.linear(mixed, weight, bias), scores
 
 
@@ -101,7 +105,8 @@ def _projections(given: Mapping[str, Any], sources: tuple[Tensor, ...]) -> list[
     return [(id(w), (source,), place * width) for place, (w, source) in enumerate(zip(weights, sources))]
 
 
-def _use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Use | None:
+def find_use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Use | None:
+    """What a call uses of the model: a weight, a batch norm in eval mode, or nothing that is told apart here."""
     if func is F.linear:
         given = dict(zip(("input", "weight", "bias"), args), **kwargs)
         return Use(id(given["weight"]), (given["input"],), given.get("bias"))
@@ -118,7 +123,13 @@ def _use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Use 
         given = _NORM.bind(*args, **kwargs).arguments
         if given.get("running_mean") is None or given.get("running_var") is None:
             return None
-        return Use(id(given["running_mean"]), (given["input"],), variance=given["running_var"])
+        return Use(
+            id(given["running_mean"]),
+            (given["input"],),
+            variance=given["running_var"],
+            scale=given.get("weight"),
+            eps=given.get("eps", 1e-5),
+        )
     return None
 
 
@@ -130,44 +141,67 @@ def _each(value: Any, dims: int) -> Any:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-def run(
-    model: nn.Module,
-    batches: Sequence[Any],
-    watched: frozenset[int],
-    stop: Callable[[Use, list[tuple[Tensor, ...]]], None],
-) -> None:
-    """Run a model on all batches at once, in step: ``stop`` is called once a key, with the inputs of every batch.
+@dataclass(frozen=True)
+class Visit:
+    """All data in front of one layer.
 
-    So each layer can be changed when all data have reached it and none has passed it, in a single forward pass. What
-    waits is kept: memory grows with the number of examples, as for one large batch. A key that comes again, as that
-    of a tied weight does, is passed by; batches that take different ways wait only for those on their own way.
+    Attributes:
+        uses: one for each batch, with inputs of the model that is changed on the way.
+        whole: those of the model that stays whole, in the same order, or ``None`` where it takes another way.
+    """
+
+    uses: Sequence[Use]
+    whole: Sequence[Use] | None
+
+
+def run(
+    models: tuple[nn.Module, nn.Module],
+    watched: tuple[Mapping[int, int], Mapping[int, int]],
+    batches: Sequence[Any],
+    stop: Callable[[Visit], None],
+    sinks: Mapping[int, Sink],
+) -> None:
+    """Run two models on all batches at once, in step: ``stop`` is called once a key, with the inputs of every batch.
+
+    So each layer can be changed when all data have reached it and none has passed it, in a single forward pass, and
+    beside them lies what they were in the model as a whole. What waits is kept: memory grows with the number of
+    examples, as for two large batches. A key that comes again, as that of a tied weight does, is passed by; batches
+    that take different ways wait only for those on their own way.
+
+    Args:
+        models: the one that ``stop`` changes, and the one that stays whole.
+        watched: of each the ids to stop at, with the keys that both share.
+        batches: the data.
+        stop: called with every key of the first model.
+        sinks: by key, as `Stations` takes them.
     """
     done: set[int] = set()
-    if len(batches) == 1:
-
-        def alone(use: Use) -> None:
-            if use.key not in done:
-                done.add(use.key)
-                stop(use, [use.inputs])
-
-        with torch.no_grad(), Stations(watched, alone):
-            call(model, batches[0])
-        return
-    runners = [_Runner(model, batch, watched, done) for batch in batches]
+    # A model may write into its input, and the other one needs it as it was.
+    changed, whole = (
+        [_Runner(m, tree_map(_cloned, batch), w, done, sinks) for batch in batches] for m, w in zip(models, watched)
+    )
+    runners = changed + whole
     try:
         for runner in runners:
             runner.go()
         while waiting := [r for r in runners if r.use is not None]:
-            use = waiting[0].use
-            assert use is not None
-            here = [r for r in waiting if r.use is not None and r.use.key == use.key]
-            stop(use, [r.use.inputs for r in here if r.use is not None])
-            done.add(use.key)
+            key = waiting[0].key
+            here = [r for r in waiting if r.key == key]
+            uses = [r.use for r in changed if r.use is not None and r.key == key]
+            besides = [w.use for c, w in zip(changed, whole) if c.key == key and w.use is not None and w.key == key]
+            if uses:
+                stop(Visit(uses, besides if len(besides) == len(uses) else None))
+            done.add(key)
+            del uses, besides
             for runner in here:
                 runner.go()
     finally:
         for runner in runners:
             runner.quit()
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class _Quit(BaseException):
@@ -177,14 +211,21 @@ class _Quit(BaseException):
 class _Runner:
     """A forward pass in a thread of its own; one at a time runs, the others wait at their stations."""
 
-    def __init__(self, model: nn.Module, batch: Any, watched: frozenset[int], done: set[int]) -> None:
-        self._model, self._batch, self._watched, self._done = model, batch, watched, done
+    def __init__(
+        self, model: nn.Module, batch: Any, watched: Mapping[int, int], done: set[int], sinks: Mapping[int, Sink]
+    ) -> None:
+        self._model, self._batch, self._watched, self._done, self._sinks = model, batch, watched, done, sinks
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._error: BaseException | None = None
         self._quit = self._ended = False
         self.use: Use | None = None
         self._thread.start()
+
+    @property
+    def key(self) -> int:
+        """Where it waits; -1 at the end."""
+        return -1 if self.use is None else self.use.key
 
     def go(self) -> None:
         """Run until the next station or the end; raises what the model raised."""
@@ -214,7 +255,7 @@ class _Runner:
         self._mine.acquire()
         try:
             if not self._quit:
-                with torch.no_grad(), Stations(self._watched, self._stop):
+                with torch.no_grad(), Stations(self._watched, self._stop, self._sinks):
                     call(self._model, self._batch)
         except _Quit:
             pass

@@ -7,6 +7,7 @@ from .givens import givens_matrix
 from .least_squares import BlockFit
 from .mirrored import Mirror, mirror_blocks, mirror_topology
 from .orthogonal import haar
+from .ridge import refitted
 
 __all__ = [
     "ApproximateIsometry",
@@ -24,5 +25,6 @@ __all__ = [
     "mirror_topology",
     "normal_blocks",
     "orthogonal_blocks",
+    "refitted",
     "uniform_blocks",
 ]

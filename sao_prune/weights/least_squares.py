@@ -1,4 +1,4 @@
-"""Block values that do on calibration data what the whole matrix did: least squares, block by block."""
+"""Block values that give on calibration data what the whole matrix gave: least squares, block by block."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from ..topology import BlockTopology, Bucket
 from .blocks import Blocks
 
-Chunks = Callable[[], Iterable[Tensor]]
+Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class BlockFit:
     """The second moments that a matrix's blocks need, and the block values that follow from them.
 
-    With inputs ``x`` and the entries ``W_C`` that a block keeps, its values are
-    ``B = W_C + E[(W x - W_C x_C) x_C^T] (E[x_C x_C^T] + lambda I)^-1``, which minimises
-    ``E|W x - B x_C|^2 + lambda |B - W_C|^2``: never worse on these inputs than keeping ``W_C``, and equal to it where
-    nothing is lost. Moments are held for the blocks alone, never for the whole input.
+    With inputs ``x``, outputs ``y`` that are wanted and the entries ``W_C`` that a block keeps, its values are
+    ``B = W_C + E[(y - W_C x_C) x_C^T] (E[x_C x_C^T] + lambda I)^-1``, which minimises
+    ``E|y - B x_C|^2 + lambda |B - W_C|^2``: never worse on these inputs than keeping ``W_C``, and equal to it where
+    that loses nothing. Moments are held for the blocks alone, never for the whole input.
 
     Args:
         weight: ``(m, n, taps)``, with one tap for a matrix.
         topology: which entries stay.
-        chunks: gives the inputs anew at every call, as ``(rows, n * taps)`` tensors in the order of
-            ``weight.flatten(1)``, centred if the bias makes up for the means.
+        chunks: gives anew at every call inputs, ``(rows, n * taps)`` in the order of ``weight.flatten(1)``, each with
+            the outputs ``(rows, m)`` that are wanted for them; both centred if the bias makes up for the means.
 
     Attributes:
-        total: squared size of the outputs, summed over the rows.
+        total: squared size of the outputs that are wanted, summed over the rows.
         lost: squared error of the outputs with the entries kept, summed likewise.
         count: rows.
 
@@ -38,7 +38,7 @@ class BlockFit:
     Example:
         >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
         >>> topology = BlockTopology(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]))
-        >>> fit = BlockFit(torch.eye(4)[:, :, None], topology, lambda: [x])
+        >>> fit = BlockFit(torch.eye(4)[:, :, None], topology, lambda: [(x, x)])
         >>> fit.error_kept, bool(torch.equal(topology.scatter(fit.values(0.01)), torch.eye(4)))
         (0.0, True)
     """
@@ -47,7 +47,7 @@ class BlockFit:
         self._weight, self._topology, taps = weight, topology, weight.shape[2]
         self._kept = [_block(weight, bucket) for bucket in topology.buckets]
         mask = topology.mask(weight.dtype, weight.device)[:, :, None]
-        lost = (weight * (1 - mask)).flatten(1)
+        kept = (weight * mask).flatten(1)
         device = weight.device
         columns = [_columns(bucket, taps).to(device) for bucket in topology.buckets]
         rows = [bucket.rows.to(device) for bucket in topology.buckets]
@@ -55,10 +55,10 @@ class BlockFit:
         self._cross = [weight.new_zeros(*r.shape, c.shape[1]) for r, c in zip(rows, columns)]
         self.total = self.lost = 0.0
         self.count = 0
-        for x in chunks():
+        for x, wanted in chunks():
             self.count += len(x)
-            missed = x @ lost.T
-            self.total += float((x @ weight.flatten(1).T).double().square().sum())
+            missed = wanted - x @ kept.T
+            self.total += float(wanted.double().square().sum())
             self.lost += float(missed.double().square().sum())
             for gram, cross, r, c in zip(self._grams, self._cross, rows, columns):
                 inputs = x[:, c].movedim(1, 0)

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 import sao_prune
 from sao_prune import Project
+from sao_prune.algorithms.rehearsal import trial
 from sao_prune.topology import BlockTopology, interleaved, ramanujan
+from sao_prune.weights import refitted
 
 from .cases import ALL, digits, mlp
 from .test_untouched import Mixed, images, same, snapshot
@@ -137,15 +139,149 @@ def test_statistics_before_the_first_converted_layer_stay():
     assert torch.equal(model.stem.bias, net.stem.bias)
 
 
-def test_each_layer_is_fitted_on_what_the_converted_ones_before_it_give():
-    """Of three layers the last alone: its report is the same if the first two come converted already."""
-    net, x = mlp(12, 12, 12, 12, act=nn.ReLU), correlated(80, 0, 12)
-    whole, report = applied(net, x, topology="interleaved")
-    first, _ = applied(net, x, topology="interleaved", exclude=["4"])
-    sao_prune.remove(first)
-    _, last = applied(first, x, topology="interleaved", exclude=["0", "2"])
-    assert last.pruned[0].fidelity.error == pytest.approx(report.pruned[2].fidelity.error, abs=1e-6)
-    assert whole(x).shape == net(x).shape
+def test_each_layer_is_fitted_to_what_it_gives_in_the_whole_model():
+    """By hand: inputs from the converted layers before it, targets from the model as it was."""
+    torch.manual_seed(0)
+    net, x = mlp(12, 12, 12, 12, act=nn.Tanh).double(), correlated(80, 0, 12).double() / 4
+    model, report = applied(net, x, topology="interleaved", ridge=1e-12)
+    inputs, wanted, mask = model[:4](x).detach(), net[4](net[:4](x)).detach(), interleaved(12, 12, 4).mask()
+    inputs, wanted = inputs - inputs.mean(0), wanted - wanted.mean(0)
+    for row in range(12):
+        columns = mask[row].nonzero().flatten()
+        values = torch.linalg.lstsq(inputs[:, columns], wanted[:, row, None]).solution.flatten()
+        assert torch.allclose(model[4].weight[row, columns], values, atol=1e-4)
+    error = (model(x) - net(x)).square().sum() / wanted.square().sum()
+    assert report.pruned[2].fidelity.error == pytest.approx(float(error.detach()), rel=1e-3)
+
+
+class Branches(nn.Module):
+    """Two branches with all that may stand between a layer and the sum: permutations, dropout, layer scale, norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.tokens, self.channels = nn.Linear(6, 6), nn.Linear(5, 5), nn.Linear(6, 6)
+        self.scale, self.dropout = nn.Parameter(torch.linspace(-1, 1, 6)), nn.Dropout(0.5)
+        self.conv, self.norm = nn.Conv1d(6, 6, 3, padding=1, bias=False), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        x = x + self.dropout(self.tokens(x.transpose(1, 2)).transpose(1, 2))
+        x = self.dropout(self.channels(x)) * self.scale + x
+        x = x.permute(0, 2, 1)
+        x += self.norm(self.conv(torch.relu(x)))
+        return x
+
+
+def test_ends_of_branches_make_up_for_what_the_stream_has_lost():
+    torch.manual_seed(0)
+    net, x = Branches().eval(), correlated(300, 0, 5, 6)
+    net.norm.running_var.fill_(0.3)
+    nn.init.uniform_(net.norm.weight, -1, 1)
+    ends = {"tokens.weight": (0, 2, 1), "channels.weight": (0, 1, 2), "conv.weight": (0, 1, 2)}
+    parameters = dict(net.named_parameters())
+    tracer = trial(net, x, [id(parameters[name]) for name in ends])
+    outputs = {}
+    for name in ends:
+        module = net.get_submodule(name.rpartition(".")[0])
+        module.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
+    before = {"tokens.weight": (stem := torch.tanh(net.stem(x)))}
+    net(x)
+    before["channels.weight"] = stem + outputs["tokens.weight"].mT
+    before["conv.weight"] = (before["channels.weight"] + outputs["channels.weight"] * net.scale).mT
+    factors = {"conv.weight": (net.norm.weight / (net.norm.running_var + net.norm.eps).sqrt())[:, None]}
+    factors["channels.weight"] = net.scale
+    for name, order in ends.items():
+        sink = tracer.sinks[id(parameters[name])]
+        stream = before[name].detach()
+        assert torch.allclose(sink.returned(stream), (stream / factors.get(name, 1)).permute(order), atol=1e-5)
+        assert (sink.norm == id(net.norm.running_mean)) == (name == "conv.weight")
+        assert sink.call is not None
+    errors = [
+        float(F.mse_loss(applied(net, x, 2, topology=t)[0].eval()(x), net(x)).detach())
+        for t in ("ramanujan", "clustered")
+    ]
+    plain = applied(net, x, 2, topology="ramanujan", values="keep", correct=False)[0]
+    assert max(errors) < float(F.mse_loss(plain.eval()(x), net(x)).detach())
+
+
+def test_a_sum_with_something_made_later_or_of_another_shape_is_no_stream():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = torch.tanh(x)
+            late = self.one(x) + torch.tanh(self.two(x))
+            return late + self.two(x).mean(0)
+
+    net = Other()
+    tracer = trial(net, X[:, :4], [id(net.one.weight), id(net.two.weight)])
+    assert [sink.call for sink in tracer.sinks.values()] == [None, None]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_last_layer_that_stays_dense_learns_from_the_converted_features(tied):
+    torch.manual_seed(0)
+    net, x = mlp(12, 24, 24, 4, act=nn.ReLU), correlated(300, 0, 12)
+    if tied:
+        net.register_module("again", nn.Linear(24, 4))
+        net.forward = lambda x: net[:5](x)
+        net.again.weight = net[4].weight
+    errors = []
+    for readout in (False, True):
+        model, report = applied(net, x, exclude=["4"], readout=readout)
+        errors.append(float(F.mse_loss(model[:5](x), net[:5](x))))
+        assert ("4.weight is fitted anew" in report.pruned[-1].note) == (readout and not tied)
+        assert torch.equal(model[4].weight, net[4].weight) == (not readout or tied)
+    assert errors[1] == errors[0] if tied else errors[1] < 0.8 * errors[0]
+
+
+def test_too_few_examples_hardly_move_a_last_layer():
+    torch.manual_seed(0)
+    weight, x = torch.randn(2, 30), torch.randn(20, 30)
+    noisy = refitted(weight, [(x, x @ weight.T + torch.randn(20, 2))], centred=True)
+    assert (noisy - weight).norm() < 0.03 * weight.norm()
+    assert torch.equal(refitted(weight, [(x[:1], x[:1] @ weight.T)], centred=True), weight)
+    new = torch.randn(2, 30)
+    many = torch.randn(500, 30)
+    halves = [(part, part @ new.T) for part in many.split(300)]
+    assert torch.allclose(refitted(weight, halves, centred=False), new, atol=1e-2)
+    with pytest.raises(ValueError, match="at least one row"):
+        refitted(weight, [], centred=False)
+
+
+def test_a_model_that_writes_into_its_input_is_run_on_a_copy_of_it():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.two(torch.relu(self.one(x.mul_(2))))
+
+    x = X.clone()
+    net = Writes()
+    _, report = applied(net, x, 2, topology="interleaved")
+    assert torch.equal(x, X)
+    assert report.pruned[0].fidelity.error <= report.pruned[0].fidelity.error_kept
+
+
+def test_paths_that_part_are_fitted_by_themselves():
+    """A gate that opens for other examples in the converted model: what does not belong together is not compared."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.expert, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            scores = self.gate(x)[:, 0]
+            return self.last(self.expert(x[scores > scores.median()])) if len(x) > 2 else self.last(self.expert(x))
+
+    torch.manual_seed(0)
+    _, report = applied(Gated(), torch.randn(200, 6), 2, topology="interleaved")
+    assert all(r.fidelity.error <= r.fidelity.error_kept + 1e-6 for r in report.pruned)
 
 
 def test_orthogonal_blocks_have_one_gain_a_matrix():
@@ -397,7 +533,7 @@ def test_a_small_network_keeps_more_than_with_kept_values_on_random_sets():
     net.eval()
     losses = {}
     for topology, values in (("ramanujan", "keep"), ("ramanujan", "least_squares"), ("clustered", "least_squares")):
-        model, _ = applied(net, x, 2, topology=topology, values=values, exclude=["stem", "head"])
+        model, _ = applied(net, x, 2, topology=topology, values=values, exclude=["stem", "head"], readout=False)
         losses[topology, values] = float(F.mse_loss(model.eval()(x), net(x)))
     assert losses["ramanujan", "least_squares"] < losses["ramanujan", "keep"]
     assert losses["clustered", "least_squares"] < losses["ramanujan", "keep"]

@@ -188,7 +188,8 @@ class _Conversion:
         before = weight.detach().clone()
         biased = self._options.correct and use.bias is not None and id(use.bias) in self._single
         part = Part(self._given(name, len(weight), visit)[0], 0, 0, before, name)
-        part.measure(centred=biased)
+        # Cross-validation tells whether rows have anything to say, however poor the features became.
+        part.measure(centred=biased, paired=True)
         weight.copy_(refitted(before, part.pairs(), centred=biased))
         self._also(self._last, name, weight)
         draw = self._draws[self._last]

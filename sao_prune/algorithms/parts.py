@@ -12,6 +12,9 @@ from ..topology import BlockTopology
 from ..weights import BlockFit
 from .batches import Rows, moments
 
+# Correlation below which rows of the two models are taken for those of different examples.
+_RELATED = 0.1
+
 
 @dataclass(frozen=True)
 class Given:
@@ -55,8 +58,11 @@ class Part:
         """Rows."""
         return self._given.rows.count
 
-    def measure(self, *, centred: bool) -> None:
-        """Means and input-weighted energies; with ``centred`` the means count for nothing, for a bias takes them up."""
+    def measure(self, *, centred: bool, paired: bool = False) -> None:
+        """Means and input-weighted energies; with ``centred`` the means count for nothing, for a bias takes them up.
+
+        With ``paired`` it is not asked whether rows of the two models belong together.
+        """
         self._centred = centred
         self.mean, variance, finite = moments(self._chunks(self._given.rows))
         if not finite:
@@ -66,7 +72,7 @@ class Part:
         self.energy = energy if bool(energy.any()) else self._weight.square().sum(2)
         if self._given.whole is not None:
             self._mean_whole = moments(self._chunks(self._given.whole))[0]
-            if not self._related():
+            if not paired and not self._related():
                 self._given = Given(self._given.rows)
         if self._given.gap:
             self._mean_gap = moments(self._gaps())[0]
@@ -99,14 +105,15 @@ class Part:
         return wanted - _applied(values, self.mean)
 
     def _related(self) -> bool:
-        """Whether inputs here are nearer to those in the whole model than zero is, by what the matrix makes of them."""
+        """Whether what the matrix makes of the inputs correlates with what it makes of them in the whole model."""
         assert self._given.whole is not None
-        matrix, apart, size = self._weight.flatten(1).T, 0.0, 0.0
+        matrix, both, here, there = self._weight.flatten(1).T, 0.0, 0.0, 0.0
         for x, whole in zip(self._chunks(self._given.rows), self._chunks(self._given.whole)):
-            outputs = (whole - self._mean_whole.to(x)) @ matrix
-            size += float(outputs.double().square().sum())
-            apart += float((outputs - (x - self.mean.to(x)) @ matrix).double().square().sum())
-        return apart <= size
+            one = ((x - self.mean.to(x)) @ matrix).double()
+            other = ((whole - self._mean_whole.to(x)) @ matrix).double()
+            both, here = both + float((one * other).sum()), here + float(one.square().sum())
+            there += float(other.square().sum())
+        return both >= _RELATED * (here * there) ** 0.5
 
     def _chunks(self, rows: Rows) -> Iterator[Tensor]:
         for x in rows.chunks(self._place, self._weight.shape[1]):

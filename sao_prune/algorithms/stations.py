@@ -105,6 +105,11 @@ def _projections(given: Mapping[str, Any], sources: tuple[Tensor, ...]) -> list[
     return [(id(w), (source,), place * width) for place, (w, source) in enumerate(zip(weights, sources))]
 
 
+def attention_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """What a call of `torch.nn.functional.multi_head_attention_forward` is given, by name."""
+    return dict(_ATTENTION.bind(*args, **kwargs).arguments)
+
+
 def find_use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Use | None:
     """What a call uses of the model: a weight, a batch norm in eval mode, or nothing that is told apart here."""
     if func is F.linear:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .stations import Use, find_use
+from .stations import Use, attention_arguments, find_use
 from .streams import Sink, Step
 
 _TURNS = {
@@ -60,9 +60,8 @@ class Tracer(TorchFunctionMode):
         use = find_use(func, args, kwargs)
         output = func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
-            names += ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")
-            self._start(id(dict(zip(names, args), **kwargs)["out_proj_weight"]), output[0], number)
+            weight = attention_arguments(args, kwargs)["out_proj_weight"]
+            self._start(id(weight), output[0], number)
         elif use is not None and use.variance is None:
             self._start(use.key, output, number)
             self.last = use.key if func is F.linear else None

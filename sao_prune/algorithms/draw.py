@@ -23,7 +23,8 @@ class Fidelity:
 
     Attributes:
         energy: share of the input-weighted energy of its entries on those that stay.
-        error_kept: squared error of its output, relative to the output's variance, with those entries as they were.
+        error_kept: squared error of its output, relative to the variance of what it gives in the trained model, with
+            those entries as they were; what layers before it lost counts too.
         error: the same with the values that it gets; ``None`` for both where no data reached it.
         rows: rows of inputs that tell, at most as many as the method takes.
         seconds: what it took.

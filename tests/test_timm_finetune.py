@@ -114,6 +114,7 @@ def test_methods_that_need_labels_are_not_offered(script):
     assert not {"snip", "grasp"} & set(script.METHODS)
 
 
+@pytest.mark.slow
 def test_project_keeps_what_the_dense_model_knows(script, images, tmp_path):
     teacher = ["--teacher", str(tmp_path / "dense.safetensors"), "--teacher-epochs", "4", "--epochs", "1"]
     options = ["--sparsity", "0.5", "--calibration", "64", "--execution", "compact", *teacher]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
+from .._torch import tree_map
 from ..discovery import call
 from .streams import Retained, Sink
 

@@ -80,7 +80,9 @@ def test_lost_weights_are_trained_again(micro: Micro, tmp_path: Path, display, o
         assert result.get("accuracy") == record["result"].get("accuracy")
 
 
-@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "eoi", "project", "project-random"])
+@pytest.mark.parametrize(
+    "method", ["snip", "grasp", "synflow", "eoi", "project", pytest.param("project-random", marks=pytest.mark.slow)]
+)
 def test_every_method_of_the_field_can_be_compared(micro: Micro, tmp_path: Path, display, method: str) -> None:
     path = micro((METHODS, f"[{method}]"), ("[0.1, 0.01]", "0.1"))
     (row,) = summarise(run_recipe(path, RunOptions(tmp_path), display), pytest.fail).rows

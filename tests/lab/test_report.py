@@ -268,6 +268,7 @@ def test_accuracy_against_sparsity(ran: Ran) -> None:
     assert "sparsity" in Page((folder / "report.html").read_text()).ids
 
 
+@pytest.mark.slow
 def test_accuracy_against_depth_takes_the_place_of_an_older_figure(ran: Ran) -> None:
     folder = ran(DEPTHS)
     (folder / "sparsity.png").write_bytes(b"of an earlier report")

@@ -17,6 +17,7 @@ METHODS = "[dense, sao, rg-s, gmp-s]"
 ONE = [("[0.1, 0.01]", "0.1"), ("seeds: [0, 1]", "seeds: 0")]
 
 
+@pytest.mark.slow
 def test_every_method_prunes_the_same_dense_network(micro: Micro, tmp_path: Path, display) -> None:
     configurations = "[dense, gmp-gradual, two-four-permuted-t]"
     path = micro(

@@ -49,7 +49,10 @@ def same_bits(one: nn.Module, two: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("kind", ["cnn", "dropout"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["cnn", pytest.param("dropout", marks=SLOW)])
 @pytest.mark.parametrize(
     "spec",
     [SPEC, replace(SPEC, optimizer="adamw", ema=0.0, execution="masked"), replace(SPEC, mixup=0.4, cutmix=0.0)],
@@ -92,7 +95,9 @@ def test_at_most_one_file_in_thirty_seconds(blobs: Dataset, network: Maker, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["trial.pt"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "code", "flipped"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param("empty", marks=SLOW), "cut", pytest.param("noise", marks=SLOW), "code", "flipped"]
+)
 def test_a_damaged_file_is_ignored_with_a_warning(blobs: Dataset, network: Maker, tmp_path: Path, damage: str) -> None:
     file = tmp_path / "trial.pt"
     cut_off(network(groups=4), blobs, SPEC, file)
@@ -152,7 +157,9 @@ def test_no_file_no_warning(blobs: Dataset, network: Maker, tmp_path: Path) -> N
         train(network(), blobs, replace(SPEC, epochs=1), 0.05, 0, None, tmp_path / "trial.pt")
 
 
-@pytest.mark.parametrize(("mover", "form"), [(Rewire(share=0.5), "compact"), (RigL(), "masked")], ids=str)
+@pytest.mark.parametrize(
+    ("mover", "form"), [pytest.param(Rewire(share=0.5), "compact", marks=SLOW), (RigL(), "masked")], ids=str
+)
 def test_entries_that_move_do_so_alike_when_resumed(
     blobs: Dataset, network: Maker, tmp_path: Path, mover: Method, form: str
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .data import DataSpec
+from .data.names import is_sequences
 from .document import Document
 from .errors import RecipeError
 from .methods import MethodSpec
@@ -156,6 +157,8 @@ class Setting:
             return "network", "widen makes networks for an amount: methods that start from a dense training have none"
         if len(set(self.seeds)) < len(self.seeds):
             return "seeds", "a seed is given twice"
+        if is_sequences(self.data.name) and (self.train.mixup or self.train.cutmix):
+            return "train", "sequences cannot be mixed: leave mixup and cutmix out"
         titles = [method.title for method in self.methods]
         if len(set(titles)) < len(titles):
             return "methods", "two methods have the same label; tell them apart with label:"

@@ -200,3 +200,10 @@ def test_the_documented_recipe_is_one(tmp_path: Path) -> None:
     assert (small.network.width, warm.network.width) == ((32,), (64,))
     assert (small.train.schedule.warmup_epochs, warm.train.schedule.warmup_epochs) == (0, 2)
     assert load_recipe(path, "smoke").settings[0].data.subset is None
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_sequences_are_not_mixed(micro: Micro, mix: str) -> None:
+    changes = ("data: digits", "data: {name: copying, length: 8}"), ("batch_size: 256", f"batch_size: 256, {mix}: 0.5")
+    with pytest.raises(RecipeError, match=r"micro.*train: sequences cannot be mixed"):
+        load_recipe(micro(*changes))

@@ -50,8 +50,9 @@ def test_the_parameter_under_a_mask_is_normalised_from_the_first_pass_on(norm):
         hidden = model[0](X).detach()
         y = model[1](hidden)
         computed = model[1].weight_orig.detach()
+        # Reading a parametrization of the spectral norm in training mode takes one more step of its power iteration.
         torch.testing.assert_close(
-            y, nn.functional.linear(hidden, computed * model[1].weight_mask, model[1].bias), rtol=1e-2, atol=1e-2
+            y, nn.functional.linear(hidden, computed * model[1].weight_mask, model[1].bias), rtol=1e-3, atol=1e-3
         )
         if "spectral" in norm.__name__:
             assert torch.linalg.matrix_norm(computed, 2) < 2.5

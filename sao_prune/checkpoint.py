@@ -24,6 +24,7 @@ from .discovery.trace import evaluating
 from .files import replacing
 from .held import held_tensors
 from .model import report
+from .naming import dotted
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
 from .prune.attachment import check_writable
 from .replaced import warn_replaced
@@ -239,11 +240,7 @@ def _drop_aliases(state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> di
 
 
 def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:
-    return {
-        f"{path}.{hook._tensor_name}" if path else hook._tensor_name
-        for path, module in modules.items()
-        for hook in pruning_hooks(module)
-    }
+    return {dotted(path, hook._tensor_name) for path, module in modules.items() for hook in pruning_hooks(module)}
 
 
 def _computed_names(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -255,7 +252,7 @@ def _computed_names(modules: Mapping[str, nn.Module]) -> set[str]:
         for hook in pruning_hooks(m)
         if f"{hook._tensor_name}_orig" not in m._parameters
     ]
-    return {f"{path}.{tensor}" if path else tensor for path, tensor in tensors}
+    return {dotted(path, tensor) for path, tensor in tensors}
 
 
 def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> Snapshot:

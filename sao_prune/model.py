@@ -21,6 +21,7 @@ from .blocks import BlockModule
 from .blocks.build import install
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, initialise_, pick, untouched, walk
 from .held import held_tensors
+from .naming import dotted
 from .options import PlanOptions, allocate_model, asked
 from .plain import why_not_plain
 from .prune import attach_all, bake_standardising, freeze, pruning_class, pruning_hooks, settle_all, unwatch
@@ -216,7 +217,7 @@ def remove(
             freeze(module, name, mask)
     for module in model.modules() if not left else ():
         unwatch(module)
-    masked = {f"{path}.{name}" if path else name for path, name in left}
+    masked = {dotted(path, name) for path, name in left}
     layers = [
         replace(layer, groups=None, nnz=layer.total, reason="still masked") if layer.name in masked else layer
         for layer in before.layers

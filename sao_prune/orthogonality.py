@@ -15,6 +15,7 @@ from .blocks import BlockModule
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, pick, walk
 from .held import Held, OrthogonalMap, held_tensors, precise, put, take_off
 from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, halve, mirror_of
+from .naming import dotted
 from .nn import ECOConv2d
 from .plain import why_not_plain
 from .prune import pruning_hooks, settle_all
@@ -218,15 +219,15 @@ def release(model: nn.Module, *, include: Selector | None = None, exclude: Selec
         steps = module.parametrizations[tensor]  # type: ignore[index]
         if len(steps) > 1:
             raise ValueError(
-                f"{_join(path, tensor)} is held and has a further parametrization ({type(steps[-1]).__name__}): remove "
-                "that first; nothing was released"
+                f"{dotted(path, tensor)} is held and has a further parametrization ({type(steps[-1]).__name__}): "
+                "remove that first; nothing was released"
             )
     warn_replaced((p for _, m, tensor in targets for p in m.parametrizations[tensor].parameters()), "release")  # type: ignore[index]
     for _, module, tensor in targets:
         take_off(module, tensor)
     records = [
         HeldRecord(
-            _join(path, tensor.removesuffix("_orig")), reason=_RELEASED if reason is None else f"still held: {reason}"
+            dotted(path, tensor.removesuffix("_orig")), reason=_RELEASED if reason is None else f"still held: {reason}"
         )
         for (path, _, tensor), reason in zip(found, skipped)
     ]
@@ -241,12 +242,12 @@ def _candidates(model: nn.Module) -> Iterator[Found]:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if isinstance(module, ECOConv2d) and "weight_mask" not in module._buffers:
-            yield path, module, "weight", _join(path, "weight"), partial(_eco_layout, module)
+            yield path, module, "weight", dotted(path, "weight"), partial(_eco_layout, module)
         elif isinstance(module, BlockModule):
-            yield path, module, "blocks", _join(path, "blocks"), partial(_compact_layout, module)
+            yield path, module, "blocks", dotted(path, "blocks"), partial(_compact_layout, module)
         elif reason := why_not_plain(module, masked=True):
             for hook in pruning_hooks(module):
-                yield path, module, hook._tensor_name, _join(path, hook._tensor_name), partial(str, reason)
+                yield path, module, hook._tensor_name, dotted(path, hook._tensor_name), partial(str, reason)
     for weight in walk(model, Selection(skip_first=False, skip_last=False)):
         if weight.reason == ALREADY_PRUNED:
             module = modules[weight.module]
@@ -286,10 +287,6 @@ def _masked_layout(module: nn.Module, weight: PrunableWeight) -> Layout | str:
         return MaskedLayout(weight, tuple(BlockTopology.from_mask(part) for part in parts))
     except NotBlockStructuredError:
         return "its mask is not made of blocks"
-
-
-def _join(path: str, tensor: str) -> str:
-    return f"{path}.{tensor}" if path else tensor
 
 
 def _prepare(name: str, weight: Tensor, layout: Layout, kind: OrthogonalMap) -> tuple[Held, HeldRecord]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._torch import BatchNorm, ConvTransposeNd
 from ..allocation import Allocation
 from ..discovery import PrunableWeight
+from ..naming import dotted
 from ..seeds import named_generator
 from ..topology import BlockTopology, kept_energy
 from ..weights import BlockFit, Blocks, refitted
@@ -177,7 +178,7 @@ class _Conversion:
         for name, value in statistics.items():
             buffer: Tensor = getattr(module, name)
             buffer.copy_(value)
-            self._also(self._last, f"{path}.{name}" if path else name, buffer)
+            self._also(self._last, dotted(path, name), buffer)
 
     def _refit(self, visit: Visit) -> None:
         """The last layer, which stays dense, reads converted features: it learns to say what it said before."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import PrunableWeight
+from ..naming import dotted
 from ..topology import BlockTopology, decode_sets
 from .autotune import run_by_rule
 from .forms import (
@@ -146,14 +147,14 @@ def _composite(
             shape = topologies[0].shape
         if shape != weight.matrix or len(topologies) != weight.parts or copies not in (1, weight.parts):
             raise ValueError(
-                f"{_key(path, weight.tensor)}: the checkpoint's has {len(topologies)} matrices of {_times(shape)}, the "
-                f"model's {weight.parts} of {_times(weight.matrix)}"
+                f"{dotted(path, weight.tensor)}: the checkpoint's has {len(topologies)} matrices of {_times(shape)}, "
+                f"the model's {weight.parts} of {_times(weight.matrix)}"
             )
         given[weight.tensor] = _given(module, weight, topologies)
     block = form.block(module, given)
     assert isinstance(block, BlockComposite)
     for matrix in block.matrices():
-        _check_blocks(_key(path, matrix.path), state, tuple(matrix.layer.blocks.shape))
+        _check_blocks(dotted(path, matrix.path), state, tuple(matrix.layer.blocks.shape))
     run_by_rule(block)
     return block
 
@@ -189,11 +190,11 @@ def _blocks_from_dense(
     new: dict[str, Tensor] = {}
     old: set[str] = set()
     for path, tensor, weight, layers in _stored(modules):
-        names = [name for name in (tensor, f"{tensor}_orig") if _key(path, name) in state]
-        if not names or any(_key(path, f"{m.path}.blocks".removeprefix(".")) in state for m in layers):
+        names = [name for name in (tensor, f"{tensor}_orig") if dotted(path, name) in state]
+        if not names or any(dotted(path, dotted(m.path, "blocks")) in state for m in layers):
             continue
-        key = _key(path, names[0])
-        values, mask = state[key], state.get(_key(path, f"{tensor}_mask"))
+        key = dotted(path, names[0])
+        values, mask = state[key], state.get(dotted(path, f"{tensor}_mask"))
         if tuple(values.shape) != weight.shape:
             raise ValueError(f"{key}: the checkpoint has shape {tuple(values.shape)}, the model {weight.shape}")
         entries = (values if mask is None else mask) != 0
@@ -207,10 +208,10 @@ def _blocks_from_dense(
                 "a dense one"
             )
         for m in layers:
-            prefix = _key(path, m.path) if m.path else path
-            sets = {_key(prefix, "row_set"): m.layer.row_set, _key(prefix, "col_set"): m.layer.col_set}
-            new.update({_key(prefix, "blocks"): _read(weight, values, m), **sets})
-        old |= {_key(path, name) for name in (tensor, f"{tensor}_orig", f"{tensor}_mask")}
+            prefix = dotted(path, m.path)
+            sets = {dotted(prefix, "row_set"): m.layer.row_set, dotted(prefix, "col_set"): m.layer.col_set}
+            new.update({dotted(prefix, "blocks"): _read(weight, values, m), **sets})
+        old |= {dotted(path, name) for name in (tensor, f"{tensor}_orig", f"{tensor}_mask")}
     return new, old
 
 
@@ -232,27 +233,23 @@ def _read(weight: PrunableWeight, tensor: Tensor, matrix: Matrix) -> Tensor:
 
 
 def _check_blocks(path: str, state: Mapping[str, Tensor], expected: tuple[int, ...]) -> None:
-    given = tuple(state[_key(path, "blocks")].shape)
+    given = tuple(state[dotted(path, "blocks")].shape)
     if given != expected:
         raise ValueError(f"{path}.blocks: the checkpoint has shape {given}, expected {expected}")
-
-
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _paths(state: Mapping[str, Tensor]) -> set[str]:
     """Paths of the block layers in a state dict."""
     paths = {key.rpartition(".")[0] for key in state if key.rpartition(".")[2] == "row_set"}
-    return {p for p in paths if _key(p, "col_set") in state and _key(p, "blocks") in state}
+    return {p for p in paths if dotted(p, "col_set") in state and dotted(p, "blocks") in state}
 
 
 def _topology(state: Mapping[str, Tensor], path: str) -> BlockTopology:
     sets = []
     for name in ("row_set", "col_set"):
-        stored = state[_key(path, name)]
+        stored = state[dotted(path, name)]
         if stored.dtype not in (torch.uint8, torch.int32) or stored.dim() != 1:
-            raise ValueError(f"{_key(path, name)}: {stored.dtype} of shape {tuple(stored.shape)} is no list of sets")
+            raise ValueError(f"{dotted(path, name)}: {stored.dtype} of shape {tuple(stored.shape)} is no list of sets")
         sets.append(decode_sets(stored))
     return BlockTopology(*sets)
 

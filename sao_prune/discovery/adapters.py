@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..naming import dotted
+
 #: Names under which adapters live where their library does not name them itself.
 _NAMES = ("lora_", "modules_to_save")
 
@@ -35,5 +37,5 @@ def adapter_reason(modules: Mapping[str, nn.Module], path: str) -> str | None:
         named = getattr(modules.get(owner), "adapter_layer_names", ())
         if name.startswith(_NAMES) or (isinstance(named, (tuple, list)) and name in named):
             return f"part of an adapter ({name})"
-        owner = f"{owner}.{name}" if owner else name
+        owner = dotted(owner, name)
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..naming import dotted
 from .adapters import adapter_reason
 from .endpoints import first_and_last, gives_output, image_channels, reads_input, token_embeddings
 from .kinds import Packed, known_weights, parameter_of, raw_weight, stored_weights, unmasked_name
@@ -107,7 +108,7 @@ def _raw_parameters(
         if id(parameter) in known or lazy or parameter.dim() < 2 or isinstance(owner, Packed):
             continue
         plain = unmasked_name(owner, tensor)
-        names = {name, f"{path}.{plain}" if path else plain}
+        names = {name, dotted(path, plain)}
         wanted = any(names_parameter(pattern, name, owner) for pattern in patterns for name in names)
         if (wanted or plain != tensor) and not isinstance(owner, nn.Embedding | nn.EmbeddingBag):
             yield raw_weight(path, plain, owner, parameter)

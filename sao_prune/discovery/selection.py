@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..naming import dotted
 from .weight import PrunableWeight
 
 NOT_INCLUDED, EXCLUDED = "not included", "excluded"
@@ -80,7 +81,7 @@ def pick(
         >>> pick([("a", layer, ["weight"]), ("b", layer, ["weight"])], None, ["b.weight"])
         [None, 'excluded']
     """
-    names = [[path, *(f"{path}.{tensor}" if path else tensor for tensor in tensors)] for path, _, tensors in layers]
+    names = [[path, *(dotted(path, tensor) for tensor in tensors)] for path, _, tensors in layers]
     known = [each[0] or each[-1] for each in names]
     for option, selector in (("include", include), ("exclude", exclude)):
         _check(option, selector, known, lambda pattern: any(fnmatchcase(n, pattern) for each in names for n in each))
@@ -129,10 +130,7 @@ def matches(pattern: str, weight: PrunableWeight) -> bool:
         True
     """
     names = [(weight.module, weight.tensor), *weight.aliases]
-    return any(
-        fnmatchcase(module, pattern) or fnmatchcase(f"{module}.{tensor}" if module else tensor, pattern)
-        for module, tensor in names
-    )
+    return any(fnmatchcase(module, pattern) or fnmatchcase(dotted(module, tensor), pattern) for module, tensor in names)
 
 
 def selected(selector: Selector, weight: PrunableWeight, modules: Mapping[str, nn.Module]) -> bool:

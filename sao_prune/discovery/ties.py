@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..naming import dotted
 from .kinds import parameter_of
 from .weight import PrunableWeight
 
@@ -20,7 +21,7 @@ def merge_tied(modules: Mapping[str, nn.Module], found: list[PrunableWeight]) ->
     for path, module in modules.items():
         for tensor, parameter in module._parameters.items():
             if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{path}.{tensor}" if path else tensor)
+                names.setdefault(id(parameter), []).append(dotted(path, tensor))
     ours = {f"{w.name}{suffix}" for w in found for suffix in ("", "_orig")}
     merged = _merge_names(modules, found)
     for index, weight in enumerate(merged):

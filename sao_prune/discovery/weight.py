@@ -7,6 +7,8 @@ from math import prod
 
 from torch import Tensor
 
+from ..naming import dotted
+
 ALREADY_PRUNED = "already pruned"
 RAW = "Parameter"
 
@@ -55,7 +57,7 @@ class PrunableWeight:
     @property
     def name(self) -> str:
         """The parameter's full name in the model."""
-        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+        return dotted(self.module, self.tensor)
 
     @property
     def matrix(self) -> tuple[int, int]:

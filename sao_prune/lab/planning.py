@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from difflib import get_close_matches
 
 from ..algorithms import Method
 from ..model import plan
+from ..naming import nearest
 from ..options import PlanOptions
 from ..reporting import Report, SparsityWarning
 from .errors import LabError
@@ -29,8 +29,7 @@ def find_architecture(name: str) -> Architecture:
     for architecture in sorted(every, key=lambda a: a.library != "timm"):
         if architecture.name == bare:
             return architecture
-    near = get_close_matches(bare, {a.name for a in every}, n=4)
-    hint = f"; did you mean {', '.join(near)}?" if near else "; `sao-prune zoo --filter '*'` lists all"
+    hint = nearest(bare, {a.name for a in every}, 4) or "; `sao-prune zoo --filter '*'` lists all"
     raise LabError(f"no architecture {name!r} in timm or torchvision{hint}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..naming import dotted, nearest
 from .errors import RecipeError
 
 try:
@@ -52,7 +52,7 @@ class Reader:
         hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for name, (key_node, value_node) in pairs.items():
-            inner = f"{key}.{name}" if key else name
+            inner = dotted(key, name)
             if name not in fields:
                 self.fail(key_node, inner, unknown("key", name, fields))
             values[name] = self.value(value_node, hints[name], inner)
@@ -72,7 +72,7 @@ class Reader:
         problem = made.problem() if hasattr(made, "problem") else None
         if problem is not None:
             name, message = problem
-            self.fail(pairs[name][0] if name in pairs else node, f"{key}.{name}" if key else name, message)
+            self.fail(pairs[name][0] if name in pairs else node, dotted(key, name), message)
         return made
 
     def pairs(self, node: yaml.Node, key: str) -> Pairs:
@@ -84,7 +84,7 @@ class Reader:
             if not name:
                 self.fail(key_node, key, "a key must be a plain word")
             if name in found:
-                self.fail(key_node, f"{key}.{name}" if key else name, "given twice")
+                self.fail(key_node, dotted(key, name), "given twice")
             found[name] = (key_node, value_node)
         return found
 
@@ -144,11 +144,9 @@ class Reader:
 
 
 def unknown(what: str, given: object, allowed: typing.Iterable[str]) -> str:
-    """``unknown key 'epoch'; did you mean 'epochs'? (allowed: ...)``."""
+    """``unknown key 'epoch' (did you mean 'epochs'?); allowed: ...``."""
     names = list(allowed)
-    near = difflib.get_close_matches(str(given), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {given!r}{hint} (allowed: {', '.join(names)})"
+    return f"unknown {what} {given!r}{nearest(given, names)}; allowed: {', '.join(names)}"
 
 
 _KINDS: dict[Any, str] = {

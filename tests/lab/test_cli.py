@@ -66,7 +66,7 @@ def test_a_mistake_in_a_recipe_names_file_line_and_key(call: Call, micro: Micro)
     path = micro(("epochs: 2", "epoch: 2"))
     status, _, err = call("run", path)
     assert status == 2
-    assert err.startswith(f"sao-prune: {path}:8: train.epoch: unknown key 'epoch'; did you mean 'epochs'?")
+    assert err.startswith(f"sao-prune: {path}:8: train.epoch: unknown key 'epoch' (did you mean 'epochs'?)")
 
 
 def test_missing_data_is_one_line(call: Call, micro: Micro, tmp_path: Path) -> None:

@@ -23,16 +23,20 @@ def test_shorthand_and_defaults(micro: Micro) -> None:
 @pytest.mark.parametrize(
     ("change", "line", "said"),
     [
-        (("epochs: 2", "epoch: 2"), 8, r"train\.epoch: unknown key 'epoch'; did you mean 'epochs'\?"),
+        (("epochs: 2", "epoch: 2"), 8, r"train\.epoch: unknown key 'epoch' \(did you mean 'epochs'\?\)"),
         (("epochs: 2", "epochs: 0"), 8, r"train\.epochs: must be at least 1, got 0"),
         (("epochs: 2", "epochs: two"), 8, r"train\.epochs: expected a whole number, got 'two'"),
         (("epochs: 2", "epochs: 2.5"), 8, "expected a whole number, got '2.5'"),
         (("epochs: 2", "epochs: true"), 8, "expected a whole number"),
         (("epochs: 2", "epochs: 2, epochs: 3"), 8, "given twice"),
         (("epochs: 2, ", ""), 8, "train: missing epochs"),
-        (("data: digits", "data: digit"), 2, r"data\.name: unknown data set 'digit'; did you mean 'digits'"),
-        (("rg-s,", "rgs,"), 5, r"unknown value 'rgs'; did you mean 'rg-s'"),
-        (("sao,", "{name: sao, options: {varient: 2}},"), 5, "unknown option of sao 'varient'; did you mean 'variant'"),
+        (("data: digits", "data: digit"), 2, r"data\.name: unknown data set 'digit' \(did you mean 'digits'"),
+        (("rg-s,", "rgs,"), 5, r"unknown value 'rgs' \(did you mean 'rg-s'"),
+        (
+            ("sao,", "{name: sao, options: {varient: 2}},"),
+            5,
+            r"unknown option of sao 'varient' \(did you mean 'variant'",
+        ),
         (("sao,", "{name: sao, options: {variant: 9}},"), 5, "9"),
         (("sao,", "sao, sao,"), 5, "two methods have the same label"),
         (("groups: 4", "groups: 4, degree: 2"), 4, "give one of sparsity, degree and groups"),
@@ -160,7 +164,7 @@ def test_a_method_that_trains_first_brings_its_dense_network(micro: Micro) -> No
     [
         ("cases: []", "expected a list of cases"),
         ("cases: [{network: {depth: 2}}, {gain: 1.1}]", "two cases have the same configurations"),
-        ("cases: [{network: {dept: 2}}]", r"network\.dept: unknown key 'dept'; did you mean 'depth'"),
+        ("cases: [{network: {dept: 2}}]", r"network\.dept: unknown key 'dept' \(did you mean 'depth'"),
         ("profiles: {quick: 3}", "expected keys and values, got '3'"),
     ],
 )

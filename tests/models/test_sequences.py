@@ -3,7 +3,7 @@ import torch
 
 import sao_prune
 from sao_prune.lab.data import DataSpec, load_dataset
-from sao_prune.lab.train.evaluate import evaluate
+from sao_prune.lab.train.evaluation import evaluate
 from sao_prune.lab.train.loop import train
 from sao_prune.lab.train.spec import TrainSpec
 from sao_prune.models import SaoDecoder, SaoRecurrent, sao_recurrent

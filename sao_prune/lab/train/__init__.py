@@ -1,7 +1,7 @@
 """One training, the same for every method."""
 
 from .distributed import from_first, in_turn, process_group, rank, world
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .history import History
 from .loop import train
 from .spec import DistillSpec, ScheduleSpec, TrainSpec

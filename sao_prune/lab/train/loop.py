@@ -25,7 +25,7 @@ from ..data import Dataset
 from ..errors import LabError
 from .checkpoint import FORMAT, Checkpoint, TrainingState
 from .distributed import own_share, rank, share_buffers, summed, world
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .execution import execution_form
 from .history import History
 from .optimizer import make_optimizer, make_scheduler

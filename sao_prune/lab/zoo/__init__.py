@@ -5,7 +5,7 @@ from .plans import PlanTask, ZooPlan, plan_one, plan_zoo
 from .report import Zoo, print_zoo, write_json, write_markdown
 from .runs import representatives, run_zoo
 from .trial import RunTask, ZooRun, run_one
-from .visit import VisitOptions, visit
+from .visiting import VisitOptions, visit
 
 __all__ = [
     "LIBRARIES",

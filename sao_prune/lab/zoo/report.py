@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...files import write_atomically
 from .architecture import KNOWN
 from .images import BATCH
 from .plans import ZooPlan
@@ -113,7 +114,7 @@ def write_markdown(zoo: Zoo, path: Path) -> None:
             parts += [f"### {title}", _markdown(head, rows)] if rows else []
     parts += ["## Families", _markdown(*families(zoo))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_atomically(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
 def write_json(zoo: Zoo, path: Path) -> None:
@@ -124,7 +125,7 @@ def write_json(zoo: Zoo, path: Path) -> None:
         for name, found in (("plans", zoo.plans), ("runs", zoo.runs), ("left_out", zoo.left_out))
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, **records}, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps({**content, **records}, indent=1) + "\n")
 
 
 def plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:

@@ -1,7 +1,9 @@
 """The page on methods, topologies and backends of one's own: every snippet runs, is complete and is short."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,13 @@ import sao_prune
 from sao_prune.algorithms import Draw, register
 from sao_prune.algorithms.base import _REGISTRY
 from sao_prune.blocks import Backend, BlockConv2d, BlockLinear, register_backend, unregister_backend
+from sao_prune.blocks.backends.registry import registered
+from sao_prune.blocks.functional import Geometry
+from sao_prune.blocks.layout import Layout
 from sao_prune.topology import GENERATORS, interleaved, register_support
 from sao_prune.topology import register as register_topology
+
+from .blocks.calls import ROWS, make
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -70,41 +77,66 @@ class Recorded(Backend):
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def suits_linear(self, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    def suits(self, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> bool:
         return True
 
-    def suits_conv(self, x: Tensor, weight: Tensor, geometry: object, *others: Tensor | None) -> bool:
-        return True
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *others: Any) -> Any:
+        self.calls.append("conv" if others[0].stride else "linear")
+        return super().forward(x, weight, bias, layout, *others)
 
-    def linear_forward(self, *arguments: object) -> object:  # type: ignore[override]
-        self.calls.append("linear")
-        return super().linear_forward(*arguments)  # type: ignore[arg-type]
-
-    def linear_backward(self, *arguments: object) -> object:  # type: ignore[override]
-        self.calls.append("linear backward")
-        return super().linear_backward(*arguments)  # type: ignore[arg-type]
-
-    def conv_forward(self, *arguments: object) -> object:  # type: ignore[override]
-        self.calls.append("conv")
-        return super().conv_forward(*arguments)  # type: ignore[arg-type]
-
-    def conv_backward(self, *arguments: object) -> object:  # type: ignore[override]
-        self.calls.append("conv backward")
-        return super().conv_backward(*arguments)  # type: ignore[arg-type]
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, layout: Layout, *others: Any) -> Any:
+        self.calls.append("conv backward" if others[0].stride else "linear backward")
+        return super().backward(grad, x, weight, layout, *others)
 
 
-def test_a_backend_computes_forwards_and_backwards() -> None:
+@pytest.fixture
+def recorded() -> Iterator[Recorded]:
+    backend = Recorded()
+    yield backend
+    if "recorded" in registered():
+        unregister_backend("recorded")
+
+
+def test_a_backend_computes_forwards_and_backwards(recorded: Recorded) -> None:
     layers = [BlockLinear(interleaved(8, 8, 2)), BlockConv2d(interleaved(8, 8, 2), 3, padding=1)]
     inputs = [torch.randn(4, 8, requires_grad=True), torch.randn(2, 8, 5, 5, requires_grad=True)]
     expected = [layer(x) for layer, x in zip(layers, inputs)]
-    backend = register_backend(Recorded())
-    try:
-        for layer, x, y in zip(layers, inputs, expected):
-            (gradient,) = torch.autograd.grad(y.square().sum(), x)
-            found = layer(x)
-            assert torch.allclose(found, y, atol=1e-6)
-            assert torch.allclose(torch.autograd.grad(found.square().sum(), x)[0], gradient, atol=1e-5)
-    finally:
-        unregister_backend("recorded")
-    assert isinstance(backend, Recorded)
-    assert {"linear", "linear backward", "conv", "conv backward"} == set(backend.calls)
+    register_backend(recorded)
+    for layer, x, y in zip(layers, inputs, expected):
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        found = layer(x)
+        assert torch.allclose(found, y, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(found.square().sum(), x)[0], gradient, atol=1e-5)
+    assert {"linear", "linear backward", "conv", "conv backward"} == set(recorded.calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "products"), [("mlp", "gelu", 2), ("mlp", "relu", 2), ("norm2", "relu", 1), ("norm2 eval", "", 1)]
+)
+def test_layers_that_compute_more_than_a_product_ask_too(
+    name: str, act: str, products: int, recorded: Recorded
+) -> None:
+    call = make(name, "irregular", "rows", act, "cpu").to(torch.float32)
+    leaves = call.leaves()
+    with torch.no_grad():
+        alone = call.run(leaves)
+    y = call.run(leaves)
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    register_backend(recorded)
+    with torch.no_grad():
+        torch.testing.assert_close(call.run(leaves), alone, rtol=1e-5, atol=1e-5)
+    assert len(recorded.calls) == products
+    found = call.run(leaves)
+    torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert sum("backward" in each for each in recorded.calls) == products
+
+
+def test_a_backend_that_suits_one_of_two_layers_computes_that_one(recorded: Recorded) -> None:
+    call = make("mlp", "strided", "rows", "gelu", "cpu").to(torch.float32)
+    expected = call()
+    recorded.suits = lambda x, weight, geometry, *others: x.shape[-1] == ROWS  # type: ignore[method-assign]
+    register_backend(recorded)
+    torch.testing.assert_close(call(), expected, rtol=1e-5, atol=1e-5)
+    assert recorded.calls == ["linear"]

@@ -55,14 +55,8 @@ ORDER = (
 )
 
 # Files that import rooms of ours within functions: a command that answers before torch is there, and what needs an
-# optional package. Within one room, two files of which each needs the other.
-LATE = {"cli.py", "blocks/backends/triton/compiled.py", "blocks/backends/triton/launch.py"} | {
-    "blocks/backends/triton/suits.py",
-    "blocks/epilogue.py",
-    "blocks/folding.py",
-    "blocks/following.py",
-    "blocks/fusion.py",
-}
+# optional package.
+LATE = {"cli.py", *(f"blocks/backends/triton/{name}.py" for name in ("compiled", "launch", "suits"))}
 
 
 @cache
@@ -125,9 +119,7 @@ def offered(path: Path) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(path.parent for path in ROOT.rglob("__init__.py") if room(path) != "lab"), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("folder", sorted(path.parent for path in ROOT.rglob("__init__.py")), ids=lambda p: p.name)
 def test_no_module_has_the_name_of_a_public_function(folder: Path) -> None:
     inside = {path.stem for path in folder.iterdir()} - {"__init__"}
     # The room of torch's hooks is offered as a whole, as torch.nn.utils.prune is.

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+from .._torch import tree_leaves, tree_map
 from .backends import cpu
 from .calls import Calls, run_model
 from .forms import dense_form
@@ -178,10 +180,10 @@ def time_layer(candidate: Candidate, like: Tensor, tune: _Mode) -> Timings:
         form.__dict__.update(block.__dict__)
         form.run_as(execution)
         forms.append(execution)
-        runs[execution] = _run(form, _input(like, block, execution.channels_last), tune)
-    runs["dense"] = _run(stock, _input(like, block, False), tune)
+        runs[execution] = runner(form, (_input(like, block, execution.channels_last),), {}, tune)
+    runs["dense"] = runner(stock, (_input(like, block, False),), {}, tune)
     if "weight_mask" in module._buffers:
-        runs["current"] = _run(module, _input(like, block, False), tune)
+        runs["current"] = runner(module, (_input(like, block, False),), {}, tune)
     seconds = race(runs, block.blocks.device)
     return Timings(seconds["dense"], seconds.get("current", seconds["dense"]), {e: seconds[e] for e in forms})
 
@@ -194,23 +196,31 @@ def _input(like: Tensor, block: BlockModule, channels_last: bool) -> Tensor:
     return x
 
 
-def _run(module: nn.Module, x: Tensor, tune: _Mode) -> Callable[[], object]:
+def runner(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], tune: _Mode) -> Callable[[], object]:
+    """A call of a module, to be timed; with ``"train"`` backwards too, to its parameters and the tensors given."""
+
+    def infer() -> object:
+        with torch.no_grad():
+            return module(*args, **named)
+
     if tune == "infer":
-
-        def infer() -> object:
-            with torch.no_grad():
-                return module(x)
-
         return infer
-    leaves = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
-    with torch.no_grad():
-        gradient = torch.randn_like(module(x))
+    args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    leaves = [t for t in (*args, *module.parameters()) if isinstance(t, Tensor) and t.requires_grad]
+    gradients = [torch.randn_like(t) for t in tensors_in(infer()) if t.is_floating_point()]
 
     def train() -> object:
         with torch.enable_grad():
-            return torch.autograd.grad(module(x), leaves, gradient)
+            results = [t for t in tensors_in(module(*args, **named)) if t.is_floating_point()]
+            return torch.autograd.grad(results, leaves, gradients, allow_unused=True)
 
-    return train
+    return train if leaves else infer
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in nested values, those of packed sequences too."""
+    plain = tree_map(lambda v: v.data if isinstance(v, PackedSequence) else v, values)
+    return [t for t in tree_leaves(plain) if isinstance(t, Tensor)]
 
 
 def race(runs: dict[Hashable, Callable[[], object]], device: torch.device) -> dict[Hashable, float]:

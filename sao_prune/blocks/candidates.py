@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..naming import dotted
 from .autotune import Candidate, run_by_rule
 from .calls import Calls
-from .eligible import Eligible, composites
-from .forms import CompositeForm, Ineligible, LayerForm, form_of, given_of, parameter_of
+from .eligible import Eligible
+from .forms import CompositeForm, Given, Ineligible, LayerForm, form_of, given_of, parameter_of
 from .modules import BlockComposite, BlockModule, BlockRNNBase
 from .report import CompactRecord
 from .sequences import Recurrent
@@ -30,7 +31,7 @@ def single_of(found: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
 def first_of(e: Eligible) -> nn.Module:
     """The block layer that stands for a weight, or the first of those that do."""
     if isinstance(e.module, BlockComposite) and e.weight is not None:
-        return next(m.layer for m in e.module.matrices() if m.tensor == e.weight.tensor)
+        return e.module.layers_of(e.weight.tensor)[0]
     return e.module
 
 
@@ -55,15 +56,21 @@ def records_of(found: list[tuple[str, nn.Module]], eligible: list[Eligible]) -> 
 
 
 def composites_of(eligible: list[Eligible]) -> list[tuple[nn.Module, BlockComposite]]:
-    """The layers with several weights that become compact, and their block forms, not yet put in place."""
-    out = []
-    for own in composites(eligible).values():
-        module, form = own.module, own.form
-        given = {tensor: given_of(module, weight, topologies) for tensor, (weight, topologies) in own.weights.items()}
-        block = form.block(module, given)
+    """The layers with several weights that become compact, for weights of their own or for layers inside that they
+    then call, and their block forms, not yet put in place."""
+    ready = {id(e.module) for e in eligible if not isinstance(e.found, Ineligible)}
+    own: dict[int, tuple[nn.Module, CompositeForm, dict[str, Given]]] = {}
+    for e in eligible:
+        if not isinstance(e.form, CompositeForm) or e.weight is None:
+            continue
+        if id(e.module) in ready or any(id(m) in ready for m in e.form.joins(e.module)):
+            given = own.setdefault(id(e.module), (e.module, e.form, {}))[2]
+            if not isinstance(e.found, Ineligible):
+                given[e.weight.tensor] = given_of(e.module, e.weight, e.found)
+    blocks = [(module, form.block(module, given)) for module, form, given in own.values()]
+    for _, block in blocks:
         run_by_rule(block)
-        out.append((module, block))
-    return out
+    return blocks
 
 
 def parts_of(
@@ -84,8 +91,7 @@ def parts_of(
             if arguments is not None and block.compact_weights:
                 sequences.append(Recurrent(path, module, block, arguments))
         else:
-            prefix = f"{path}." if path else ""
-            parts += [Candidate(f"{prefix}{m.path}", m.layer, m.layer) for m in block.matrices()]
+            parts += [Candidate(dotted(path, m.path), m.layer, m.layer) for m in block.matrices()]
     return parts, sequences
 
 

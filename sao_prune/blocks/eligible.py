@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from .._torch import ConvNd
 from ..discovery import PrunableWeight, Selector, pick
+from ..naming import dotted
 from ..topology import BlockTopology
 from .forms import CompositeForm, Form, Ineligible, LayerForm, form_of, read_topologies, weights_of
-from .modules import BlockComposite, BlockModule
+from .modules import BlockModule
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -19,11 +20,6 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, (BlockModule, ConvNd)) or form_of(module) is not None:
             yield name, module
-
-
-def parts_of_composites(model: nn.Module) -> set[int]:
-    """Ids of the block layers that are a composite layer's own."""
-    return {id(m.layer) for owner in model.modules() if isinstance(owner, BlockComposite) for m in owner.matrices()}
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set
         called: ids of the layers that were called in a run of the model, if it was run.
     """
     dense = [(name, module) for name, module in found if not isinstance(module, BlockModule)]
-    outside, tied = read_from_outside(model), _tied(model)
+    outside, shared = read_from_outside(model), tied(model)
     reasons = {id(m): Ineligible(why) for m in model.modules() if (why := outside.get(id(m)))}
     if called is not None:
         why = "the example input does not call it, so its weight is unused or read from outside"
@@ -70,7 +66,7 @@ def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set
         if fits and any(not isinstance(e.found, Ineligible) for each in (own, *joined) for e in each):
             # In its block form it calls them.
             for inner in form.joins(module):
-                if id(inner) not in tied:
+                if id(inner) not in shared:
                     reasons.pop(id(inner), None)
     for name, module in dense:
         if id(module) not in weights:
@@ -101,36 +97,6 @@ def chosen_of(
     return out
 
 
-@dataclass(frozen=True)
-class Composite:
-    """A layer with several weights that becomes compact.
-
-    Attributes:
-        module: the layer.
-        form: its kind.
-        weights: those that become blocks, and their topologies; none where only layers inside it do, which it then
-            calls.
-    """
-
-    module: nn.Module
-    form: CompositeForm
-    weights: dict[str, tuple[PrunableWeight, tuple[BlockTopology, ...]]]
-
-
-def composites(eligible: list[Eligible]) -> dict[int, Composite]:
-    """The layers with several weights that become compact, by id."""
-    ready = {id(e.module) for e in eligible if not isinstance(e.found, Ineligible)}
-    out: dict[int, Composite] = {}
-    for e in eligible:
-        if isinstance(e.form, CompositeForm) and e.weight is not None:
-            inner = any(id(m) in ready for m in e.form.joins(e.module))
-            if id(e.module) in ready or inner:
-                own = out.setdefault(id(e.module), Composite(e.module, e.form, {}))
-                if not isinstance(e.found, Ineligible):
-                    own.weights[e.weight.tensor] = e.weight, e.found
-    return out
-
-
 def _weights(name: str, module: nn.Module, form: Form | None, reason: Ineligible | None) -> list[Eligible]:
     if form is None:
         return [Eligible(name, module, None, None, Ineligible(f"no block form of {type(module).__name__}"))]
@@ -142,7 +108,7 @@ def _weights(name: str, module: nn.Module, form: Form | None, reason: Ineligible
         return [Eligible(name, module, form, None, why)]
     out = []
     for weight in weights_of(module):
-        path = name if isinstance(form, LayerForm) else f"{name}.{weight.tensor}" if name else weight.tensor
+        path = name if isinstance(form, LayerForm) else dotted(name, weight.tensor)
         try:
             out.append(Eligible(path, module, form, weight, read_topologies(module, weight)))
         except Ineligible as why:
@@ -157,14 +123,14 @@ def read_from_outside(model: nn.Module) -> dict[int, str]:
         form = form_of(module)
         for inner in () if form is None else form.joins(module):
             reasons[id(inner)] = f"{type(module).__name__} reads its weight without calling it"
-    return {**reasons, **_tied(model)}
+    return {**reasons, **dict.fromkeys(tied(model), "its weight is tied to another module's")}
 
 
-def _tied(model: nn.Module) -> Mapping[int, str]:
-    owners: dict[int, list[nn.Module]] = {}
+def tied(model: nn.Module) -> set[int]:
+    """Ids of the modules that have a parameter in common with another."""
+    owners: dict[int, list[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(module)
-    sharing = [modules for modules in owners.values() if len(modules) > 1]
-    return {id(module): "its weight is tied to another module's" for modules in sharing for module in modules}
+                owners.setdefault(id(parameter), []).append(id(module))
+    return {owner for several in owners.values() if len(several) > 1 for owner in several}

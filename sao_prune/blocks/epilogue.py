@@ -7,25 +7,19 @@ given, if that is the owner's result, and raise an error if it is not.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._torch import BatchNorm, has_global_hooks, version
-from . import operators
+from .absorbed import absorbed_class, activation_in, activation_name, is_activation, is_norm, kind_of
 from .backends import cpu
 
-if TYPE_CHECKING:
-    from .modules import BlockLinear, BlockModule
-
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
-NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,11 +45,11 @@ class Epilogue:
 
     def __init__(
         self,
-        owner: BlockModule,
+        owner: nn.Module,
         norm: nn.Module | None,
         activation: nn.Module | None,
         between: tuple[nn.Module, ...] = (),
-        then: BlockLinear | None = None,
+        then: nn.Module | None = None,
     ) -> None:
         self._present = norm is not None, activation is not None, then is not None
         self._refer([owner, norm, activation, then, *between], [])
@@ -77,11 +71,8 @@ class Epilogue:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is computed, in order, for reports."""
-        _, norm, activation, then, *_ = self.members()
-        found = ["batch_norm"] if norm is not None else []
-        found += [self._activation(activation)] if activation is not None else []
-        return (*found, *(["linear"] if then is not None else []))
+        """What is computed, in order."""
+        return step_names(*self.members()[1:4])
 
     @staticmethod
     def can_absorb(norm: nn.Module | None, activation: nn.Module | None) -> bool:
@@ -90,18 +81,12 @@ class Epilogue:
             return False
         # The activation of a norm that has one joins with it.
         own = activation_in(norm)
-        if isinstance(own, nn.Identity):
-            own = None
         return (activation is not None) if norm is None else is_norm(norm) and (own is None or own is activation)
 
-    @staticmethod
-    def _activation(module: nn.Module | None) -> str:
-        return next((name for kind, name in ACTIVATIONS.items() if isinstance(module, kind)), "")
-
-    def parts(self) -> tuple[BatchNorm | None, str, BlockLinear | None]:
+    def parts(self) -> tuple[BatchNorm | None, str, Any]:
         """The norm, the activation's name and the next layer."""
         _, norm, activation, then, *_ = self.members()
-        return norm, self._activation(activation), then  # type: ignore[return-value]
+        return norm, activation_name(activation), then  # type: ignore[return-value]
 
     def begin(self, x: Tensor, plain: bool) -> bool:
         """Decide whether the owner computes all in this call, and let the others know."""
@@ -178,8 +163,6 @@ class Epilogue:
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Epilogue:
-        from copy import deepcopy
-
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         copies = [None if m is None else deepcopy(m, memo) for m in self.members()]
@@ -198,107 +181,15 @@ class Epilogue:
         self.fused, self._results = False, []
 
 
-def _kinds_with_activation() -> tuple[type[nn.Module], ...]:
-    """timm's batch norm that has an activation as its child, where timm has been loaded."""
-    module = sys.modules.get("timm.layers.norm_act")
-    return () if module is None else (module.BatchNormAct2d,)
-
-
-def activation_in(module: nn.Module | None) -> nn.Module | None:
-    """The activation that a norm has as its child and calls itself."""
-    return module.act if isinstance(module, _kinds_with_activation()) else None  # type: ignore[union-attr,return-value]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a layer can compute this norm, with the activation in it."""
-    kind = type(module).__bases__[1] if isinstance(module, _Absorbed) else type(module)
-    if kind not in _kinds_with_activation():
-        return kind in NORMS
-    act = activation_in(module)
-    plain = type(module.drop) is nn.Identity
-    return plain and act is not None and (type(act) is nn.Identity or is_activation(act))
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether a layer can compute this activation."""
-    kind = type(module).__bases__[1] if isinstance(module, _Absorbed) else type(module)
-    return kind in ACTIVATIONS and (not isinstance(module, nn.GELU) or module.approximate == "none")
+def step_names(norm: nn.Module | None, activation: nn.Module | None, then: nn.Module | None) -> tuple[str, ...]:
+    """What an epilogue of these modules computes, in order."""
+    steps = norm and "batch_norm", activation_name(activation), then and "linear"
+    return tuple(str(step) for step in steps if step)
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
     return any(getattr(module, name) for name in _HOOKS) or module._compiled_call_impl is not None
-
-
-class _Absorbed:
-    """A module that a block layer may compute along with itself; ``absorbed`` tells which."""
-
-    absorbed: Epilogue
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The owner's result as it is, while the owner computes this module; else what the module computes."""
-        if isinstance(x, Proxy):
-            if isinstance(self, NORMS):
-                # A norm stays one step of a traced graph, as torch's own does: it follows train() and eval().
-                return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore
-        elif self.absorbed.given(x, self):  # type: ignore[arg-type]
-            # The identity in a norm that has no activation.
-            act = self._modules.get("act")  # type: ignore[attr-defined]
-            return x if act is None or self.absorbed.parts()[1] else act(x)
-        return super().forward(x)  # type: ignore[misc,no-any-return]
-
-
-class AbsorbedReLU(_Absorbed, nn.ReLU):
-    """A ReLU that a block layer computes."""
-
-
-class AbsorbedGELU(_Absorbed, nn.GELU):
-    """A GELU that a block layer computes."""
-
-
-class AbsorbedSiLU(_Absorbed, nn.SiLU):
-    """A SiLU that a block layer computes."""
-
-
-class AbsorbedTanh(_Absorbed, nn.Tanh):
-    """A tanh that a block layer computes."""
-
-
-class AbsorbedBatchNorm1d(_Absorbed, nn.BatchNorm1d):
-    """A batch norm that a block layer computes."""
-
-
-class AbsorbedBatchNorm2d(_Absorbed, nn.BatchNorm2d):
-    """A batch norm that a block layer computes."""
-
-
-_ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.ReLU: AbsorbedReLU,
-    nn.GELU: AbsorbedGELU,
-    nn.SiLU: AbsorbedSiLU,
-    nn.Tanh: AbsorbedTanh,
-    nn.BatchNorm1d: AbsorbedBatchNorm1d,
-    nn.BatchNorm2d: AbsorbedBatchNorm2d,
-}
-
-
-def _absorbed(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of absorbed modules of a kind; of timm's, made when it is first needed."""
-    if kind not in _ABSORBED:
-        name = f"Absorbed{kind.__name__}"
-        _ABSORBED[kind] = type(
-            name, (_Absorbed, kind), {"__module__": __name__, "__doc__": AbsorbedBatchNorm2d.__doc__}
-        )
-    return _ABSORBED[kind]
-
-
-def __getattr__(name: str) -> type[nn.Module]:
-    """Classes of absorbed timm modules, for those who read pickles of them."""
-    if name.startswith("AbsorbedBatchNormAct"):
-        from timm.layers import norm_act
-
-        return _absorbed(getattr(norm_act, name.removeprefix("Absorbed")))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def homes_of(model: nn.Module) -> Homes:
@@ -319,7 +210,7 @@ def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
     inner = activation_in(norm)
     for module in (norm, activation):
         if module is not None and module is not inner:
-            module.__class__ = _absorbed(type(module))
+            module.__class__ = absorbed_class(type(module))
             module.__dict__["absorbed"] = epilogue
     if then is not None:
         then.__dict__["absorbed"] = epilogue
@@ -329,37 +220,5 @@ def detach(model: nn.Module) -> None:
     """Let every module of a model compute itself."""
     for module in model.modules():
         module.__dict__.pop("epilogue", None)
-        if module.__dict__.pop("absorbed", None) is not None and isinstance(module, _Absorbed):
-            module.__class__ = type(module).__bases__[1]
-
-
-def normed(
-    norm: BatchNorm,
-    own: tuple[Any, ...],
-    sets: tuple[Tensor, Tensor],
-    activation: str,
-    backend: str,
-    options: tuple[Any, ...],
-) -> Tensor:
-    """A layer, its batch norm and activation; the norm's running averages are updated as torch does."""
-    training = norm.training
-    averages = (None, None) if training else (norm.running_mean, norm.running_var)
-    inputs = *own, norm.weight, norm.bias
-    y, _, mean, variance = operators.block_conv_norm(
-        *inputs, *sets, *averages, activation, backend, norm.eps, *map(_listed, options)
-    )
-    if training:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        values = y.numel() // y.shape[1]
-        momentum: Any = norm.momentum
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, momentum)
-            norm.running_var.lerp_(variance * (values / (values - 1)), momentum)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-    return y  # type: ignore[no-any-return]
-
-
-def _listed(option: Any) -> Any:
-    return list(option) if isinstance(option, tuple) else option
+        if module.__dict__.pop("absorbed", None) is not None:
+            module.__class__ = kind_of(module)

@@ -1,16 +1,29 @@
-"""Moving channel permutations into neighbouring layers: hidden channels get an order that their readers like better."""
+"""Moving channel permutations into neighbours: hidden channels get an order that their consumers like better."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..topology import BlockTopology, encode_sets
+from .eligible import tied
+from .following import Flow, Watch
 from .layout import layout_of_topology
 from .modules import BlockConv, BlockLinear, BlockModule
 from .permutation import Kind
+
+_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Elementwise, and the same for all channels.
+_STEPS: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh,
+    nn.Sigmoid, nn.Softplus, nn.Dropout, nn.Identity,
+)  # fmt: skip
+_SPATIAL: tuple[type[nn.Module], ...] = (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.dropout, F.hardswish, Tensor.contiguous}
+_KINDS: set[type] = {BlockLinear, *BlockConv.__subclasses__()}
 
 
 def fold(model: nn.Module, example_input: Any) -> int:
@@ -41,11 +54,8 @@ def fold(model: nn.Module, example_input: Any) -> int:
         >>> fold(net, x), bool(torch.allclose(net(x), y, atol=1e-6)), net[0].layout.outputs.kind.value
         (1, True, 'identity')
     """
-    from .following import pairs
-
     done = 0
-    for pair in pairs(model, example_input):
-        first, then = pair.owner, pair.then
+    for first, then, norms in _pairs(model, example_input):
         if not _suits(first, then):
             continue
         order = _order(first.topology, then.topology)
@@ -54,13 +64,41 @@ def fold(model: nn.Module, example_input: Any) -> int:
         with torch.no_grad():
             _relabel_rows(first, order)
             _relabel_cols(then, order)
-            for norm in pair.norms:
+            for norm in norms:
                 for name in ("weight", "bias", "running_mean", "running_var"):
                     values = getattr(norm, name)
                     if values is not None:
                         values.copy_(values[order])
         done += 1
     return done
+
+
+def _pairs(model: nn.Module, example_input: Any) -> list[tuple[Any, Any, list[Any]]]:
+    """Two block layers, the second of which alone takes the first one's result, and the norms between them."""
+    watch = Watch([m for m in model.modules() if isinstance(m, BlockModule)], _keeps_channels, _FUNCTIONS)
+    watch.run(model, example_input)
+    shared, found = tied(model), []
+    for flow in watch.flows:
+        if flow.then is None or flow.reach() is not flow or _is_matrix(flow.owner) != _is_matrix(flow.then):
+            continue
+        norms = [step for step in flow.steps if type(step) in _NORMS]
+        if all(watch.calls[id(m)] == 1 and id(m) not in shared for m in (flow.owner, flow.then, *norms)):
+            found.append((flow.owner, flow.then, norms))
+    return found
+
+
+def _keeps_channels(flow: Flow, module: nn.Module, x: Tensor) -> bool:
+    """Whether a module treats all channels of a layer's result alike, its own parameters apart."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if type(module) in _NORMS:
+        # A batch norm takes dimension 1 for the channels, a linear layer the last.
+        return x.dim() == 2 or not _is_matrix(flow.owner)
+    return type(module) in _STEPS or (type(module) in _SPATIAL and not _is_matrix(flow.owner))
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    return isinstance(layer, BlockLinear)
 
 
 def _suits(first: BlockModule, then: BlockModule) -> bool:
@@ -70,9 +108,6 @@ def _suits(first: BlockModule, then: BlockModule) -> bool:
     rows, cols = first.topology.row_set, then.topology.col_set
     even = len(first.layout.own) == len(then.layout.own) == 3
     return even and len(rows) == len(cols) and first.parts == then.parts == 1
-
-
-_KINDS: set[type] = {BlockLinear, *BlockConv.__subclasses__()}
 
 
 def _order(first: BlockTopology, then: BlockTopology) -> torch.Tensor | None:

@@ -1,171 +1,152 @@
-"""Which block layer alone takes another one's result, through steps that treat all channels alike: by a trace."""
+"""Where the results of layers go in one run of a model: through which modules, and who else takes them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._torch import tree_leaves
-from .calls import record_calls
-from .modules import BlockLinear, BlockModule
+from .calls import Calls, record_calls
 
-# Elementwise, and the same for all channels.
-_STEPS: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh,
-    nn.Sigmoid, nn.Softplus, nn.Dropout, nn.Identity,
-)  # fmt: skip
-_SPATIAL: tuple[type[nn.Module], ...] = (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.dropout, F.hardswish, Tensor.contiguous}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two block layers, the second of which alone takes the first one's result."""
-
-    owner: BlockModule
-    then: BlockModule
-    norms: tuple[nn.Module, ...]
+_SEES_THROUGH = (nn.Dropout, nn.Identity, nn.Sequential)
+# What is asked of a tensor without a use of its values.
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized", "is_mkldnn")),
+    Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.nelement, Tensor.is_contiguous,
+    Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel,
+}  # fmt: skip
 
 
 @dataclass(eq=False)
-class _Flow:
-    """A tensor whose channels are a layer's outputs in their order."""
+class Flow:
+    """A tensor that came from a layer.
 
-    owner: BlockModule
-    norms: tuple[nn.Module, ...] = ()
+    Attributes:
+        owner: the layer.
+        steps: modules that it went through since, in order.
+        then: the layer that takes it, if this is the end.
+        before: what it was before its last step.
+        uses: how often it was taken.
+    """
+
+    owner: nn.Module
+    steps: tuple[nn.Module, ...] = ()
+    then: nn.Module | None = None
+    before: Flow | None = None
     uses: int = 0
-    before: _Flow | None = None
 
-    def is_private(self) -> bool:
-        """Whether nobody else takes it, or what it came from."""
-        return self.uses == 1 and (self.before is None or self.before.is_private())
+    def reach(self) -> Flow:
+        """The last on the way here that has not been taken by somebody else too."""
+        path = [self]
+        while path[-1].before is not None:
+            path.append(path[-1].before)
+        return next((flow for flow in reversed(path) if flow.uses != 1), self)
 
 
-class _Watch(TorchFunctionMode):
-    def __init__(self) -> None:
+Follows = Callable[[Flow, nn.Module, Tensor], bool]
+
+
+class Watch(TorchFunctionMode):
+    """Follows the results of layers through a run.
+
+    Args:
+        layers: the layers.
+        follows: whether a module is a step on the way of a tensor; called with what the tensor was so far, the module
+            and the tensor.
+        functions: those that are steps too.
+
+    Attributes:
+        flows: all that was found.
+        calls: how often each module was called, by its id.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], follows: Follows, functions: Collection[Any] = ()) -> None:
         super().__init__()
-        self.flows = WeakTensorKeyDictionary()
-        self.found: list[tuple[_Flow, BlockModule]] = []
+        self.layers = {id(layer) for layer in layers}
+        self.follows, self.functions = follows, functions
+        self.flows: list[Flow] = []
         self.calls: dict[int, int] = {}
-        self.inside: list[nn.Module] = []
+        self._of = WeakTensorKeyDictionary()
+        self._inside: list[nn.Module] = []
 
-    def entered(self, module: nn.Module, args: Any) -> None:
-        """A module is called; those that are understood are followed from outside."""
+    def run(self, model: nn.Module, example_input: Any, watched: Iterable[nn.Module] = ()) -> Calls:
+        """Run a model once in eval mode; returns the `Calls` of the watched modules.
+
+        Raises:
+            ValueError: if the model fails on the example input.
+        """
+        everywhere = torch.nn.modules.module
+        hooks = [
+            everywhere.register_module_forward_pre_hook(self._entered),
+            everywhere.register_module_forward_hook(self._left, always_call=True),
+        ]
+        try:
+            with self:
+                calls = record_calls(model, watched, example_input)
+                self._used(calls.output)
+            for kept in list(self._of.values()):
+                kept.uses += 1  # somebody has put it aside
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return calls
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        """A module is called; layers and steps are seen from outside."""
         self.calls[id(module)] = self.calls.get(id(module), 0) + 1
-        if self.inside:
+        if self._inside:
             return
-        flow = self.flows.get(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
-        if isinstance(module, BlockModule):
-            self.inside.append(module)
+        flow = self._of.get(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
+        is_layer = id(module) in self.layers
+        if is_layer or (flow is not None and self.follows(flow, module, args[0])):
+            self._inside.append(module)
             if flow is not None:
                 flow.uses += 1
-                self.found.append((flow, module))
-        elif flow is not None and _keeps_channels(module, flow.owner, args[0]):
-            self.inside.append(module)
-            flow.uses += 1
+                if is_layer:
+                    self.flows.append(Flow(flow.owner, flow.steps, module, flow))
 
-    def left(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         """A module is done."""
-        if not self.inside or self.inside[-1] is not module:
-            return
-        self.inside.pop()
-        if not isinstance(output, Tensor):
-            return
-        if isinstance(module, BlockModule):
-            self.flows[output] = _Flow(module)
-            return
-        flow = self.flows[args[0]]
-        if output is args[0]:
-            flow.uses -= 1  # identity, dropout and what works in place: the same tensor goes on
-            return
-        norms = (*flow.norms, module) if type(module) in _NORMS else flow.norms
-        self.flows[output] = _Flow(flow.owner, norms, 0, flow)
+        if not self._inside:
+            if args and output is args[0] and type(module) not in _SEES_THROUGH:
+                self._used(output)  # what gives back its input now, as stochastic depth does, may not always
+        elif self._inside[-1] is module:
+            self._inside.pop()
+            if isinstance(output, Tensor):
+                own = id(module) in self.layers
+                self._keep(output, Flow(module) if own else self._next(self._of[args[0]], module))
 
-    def used(self, values: Any) -> None:
+    @staticmethod
+    def _next(flow: Flow, *steps: nn.Module) -> Flow:
+        return Flow(flow.owner, (*flow.steps, *steps), before=flow)
+
+    def _keep(self, tensor: Tensor, flow: Flow) -> None:
+        self._of[tensor] = flow
+        self.flows.append(flow)
+
+    def _used(self, values: Any) -> None:
         """These values were taken by somebody."""
         for value in tree_leaves(values):
-            if isinstance(value, Tensor) and value in self.flows:
-                self.flows[value].uses += 1
+            if isinstance(value, Tensor) and value in self._of:
+                self._of[value].uses += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inside or _is_metadata(func):
+        if self._inside or func in _METADATA:
             return func(*args, **kwargs)
-        flow = self.flows.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        others = [v for v in tree_leaves((args[1:], kwargs)) if isinstance(v, Tensor)]
-        self.used((args, kwargs))
+        self._used((args, kwargs))
+        flow = None
+        if args and func in self.functions and isinstance(args[0], Tensor):
+            others = [v for v in tree_leaves((args[1:], kwargs)) if isinstance(v, Tensor)]
+            flow = None if others else self._of.get(args[0])
         output = func(*args, **kwargs)
-        if flow is not None and func in _FUNCTIONS and not others:
-            if output is args[0]:
-                flow.uses -= 1
-            else:
-                self.flows[output] = _Flow(flow.owner, flow.norms, 0, flow)
+        if flow is not None:
+            self._keep(output, self._next(flow))
         return output
-
-
-def _is_metadata(func: Any) -> bool:
-    from .fusion import _METADATA
-
-    return func in _METADATA
-
-
-def _keeps_channels(module: nn.Module, owner: BlockModule, x: Tensor) -> bool:
-    """Whether a module treats all channels of a layer's result alike, its own parameters apart."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if type(module) in _NORMS:
-        # A batch norm takes dimension 1 for the channels, a linear layer the last.
-        return x.dim() == 2 or not _is_matrix(owner)
-    return type(module) in _STEPS or (type(module) in _SPATIAL and not _is_matrix(owner))
-
-
-def _is_matrix(layer: BlockModule) -> bool:
-    return isinstance(layer, BlockLinear)
-
-
-def pairs(model: nn.Module, example_input: Any) -> list[Pair]:
-    """Pairs of block layers in a run of the model in eval mode; each layer and norm is called once in it.
-
-    Raises:
-        ValueError: if the model fails on the example input.
-    """
-    watch = _Watch()
-    everywhere = torch.nn.modules.module
-    hooks = [
-        everywhere.register_module_forward_pre_hook(watch.entered),
-        everywhere.register_module_forward_hook(watch.left, always_call=True),
-    ]
-    try:
-        with watch:
-            watch.used(record_calls(model, [], example_input).output)
-        for kept in list(watch.flows.values()):
-            kept.uses += 1  # somebody has put it aside
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shared = _shared(model)
-    found = []
-    for flow, then in watch.found:
-        members = (flow.owner, then, *flow.norms)
-        once = all(watch.calls[id(m)] == 1 and id(m) not in shared for m in members)
-        kinds = _is_matrix(flow.owner) == _is_matrix(then)
-        if once and kinds and flow.is_private():
-            found.append(Pair(flow.owner, then, flow.norms))
-    return found
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Modules that have a parameter in common with another."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
-    return {owner for several in owners.values() if len(several) > 1 for owner in several}

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a convolution.
+    """Of a convolution; without dimensions, of a linear layer.
 
     Attributes:
         stride: one number a dimension of space, like the others.
@@ -46,6 +46,10 @@ class Geometry:
         """Size of the result of an image of size ``space``."""
         sizes = zip(space, kernel, self.stride, self.padding, self.dilation)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+
+
+#: Of a linear layer, whose inputs ``(..., n)`` have any number of dimensions.
+MATRIX = Geometry()
 
 
 def block_linear(x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Layout, activation: str = "") -> Tensor:
@@ -132,7 +136,7 @@ def block_conv(
     """``activation`` of a convolution with block weights; with no dimension of space, of a product.
 
     Args:
-        x: shape ``(batch, n, *space)``, zero to three dimensions of space.
+        x: shape ``(batch, n, *space)``, as many dimensions of space as the geometry has; without any ``(..., n)``.
         blocks: shape ``(g, m/g, n/g, *kernel)``, or ``(edges, 1, *kernel)`` where the blocks are of several shapes.
         bias: shape ``(m,)`` or ``None``.
         layout: of the blocks.
@@ -142,7 +146,7 @@ def block_conv(
     Returns:
         Shape ``(batch, m, *space)``.
     """
-    if x.dim() == 2:
+    if not geometry.stride:
         return block_linear(x, blocks, bias, layout, activation)
     weight = layout.pack(blocks).flatten(0, 1)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]

@@ -7,13 +7,13 @@ from typing import Literal, TypeAlias
 from torch import nn
 
 from ..discovery import Selector, pick
+from ..naming import dotted
 from ..plain import why_not_plain
 from ..prune import RefreshAll, RefreshChildren, pruning_hooks, settle_all, watch
 from ..replaced import warn_replaced
 from .calls import to_contiguous
-from .eligible import parts_of_composites
 from .epilogue import detach
-from .forms import dense_form, parameter_of
+from .forms import dense_form
 from .modules import BlockComposite, BlockModule
 from .report import EXPANDED, CompactRecord, CompactReport
 from .swap import become
@@ -56,7 +56,7 @@ def expand(
     """
     if form not in (None, "masked", "baked"):
         raise ValueError(f"form must be 'masked', 'baked' or None, got {form!r}")
-    inner = parts_of_composites(model)
+    inner = {id(m.layer) for owner in model.modules() if isinstance(owner, BlockComposite) for m in owner.matrices()}
     kinds = (BlockModule, BlockComposite)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inner]
     targets = _chosen(found, include, exclude)
@@ -71,9 +71,9 @@ def expand(
     forms = [dense_form(module, None if form is None else form == "masked") for _, module in targets]
     detach(model)
     kept = [each for each in found if all(each[1] is not module for _, module in targets)]
-    records = [record for name, module in kept for record in _kept(name, module)]
+    records = [record for name, module in kept for record in _records(name, module)]
     for (name, module), dense in zip(targets, forms):
-        records += _expanded(name, module, dense)
+        records += _records(name, module, dense)
         become(module, dense)
         if any(True for _ in pruning_hooks(module)):
             watch(model, RefreshAll)
@@ -96,33 +96,19 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
     return module.compact_weights if isinstance(module, BlockComposite) else ()
 
 
-def _kept(name: str, module: Block) -> list[CompactRecord]:
-    """The records of a layer that stays compact."""
-    kind = type(module).__name__
+def _records(name: str, module: Block, dense: nn.Module | None = None) -> list[CompactRecord]:
+    """The records of a layer that stays compact, or of the dense one that it becomes."""
+    kind, reason = type(module if dense is None else dense).__name__, None if dense is None else EXPANDED
     if isinstance(module, BlockModule):
-        groups, execution = module.topology.groups, str(module.execution)
-        return [CompactRecord(name, kind, module.weight_shape, groups, execution)]
-    out = []
-    for tensor, record in module.compact_records.items():
-        layers = [m.layer for m in module.matrices() if m.tensor == tensor]
-        groups, path = sum(layer.topology.groups for layer in layers), f"{name}.{tensor}" if name else tensor
-        out.append(CompactRecord(path, kind, record.shape, groups, str(layers[0].execution)))
-    return out
-
-
-def _expanded(name: str, module: nn.Module, dense: nn.Module) -> list[CompactRecord]:
-    kind, reason = type(dense).__name__, EXPANDED
-    if isinstance(module, BlockModule):
-        return [CompactRecord(name, kind, module.weight_shape, module.topology.groups, reason=reason)]
-    assert isinstance(module, BlockComposite)
-    out = []
-    for tensor in module.compact_weights:
-        groups = sum(m.layer.topology.groups for m in module.matrices() if m.tensor == tensor)
-        weight = parameter_of(dense, tensor)
-        assert weight is not None
-        path = f"{name}.{tensor}" if name else tensor
-        out.append(CompactRecord(path, kind, tuple(weight.shape), groups, reason=reason))
-    return out
+        weights = [(name, module.weight_shape, [module])]
+    else:
+        own = module.compact_records.items()
+        weights = [(dotted(name, tensor), record.shape, [*module.layers_of(tensor)]) for tensor, record in own]
+    records = []
+    for path, shape, layers in weights:
+        groups, execution = sum(layer.topology.groups for layer in layers), str(layers[0].execution)
+        records.append(CompactRecord(path, kind, shape, groups, execution if dense is None else "", reason=reason))
+    return records
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
@@ -132,7 +118,7 @@ def _check_plain(name: str, module: nn.Module) -> None:
         ValueError: telling what to do first.
     """
     for matrix in module.matrices() if isinstance(module, BlockComposite) else ():
-        _check_plain(f"{name}.{matrix.path}" if name else matrix.path, matrix.layer)
+        _check_plain(dotted(name, matrix.path), matrix.layer)
     # Weights of a layer with several may be masked beside those that are blocks.
     reason = why_not_plain(module, masked=isinstance(module, BlockComposite))
     if reason is not None:

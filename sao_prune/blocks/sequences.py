@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import nn
 
-from .._torch import tree_leaves, tree_map
-from .autotune import Timings, race, suits_native
+from ..naming import dotted
+from .autotune import Timings, race, runner, suits_native, tensors_in
 from .forms import dense_form
 from .forms.base import fields
 from .modules import BlockRNNBase, Execution
@@ -41,12 +39,12 @@ class Recurrent:
         kinds = [
             (*own, la.groups, la.rows, la.cols, la.inputs.kind.value, la.outputs.kind.value) for *own, la in layouts
         ]
-        given = [(tuple(t.shape), str(t.dtype), t.device.type) for t in _tensors(self.arguments)]
+        given = [(tuple(t.shape), str(t.dtype), t.device.type) for t in tensors_in(self.arguments)]
         return repr((block.mode, block.extra_repr(), kinds, given, masked))
 
     def names(self) -> list[str]:
         """Paths of its block layers."""
-        return [f"{self.path}.{m.path}" if self.path else m.path for m in self.block.matrices()]
+        return [dotted(self.path, m.path) for m in self.block.matrices()]
 
     def time(self, tune: Literal["train", "infer"]) -> Timings:
         """Time the layer and its block forms in turn."""
@@ -56,7 +54,7 @@ class Recurrent:
             forms.insert(0, Execution(native=True))
         ways: dict[Hashable, nn.Module] = {execution: _running(self.block, execution) for execution in forms}
         ways |= {"dense": dense_form(self.block, masked=False), "current": self.module}
-        seconds = race({key: _run(way, self.arguments, tune) for key, way in ways.items()}, layers[0].blocks.device)
+        seconds = race({key: runner(way, *self.arguments, tune) for key, way in ways.items()}, layers[0].blocks.device)
         return Timings(seconds["dense"], seconds["current"], {e: seconds[e] for e in forms})
 
 
@@ -70,24 +68,3 @@ def _running(block: BlockRNNBase, execution: Execution) -> BlockRNNBase:
         child.run_as(execution)
         new._modules[matrix.path] = child
     return new
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    plain = tree_map(lambda v: v.data if isinstance(v, PackedSequence) else v, values)
-    return [t for t in tree_leaves(plain) if isinstance(t, Tensor)]
-
-
-def _run(module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], tune: str) -> Callable[[], object]:
-    args, named = arguments
-    parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def infer() -> object:
-        with torch.no_grad():
-            return module(*args, **named)
-
-    def train() -> object:
-        with torch.enable_grad():
-            results = [t for t in _tensors(module(*args, **named)) if t.requires_grad]
-            return torch.autograd.grad(results, parameters, [torch.ones_like(t) for t in results], allow_unused=True)
-
-    return infer if tune == "infer" or not parameters else train

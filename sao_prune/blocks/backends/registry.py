@@ -14,9 +14,10 @@ _REGISTRY: dict[str, Backend] = {}
 class Backend:
     """Base of the backends that users register; what a subclass leaves out is computed by torch's own operations.
 
-    The operators ``torch.ops.sao_prune.block_linear`` and ``block_conv`` ask every registered backend, in the order of
-    registration, whether it `suits_linear` or `suits_conv`; the first that does computes forward and backward. Layers
-    that compute a norm or a second layer along with themselves are operators of their own and do not ask.
+    Every operator of a block layer asks each registered backend, in the order of registration, whether it `suits` a
+    product's operands; the first that does computes it, forward and backward. Layers that compute a norm, or the linear
+    layer behind them, along with themselves ask it too: their products are then computed one by one, and the norm by
+    torch.
 
     ``weight`` is packed, ``(groups, rows, cols, *kernel)``, one matrix a block. ``layout.inputs.channels(x)`` puts the
     channels (dimension 1) of ``x`` in the order of the blocks, ``layout.outputs.channels(y)`` puts those of a product
@@ -29,7 +30,7 @@ class Backend:
         >>> from sao_prune.topology import interleaved
         >>> class Counting(Backend):
         ...     name, calls = "counting", 0
-        ...     def suits_linear(self, x, weight, *others):
+        ...     def suits(self, x, weight, geometry, *others):
         ...         self.calls += 1
         ...         return False
         >>> backend = register(Counting())
@@ -40,76 +41,18 @@ class Backend:
 
     name: str = ""
 
-    def suits_linear(self, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-        """Whether it takes a linear layer's operands, by their shapes, types and devices.
+    def suits(self, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> bool:
+        """Whether it takes these operands, by their shapes, types and devices.
 
         Args:
-            x: input, ``(..., n)``.
-            weight: packed, ``(groups, rows, cols)``.
+            x: input, ``(batch, n, *space)``; of a linear layer ``(..., n)``.
+            weight: packed, ``(groups, rows, cols, *kernel)``; of a linear layer without a kernel.
+            geometry: stride, padding and dilation; of a linear layer empty.
             *others: bias, gradient of the result and what was kept, as far as there are any.
         """
         return False
 
-    def suits_conv(self, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> bool:
-        """Whether it takes a convolution's operands.
-
-        Args:
-            x: input, ``(batch, n, *space)``.
-            weight: packed, ``(groups, rows, cols, *kernel)``.
-            geometry: stride, padding and dilation.
-            *others: as for `suits_linear`.
-        """
-        return False
-
-    def linear_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``f(x W^T + b)``, and the derivative of ``f`` there if it is to be kept.
-
-        Args:
-            x: input, ``(..., n)``.
-            weight: packed, ``(groups, rows, cols)``.
-            bias: ``(m,)``, or ``None``.
-            layout: where the blocks' channels are.
-            activation: a key of `sao_prune.blocks.functional.ACTIVATIONS`, ``""`` for none.
-            keep: whether the backward pass will need the derivative.
-        """
-        return plain.linear_forward(x, weight, bias, layout, activation, keep)
-
-    def activated(self, y: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """What `linear_forward` returns of ``x W^T + b``.
-
-        Args:
-            y: the product with its bias.
-            activation: as for `linear_forward`.
-            keep: likewise.
-        """
-        return plain.activated(y, activation, keep)
-
-    def linear_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        layout: Layout,
-        needs: tuple[bool, ...],
-        activation: str,
-        values: Tensor | None,
-    ) -> plain.Gradients:
-        """Gradients of input, packed weight and bias, ``None`` where ``needs`` does not ask for one.
-
-        Args:
-            grad: of the result.
-            x: as it was given to the forward.
-            weight: likewise.
-            layout: likewise.
-            needs: whether each of the three is asked for.
-            activation: likewise.
-            values: the derivative that was kept, or the result where that tells it (relu, tanh).
-        """
-        return plain.linear_backward(grad, x, weight, layout, needs, activation, values)
-
-    def conv_forward(
+    def forward(
         self,
         x: Tensor,
         weight: Tensor,
@@ -119,10 +62,24 @@ class Backend:
         activation: str,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `linear_forward`, of a convolution."""
-        return plain.conv_forward(x, weight, bias, layout, geometry, activation, keep)
+        """``f(x W^T + b)``, or of a convolution, and the derivative of ``f`` there if it is to be kept.
 
-    def conv_backward(
+        Args:
+            x: as for `suits`.
+            weight: likewise.
+            bias: ``(m,)``, or ``None``.
+            layout: where the blocks' channels are.
+            geometry: as for `suits`.
+            activation: a key of `sao_prune.blocks.functional.ACTIVATIONS`, ``""`` for none.
+            keep: whether the backward pass will need the derivative.
+        """
+        return plain.forward(x, weight, bias, layout, geometry, activation, keep)
+
+    def activated(self, y: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns of ``y = x W^T + b``; the other arguments are those of `forward`."""
+        return plain.activated(y, activation, keep)
+
+    def backward(
         self,
         grad: Tensor,
         x: Tensor,
@@ -133,8 +90,19 @@ class Backend:
         activation: str,
         values: Tensor | None,
     ) -> plain.Gradients:
-        """As `linear_backward`, of a convolution."""
-        return plain.conv_backward(grad, x, weight, layout, geometry, needs, activation, values)
+        """Gradients of input, packed weight and bias, ``None`` where ``needs`` does not ask for one.
+
+        Args:
+            grad: of the result.
+            x: as it was given to `forward`, like weight, layout, geometry and activation.
+            weight: likewise.
+            layout: likewise.
+            geometry: likewise.
+            needs: whether each of the three is asked for.
+            activation: likewise.
+            values: the derivative that was kept, or the result where that tells it (relu, tanh).
+        """
+        return plain.backward(grad, x, weight, layout, geometry, needs, activation, values)
 
 
 def register(backend: Backend) -> Backend:
@@ -153,8 +121,8 @@ def register(backend: Backend) -> Backend:
     Example:
         >>> class Mine(Backend):
         ...     name = "mine"
-        >>> registered(), register(Mine()).name, registered(), unregister("mine").name
-        ((), 'mine', ('mine',), 'mine')
+        >>> register(Mine()).name, unregister("mine").name
+        ('mine', 'mine')
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"a backend is an instance of a subclass of sao_prune.blocks.Backend, got {backend!r}")
@@ -188,23 +156,13 @@ def unregister(name: str) -> Backend:
 
 
 def registered() -> tuple[str, ...]:
-    """The names of the registered backends, in the order in which they are asked.
-
-    Returns:
-        The names.
-
-    Example:
-        >>> registered()
-        ()
-    """
+    """Names of the registered backends, in the order in which they are asked."""
     return tuple(_REGISTRY)
 
 
-def linear_backend(x: Tensor, weight: Tensor, *others: Tensor | None) -> Backend | None:
-    """The first registered backend that suits a linear layer's operands."""
-    return next((b for b in _REGISTRY.values() if b.suits_linear(x, weight, *others)), None)
-
-
-def conv_backend(x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Backend | None:
-    """The first registered backend that suits a convolution's operands."""
-    return next((b for b in _REGISTRY.values() if b.suits_conv(x, weight, geometry, *others)), None)
+def suited(x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Backend | None:
+    """The first registered backend that suits these operands."""
+    for backend in _REGISTRY.values():
+        if backend.suits(x, weight, geometry, *others):
+            return backend
+    return None

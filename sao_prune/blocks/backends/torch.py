@@ -6,6 +6,8 @@ permutation is a mere view; a transposition costs as much as the product, so non
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,24 +18,16 @@ from ..permutation import Kind, Permutation, is_channels_last, is_column_major
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def empty_linear(x: Tensor, features: int) -> Tensor:
-    """Room for a linear layer's result, which lies in memory as its input does."""
-    if x.dim() == 2:
-        strides = (1, x.shape[0]) if is_column_major(x) else (features, 1)
-        return x.new_empty_strided((x.shape[0], features), strides)
+def room_for(x: Tensor, channels: int, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """Room for a result, which lies in memory as its input does."""
+    if geometry.stride:
+        y = x.new_empty(x.shape[0], channels, *geometry.output(x.shape[2:], kernel))
+        return y.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and is_channels_last(x) else y
+    if x.dim() == 2 and is_column_major(x):
+        return x.new_empty_strided((x.shape[0], channels), (1, x.shape[0]))
     if is_transposed(x):
-        return x.new_empty(*x.shape[:-2], features, x.shape[-2]).mT
-    return x.new_empty(*x.shape[:-1], features)
-
-
-def empty_conv(x: Tensor, channels: int, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
-    """Room for a convolution's result, in the memory format of its input."""
-    if x.dim() == 2:
-        return empty_linear(x, channels)
-    y = x.new_empty(x.shape[0], channels, *geometry.output(x.shape[2:], kernel))
-    if x.dim() == 4 and is_channels_last(x):
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
+        return x.new_empty(*x.shape[:-2], channels, x.shape[-2]).mT
+    return x.new_empty(*x.shape[:-1], channels)
 
 
 def is_transposed(x: Tensor) -> bool:
@@ -41,54 +35,7 @@ def is_transposed(x: Tensor) -> bool:
     return x.dim() > 2 and x.stride(-1) != 1 and x.stride(-2) == 1 and x.mT.is_contiguous()
 
 
-def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The result and, if it is to be kept, the derivative of the activation."""
-    if is_transposed(x):
-        flat = x.mT.flatten(0, -3)
-        y = _planes(layout.inputs.channels(flat), weight)
-        y = layout.outputs.channels(y)
-        y = y.view(*x.shape[:-2], y.shape[1], x.shape[-2]).mT
-        y = y if bias is None else y + bias
-    else:
-        flat = x.reshape(-1, x.shape[-1])
-        y = _matmul(flat, weight, bias, layout).view(*x.shape[:-1], layout.channels)
-    return activated(y, activation, keep)
-
-
-def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    layout: Layout,
-    needs: tuple[bool, ...],
-    activation: str,
-    values: Tensor | None,
-) -> Gradients:
-    """Gradients of input, packed weight and bias, as far as they are needed."""
-    grad = through(grad, values, activation)
-    db = grad.flatten(0, -2).sum(0) if needs[2] else None
-    if is_transposed(x):
-        outer = _padded(grad.mT.flatten(0, -3).contiguous(), layout)
-        dx = dw = None
-        if needs[0]:
-            dx = layout.inputs.reverse.channels(_planes(outer, weight.mT))
-            dx = dx.view(x.mT.shape).mT
-        if needs[1]:
-            inner = layout.inputs.channels(x.mT.flatten(0, -3))
-            batch, length = len(inner), inner.shape[2]
-            inner = inner.view(batch * layout.groups, layout.cols, length)
-            outer = outer.view(batch * layout.groups, layout.rows, length)
-            dw = torch.bmm(outer, inner.mT).view(batch, *weight.shape).sum(0)
-        return dx, dw, db
-    flat = x.reshape(-1, x.shape[-1])
-    outer = grad.reshape(-1, grad.shape[-1])
-    dx, dw = _matmul_backward(outer, flat, weight, layout, needs)
-    return None if dx is None else dx.view(x.shape), dw, db
-
-
-def conv_forward(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -97,31 +44,22 @@ def conv_forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of a convolution, by torch's grouped one; ``weight`` is ``(groups, rows, cols, *kernel)``."""
-    if x.dim() == 2:
-        return linear_forward(x, weight, bias, layout, activation, keep)
-    channels_last = x.dim() == 4 and is_channels_last(x)
-    padded = None if bias is None else layout.bias(bias)
-    if _is_covered(x, weight, geometry):
-        rows = layout.inputs.channels(x).reshape(len(x), layout.groups, -1).transpose(0, 1)
-        y = torch.bmm(rows, weight.flatten(2).mT).transpose(0, 1).reshape(len(x), -1)
-        y = (y if padded is None else y + padded).view(*y.shape, *[1] * (x.dim() - 2))
-    else:
-        flat = weight.flatten(0, 1)
-        if channels_last:
-            flat = flat.contiguous(memory_format=torch.channels_last)
-        dims = x.dim() - 2
-        options = geometry.stride, geometry.padding, geometry.dilation, False, (0,) * dims, layout.groups
-        y = torch.convolution(layout.inputs.channels(x), flat, padded, *options)
-    y = layout.outputs.channels(y)
-    if channels_last:
-        y = y.contiguous(memory_format=torch.channels_last)
-    elif not y.is_contiguous():
-        y = y.contiguous()
+    """The result and, if it is to be kept, the derivative of the activation.
+
+    Args:
+        x: ``(batch, n, *space)``; of a linear layer ``(..., n)``.
+        weight: ``(groups, rows, cols, *kernel)``.
+        bias: ``(m,)``, or ``None``.
+        layout: where the blocks' channels are.
+        geometry: of the convolution; without dimensions it is a linear layer.
+        activation: ``""`` for none.
+        keep: whether the backward pass will need the derivative.
+    """
+    y = _convolve(x, weight, bias, layout, geometry) if geometry.stride else _multiply(x, weight, bias, layout)
     return activated(y, activation, keep)
 
 
-def conv_backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -131,22 +69,30 @@ def conv_backward(
     activation: str,
     values: Tensor | None,
 ) -> Gradients:
-    """Gradients of input, packed weight and bias."""
-    if x.dim() == 2:
-        return linear_backward(grad, x, weight, layout, needs, activation, values)
+    """Gradients of input, packed weight and bias, as far as they are needed.
+
+    Args:
+        grad: of the result.
+        x: as for `forward`, like the others.
+        weight: likewise.
+        layout: likewise.
+        geometry: likewise.
+        needs: whether each of the three is needed.
+        activation: likewise.
+        values: the derivative that was kept, or the result where that tells it.
+    """
     grad = through(grad, values, activation)
-    db = grad.sum([d for d in range(grad.dim()) if d != 1]) if needs[2] else None
+    db = None
+    if needs[2]:
+        db = grad.sum([0, *range(2, grad.dim())]) if geometry.stride else _rows(grad).sum(0)
     if not (needs[0] or needs[1]):
         return None, None, db
-    inner, outer, flat = layout.inputs.channels(x), _padded(grad, layout), weight.flatten(0, 1)
-    if x.dim() == 4 and is_channels_last(x):
-        outer, flat = (t.contiguous(memory_format=torch.channels_last) for t in (outer, flat))
-    dims = x.dim() - 2
-    options = geometry.stride, geometry.padding, geometry.dilation, False, (0,) * dims, layout.groups
-    mask = [needs[0], needs[1], False]
-    dx, dw, _ = torch.ops.aten.convolution_backward(outer, inner, flat, None, *options, mask)
-    dx = layout.inputs.reverse.channels(dx) if needs[0] else None
-    return dx, dw.view(weight.shape) if needs[1] else None, db
+    if geometry.stride:
+        return *_convolve_backward(grad, x, weight, layout, geometry, needs), db
+    if is_transposed(x):
+        return *_planes_backward(grad, x, weight, layout, needs), db
+    dx, dw = _matmul_backward(_rows(grad), _rows(x), weight, layout, needs)
+    return None if dx is None else dx.view(x.shape), dw, db
 
 
 def norm_backward(
@@ -190,6 +136,42 @@ def _padded(grad: Tensor, layout: Layout) -> Tensor:
     return padded.index_copy_(1, layout.outputs.index, grad)
 
 
+# ---- Convolutions -------------------------------------------------------------------------------------------------
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, geometry: Geometry) -> Tensor:
+    """By torch's grouped convolution."""
+    bias = None if bias is None else layout.bias(bias)
+    channels_last = x.dim() == 4 and is_channels_last(x)
+    if _is_covered(x, weight, geometry):
+        rows = layout.inputs.channels(x).reshape(len(x), layout.groups, -1).transpose(0, 1)
+        y = torch.bmm(rows, weight.flatten(2).mT).transpose(0, 1).reshape(len(x), -1)
+        y = (y if bias is None else y + bias).view(*y.shape, *[1] * (x.dim() - 2))
+    else:
+        flat = weight.flatten(0, 1)
+        flat = flat.contiguous(memory_format=torch.channels_last) if channels_last else flat
+        y = torch.convolution(layout.inputs.channels(x), flat, bias, *_options(geometry, layout))
+    y = layout.outputs.channels(y)
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    inner, outer, flat = layout.inputs.channels(x), _padded(grad, layout), weight.flatten(0, 1)
+    if x.dim() == 4 and is_channels_last(x):
+        outer, flat = (t.contiguous(memory_format=torch.channels_last) for t in (outer, flat))
+    options, mask = _options(geometry, layout), [needs[0], needs[1], False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(outer, inner, flat, None, *options, mask)
+    dx = layout.inputs.reverse.channels(dx) if needs[0] else None
+    return dx, dw.view(weight.shape) if needs[1] else None
+
+
+def _options(geometry: Geometry, layout: Layout) -> tuple[Any, ...]:
+    dims = len(geometry.stride)
+    return geometry.stride, geometry.padding, geometry.dilation, False, (0,) * dims, layout.groups
+
+
 def _is_covered(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernel is as large as the image, so that there is one output, a product of matrices."""
     kernel = tuple(weight.shape[3:])
@@ -198,7 +180,43 @@ def _is_covered(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return several and not any(geometry.padding) and undilated and tuple(x.shape[2:]) == kernel
 
 
-# ---- Matrices -----------------------------------------------------------------------------------------------------
+# ---- Linear layers ------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    if not is_transposed(x):
+        return _matmul(_rows(x), weight, bias, layout).view(*x.shape[:-1], layout.channels)
+    y = layout.outputs.channels(_planes(layout.inputs.channels(x.mT.flatten(0, -3)), weight))
+    y = y.view(*x.shape[:-2], y.shape[1], x.shape[-2]).mT
+    return y if bias is None else y + bias
+
+
+def _planes(x: Tensor, weight: Tensor) -> Tensor:
+    """The product for each ``(groups * cols, length)`` of a batch."""
+    groups, rows, cols = weight.shape
+    batch, _, length = x.shape
+    repeated = weight.expand(batch, *weight.shape).flatten(0, 1)
+    return torch.bmm(repeated, x.reshape(batch * groups, cols, length)).view(batch, groups * rows, length)
+
+
+def _planes_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, layout: Layout, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    outer = _padded(grad.mT.flatten(0, -3).contiguous(), layout)
+    dx = dw = None
+    if needs[0]:
+        dx = layout.inputs.reverse.channels(_planes(outer, weight.mT)).view(x.mT.shape).mT
+    if needs[1]:
+        inner = layout.inputs.channels(x.mT.flatten(0, -3))
+        batch, length = len(inner), inner.shape[2]
+        inner = inner.view(batch * layout.groups, layout.cols, length)
+        outer = outer.view(batch * layout.groups, layout.rows, length)
+        dw = torch.bmm(outer, inner.mT).view(batch, *weight.shape).sum(0)
+    return dx, dw
 
 
 def _is_view(order: Permutation, dims: tuple[int, int], column_major: bool) -> bool:
@@ -274,11 +292,3 @@ def _matmul_backward(
         inner = _split(x if in_view else inputs.channels(x), groups, strided)
         dw = torch.bmm(outer, inner.mT)
     return dx, dw
-
-
-def _planes(x: Tensor, weight: Tensor) -> Tensor:
-    """The product for each ``(groups * cols, length)`` of a batch."""
-    groups, rows, cols = weight.shape
-    batch, _, length = x.shape
-    repeated = weight.expand(batch, *weight.shape).flatten(0, 1)
-    return torch.bmm(repeated, x.reshape(batch * groups, cols, length)).view(batch, groups * rows, length)

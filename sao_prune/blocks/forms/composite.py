@@ -22,7 +22,6 @@ from ..modules import (
     BlockRNN,
     BlockRNNCell,
     Execution,
-    block_slots,
     child_name,
     joined_topology,
 )
@@ -83,8 +82,10 @@ class CompositeForm(Form):
         masks: dict[str, Tensor] = {}
         for tensor in module.compact_weights:
             del new._modules[child_name(tensor)]
-            layers = [m.layer for m in module.matrices() if m.tensor == tensor]
-            weight, mask = self._whole(module, tensor, layers)
+            layers = module.layers_of(tensor)
+            with torch.no_grad():
+                weight = self._stored(module, [layer.weight for layer in layers])
+                mask = self._stored(module, [layer.dense(torch.ones_like(layer.stored())) for layer in layers])
             grad = any(layer.blocks.requires_grad for layer in layers)
             new._parameters[tensor] = nn.Parameter(weight, requires_grad=grad)
             if layers[0].__dict__.get("_masked", False) if masked is None else masked:
@@ -103,18 +104,7 @@ class CompositeForm(Form):
     def _complete(self, new: nn.Module) -> None:
         """Whatever else the dense layer holds."""
 
-    def _whole(self, module: BlockComposite, tensor: str, layers: Sequence[BlockLinear]) -> tuple[Tensor, Tensor]:
-        """A weight as the dense layer stores it, and its mask."""
-        weights, masks = [], []
-        with torch.no_grad():
-            for layer in layers:
-                mask = torch.zeros_like(layer.weight).flatten()
-                mask[block_slots(layer.topology, layer.parts).to(mask.device)] = 1
-                weights.append(layer.weight.clone())
-                masks.append(mask.view_as(weights[-1]))
-        return self._stored(module, tensor, weights), self._stored(module, tensor, masks)
-
-    def _stored(self, module: BlockComposite, tensor: str, matrices: list[Tensor]) -> Tensor:
+    def _stored(self, module: BlockComposite, matrices: list[Tensor]) -> Tensor:
         return torch.cat(matrices)
 
 
@@ -175,7 +165,7 @@ class ExpertsForm(CompositeForm):
     def _has_own_forward(self, module: nn.Module) -> bool:
         return False
 
-    def _stored(self, module: BlockComposite, tensor: str, matrices: list[Tensor]) -> Tensor:
+    def _stored(self, module: BlockComposite, matrices: list[Tensor]) -> Tensor:
         weight = torch.stack(matrices)
         return weight.mT.contiguous() if module.is_transposed else weight
 

@@ -19,7 +19,6 @@ from ..modules import (
     BlockModule,
     BlockStdConv2d,
     Execution,
-    block_slots,
     joined_topology,
 )
 from .base import Form, Given, Ineligible, drop_weight, fields, parameter_of, reorder
@@ -66,10 +65,8 @@ class LayerForm(Form):
             new.__dict__.pop(name, None)
         self._unprepare(new)
         with torch.no_grad():
-            weight = self._oriented(self._weight(module).clone())
-            mask = torch.zeros_like(module.weight).flatten(0, 1)
-            mask[block_slots(module.topology, module.parts).to(mask.device)] = 1
-            mask = self._oriented(mask.view(module.weight_shape))
+            weight = self._oriented(self._weight(module))
+            mask = self._oriented(module.dense(torch.ones_like(module.stored())))
         new.register_parameter("weight", nn.Parameter(weight, requires_grad=blocks.requires_grad))
         reorder(new, ["weight"])
         if masked:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..._torch import forward_level, is_wrapped, tracing_state, transforms_active
+from ..._torch import BatchNorm, forward_level, is_wrapped, tracing_state, transforms_active
 from ..._torch import is_batched as holds_several
 from ..._torch import unwrapped as inner
 from ...discovery import Packed
 from ...topology import BlockTopology, decode_sets, encode_sets, unwrapped
+from .. import operators
 from ..epilogue import Epilogue
 from ..flops import register_flops
 from ..layout import Layout, layout_of, layout_of_topology
@@ -245,3 +246,37 @@ def blocks_shape(topology: BlockTopology, kernel: tuple[int, ...]) -> tuple[int,
     if len(topology.buckets) == 1:
         return *topology.buckets[0].shape, *kernel
     return topology.nnz, 1, *kernel
+
+
+def cast(x: Tensor, blocks: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the type of autocast, where that is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, blocks, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def normed(
+    norm: BatchNorm,
+    own: tuple[Any, ...],
+    sets: tuple[Tensor, Tensor],
+    activation: str,
+    backend: str,
+    options: tuple[Any, ...],
+) -> Tensor:
+    """A layer, its batch norm and activation; the norm's running averages are updated as torch does."""
+    training = norm.training
+    averages = (None, None) if training else (norm.running_mean, norm.running_var)
+    inputs = *own, norm.weight, norm.bias
+    y, _, mean, variance = operators.block_conv_norm(*inputs, *sets, *averages, activation, backend, norm.eps, *options)
+    if training:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        values = y.numel() // y.shape[1]
+        momentum: Any = norm.momentum
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * (values / (values - 1)), momentum)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+    return y  # type: ignore[no-any-return]

@@ -56,6 +56,10 @@ class BlockComposite(nn.Module):
             else:
                 yield Matrix(name, tensor, None, child)  # type: ignore[arg-type]
 
+    def layers_of(self, tensor: str) -> list[BlockLinear]:
+        """The block layers that stand for a weight."""
+        return [m.layer for m in self.matrices() if m.tensor == tensor]
+
     @property
     def compact_weights(self) -> tuple[str, ...]:
         """Names of the weights that are blocks."""

@@ -15,8 +15,8 @@ from ...topology import BlockTopology
 from ...weights import orthogonal_blocks
 from .. import functional, operators
 from ..backends import cpu
-from ..epilogue import Epilogue, normed
-from .base import BlockModule, Execution, is_batched, is_plain, stack_blocks
+from ..epilogue import Epilogue
+from .base import BlockModule, Execution, cast, is_batched, is_plain, normed, stack_blocks
 
 
 @wrap
@@ -34,9 +34,7 @@ def run_conv(
     merge: int,
 ) -> Tensor:
     """The layer's operator, a single step of a traced graph, so that the graph follows what is loaded into it."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    x, blocks, bias = cast(x, blocks, bias)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     options = "", backend, stride, padding, dilation, merge
@@ -171,7 +169,7 @@ class BlockConv(BlockModule):
     @property
     def suits_native(self) -> bool:
         """Whether the native kernels know this geometry."""
-        return cpu.suits_conv(self.kernel_size, self.geometry)
+        return cpu.suits(self.kernel_size, self.geometry)
 
     def extra_repr(self) -> str:
         """Shape, geometry, blocks and execution."""

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from ...topology import BlockTopology
 from ...weights import orthogonal_blocks
 from .. import functional, operators
-from ..epilogue import Epilogue, normed
-from .base import BlockModule, Execution, is_batched, is_plain, stack_blocks
+from ..epilogue import Epilogue
+from .base import BlockModule, Execution, cast, is_batched, is_plain, normed, stack_blocks
 
 
 @wrap
@@ -19,9 +19,7 @@ def run_linear(
     x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, backend: str
 ) -> Tensor:
     """The layer's operator, a single step of a traced graph, so that the graph follows what is loaded into it."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    x, blocks, bias = cast(x, blocks, bias)
     y: Tensor = operators.block_linear(x, blocks, bias, row_set, col_set, "", backend)[0]
     return y
 
@@ -114,7 +112,7 @@ class BlockLinear(BlockModule):
             second = then.values(), then.bias, *sets, *then.sets
             y = operators.block_mlp(*own, *second, activation, self.execution.backend)[0]
         elif norm is not None:
-            y = normed(norm, own, sets, activation, self.execution.backend, ((), (), (), 1))
+            y = normed(norm, own, sets, activation, self.execution.backend, ([], [], [], 1))
         else:
             y = operators.block_linear(*own, *sets, activation, self.execution.backend)[0]
         return y

@@ -159,43 +159,59 @@ def _numbers(like: Tensor, layout: Layout) -> Tensor:
 
 
 class Rows(Call):
-    def __init__(self, layout: Layout, column_major: bool) -> None:
+    """Channels innermost: rows of a batch ``(N, n)``, in either order, or images in channels-last format.
+
+    Args:
+        layout: of the blocks.
+        column_major: whether the result of a batch is to lie column after column.
+        kernel: of images.
+        dilation: of images.
+    """
+
+    def __init__(
+        self, layout: Layout, column_major: bool, kernel: tuple[int, ...] = (), dilation: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(layout)
-        self.column_major = column_major
+        self.column_major, self.kernel, self.dilation = column_major, kernel, dilation
+
+    def _arguments(self, x: Tensor, weight: Tensor, limits: tuple[int, int, int]) -> tuple[tuple[_Argument, ...], int]:
+        """Sizes and tables, and the lines of a panel."""
+        n, m = x.shape[1], self.layout.channels
+        tables = *weight.shape[:3], *self.layout.addresses
+        if not self.kernel:
+            lines = panel_lines(len(x), 1, n + m, limits, torch.get_num_threads())
+            return (1, n, m, len(x), *_POINT, *tables), lines
+        # As many lines as a core's cache holds, at least as many as the kernel is high.
+        pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
+        lines = max(_IMAGE // ((n + m) * pitch), self.kernel[0])
+        return (len(x), n, m, *x.shape[2:], *self.kernel, *self.dilation, *tables), lines
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
-        batch, n = x.shape
-        m, threads = self.layout.channels, torch.get_num_threads()
-        y = empty((batch, m), _COLUMNS if self.column_major else None)
-        length = panel_lines(batch, 1, n + m, _FORWARD, threads)
-        geometry = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.addresses
-        layouts = is_column_major(x), self.column_major
+        order = _PIXELS if self.kernel else _COLUMNS if self.column_major else None
+        y = empty((len(x), self.layout.channels, *x.shape[2:]), order)
+        arguments, lines = self._arguments(x, weight, _FORWARD)
         extras, results = self._extras(y, plan)
-        call("rows_forward", x, weight, bias, y, *geometry, *layouts, length, threads, *extras)
+        columns = not self.kernel and is_column_major(x), self.column_major
+        call("rows_forward", x, weight, bias, y, *arguments, *columns, lines, torch.get_num_threads(), *extras)
         return results
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
-        (batch, n), m, threads = x.shape, grad.shape[1], torch.get_num_threads()
-        columns = is_column_major(x)
-        if not is_column_major(grad):
+        matrix = not self.kernel
+        columns = matrix and is_column_major(x)
+        if matrix and not is_column_major(grad):
             grad = dense(grad)
-        dx = empty((batch, n), _COLUMNS if columns else None) if needs[0] else None
+        dx = None
+        if needs[0]:
+            dx = empty_like(x) if self.kernel else empty(x.shape, _COLUMNS if columns else None)
         dw, db = self._weights(weight, needs)
-        length = panel_lines(batch, 1, n + m, _BACKWARD, threads)
-        layouts = is_column_major(grad), columns, columns
-        arguments = 1, n, m, batch, *_POINT, *weight.shape, *self.layout.addresses
-        tensors = grad, x, weight, dx, dw, db
-        call("rows_backward", *tensors, *arguments, *layouts, length, threads, *_through(derivative, self.column_major))
+        arguments, lines = self._arguments(x, weight, _BACKWARD)
+        layouts = matrix and is_column_major(grad), columns, columns
+        values = derivative is not None and matrix and is_column_major(derivative.values)
+        tensors, last = (grad, x, weight, dx, dw, db), _through(derivative, values)
+        call("rows_backward", *tensors, *arguments, *layouts, lines, torch.get_num_threads(), *last)
         return dx, dw, db
-
-
-def _through(derivative: Derivative | None, *layout: bool) -> tuple[_Argument, ...]:
-    """The last arguments of a backward pass."""
-    if derivative is None:
-        return None, *(False for _ in layout), 0, None
-    return derivative.values, *layout, ACTS[derivative.act], derivative.numbers
 
 
 class Planes(Call):
@@ -205,52 +221,28 @@ class Planes(Call):
         super().__init__(layout)
         self.kernel, self.dilation = (1, *kernel)[-2:], (1, *dilation)[-2:]
 
-    def _geometry(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        space = (1, *x.shape[2:])[-2:]
-        channels = x.shape[1], self.layout.channels
-        return len(x), *channels, *space, *self.kernel, *self.dilation, *weight.shape[:3]
+    def _arguments(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        sizes = len(x), x.shape[1], self.layout.channels, *(1, *x.shape[2:])[-2:], *self.kernel, *self.dilation
+        return *sizes, *weight.shape[:3], *self.layout.addresses, torch.get_num_threads()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         y = empty((len(x), self.layout.channels, *x.shape[2:]))
-        tables, threads = self.layout.addresses, torch.get_num_threads()
         extras, results = self._extras(y, plan)
-        call("planes_forward", x, weight, bias, y, *self._geometry(x, weight), *tables, threads, *extras)
+        call("planes_forward", x, weight, bias, y, *self._arguments(x, weight), *extras)
         return results
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
     ) -> Gradients:
-        tables, threads = self.layout.addresses, torch.get_num_threads()
         dx = empty_like(x) if needs[0] else None
         dw, db = self._weights(weight, needs)
-        tensors = dense(grad), x, weight, dx, dw, db
-        call("planes_backward", *tensors, *self._geometry(x, weight), *tables, threads, *_through(derivative))
+        tensors, last = (dense(grad), x, weight, dx, dw, db), _through(derivative)
+        call("planes_backward", *tensors, *self._arguments(x, weight), *last)
         return dx, dw, db
 
 
-class Pixels(Planes):
-    """Images in channels-last format."""
-
-    def _lines(self, x: Tensor) -> int:
-        """Lines of a panel: as many as a core's cache holds, at least as many as the kernel is high."""
-        pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
-        return max(_IMAGE // ((x.shape[1] + self.layout.channels) * pitch), self.kernel[0])
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
-        y = empty((len(x), self.layout.channels, *x.shape[2:]), _PIXELS)
-        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.addresses
-        extras, results = self._extras(y, plan)
-        call("rows_forward", x, weight, bias, y, *arguments, 0, 0, self._lines(x), torch.get_num_threads(), *extras)
-        return results
-
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...], derivative: Derivative | None = None
-    ) -> Gradients:
-        threads = torch.get_num_threads()
-        dx = empty_like(x) if needs[0] else None
-        dw, db = self._weights(weight, needs)
-        arguments: tuple[_Argument, ...] = *self._geometry(x, weight), *self.layout.addresses
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        tensors = grad, x, weight, dx, dw, db
-        call("rows_backward", *tensors, *arguments, 0, 0, 0, self._lines(x), threads, *_through(derivative, False))
-        return dx, dw, db
+def _through(derivative: Derivative | None, *layout: bool) -> tuple[_Argument, ...]:
+    """The last arguments of a backward pass."""
+    if derivative is None:
+        return None, *layout, 0, None
+    return derivative.values, *layout, ACTS[derivative.act], derivative.numbers

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...functional import MATRIX
 from ...layout import Layout
 from ...permutation import dense
 from ..torch import is_transposed
 from .launch import ACTS, call, panel_lines
+from .linear import shaped
 from .memory import empty, empty_like
 
 # Floats of a panel, and the fewest and most lines of one: measured.
@@ -33,7 +35,7 @@ def mlp_forward(
     y = empty((len(flat), layout2.channels, *flat.shape[2:]))
     tensors = [None if t is None else dense(t) for t in (w1, b1, w2, b2)]
     call("mlp_forward", flat, *tensors, y, *_arguments(flat, w1, layout1, w2, layout2, activation))
-    return _shaped(y, x)
+    return shaped(y, x, MATRIX)
 
 
 def mlp_backward(
@@ -59,7 +61,7 @@ def mlp_backward(
         flat.new_empty(layout2.channels) if needs[4] else None,
     )
     call("mlp_backward", outer, flat, w1, b1, w2, *found, *_arguments(flat, w1, layout1, w2, layout2, activation))
-    return None if found[0] is None else _shaped(found[0], x), *found[1:]
+    return None if found[0] is None else shaped(found[0], x, MATRIX), *found[1:]
 
 
 def _arguments(
@@ -79,9 +81,3 @@ def _flat(t: Tensor, x: Tensor) -> Tensor:
     if is_transposed(x):
         return dense(t.mT).flatten(0, -3)
     return dense(t.reshape(-1, t.shape[-1]))
-
-
-def _shaped(flat: Tensor, x: Tensor) -> Tensor:
-    if is_transposed(x):
-        return flat.view(*x.shape[:-2], flat.shape[1], x.shape[-2]).mT
-    return flat.view(*x.shape[:-1], flat.shape[1])

@@ -9,7 +9,7 @@ from ...functional import Geometry
 from ...layout import Layout
 from ...permutation import dense, is_column_major
 from .launch import ACTS, Derivative, Forward, call
-from .linear import as_image, as_operand, conv_call
+from .linear import as_operand, call_for, shaped
 from .memory import empty_like
 
 Normed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,7 +39,7 @@ def conv_norm_forward(
     activation: str,
 ) -> Normed:
     """The result, what is normed, and the mean and biased variance it is normed by."""
-    operand, flat, kernel = conv_call(x, weight, layout, geometry)
+    operand, flat, kernel = call_for(x, weight, layout, geometry)
     bias = None if bias is None else dense(bias)
     z, _, moments = kernel.forward(operand, dense(flat), bias, Forward(moments=mean is None))
     if moments is not None:
@@ -51,7 +51,7 @@ def conv_norm_forward(
     call("norm_forward", z, y, scale, shift, ACTS[activation], *_lines(z), torch.get_num_threads())
     if moments is None:
         mean, variance = mean.clone(), variance.clone()
-    return as_image(y, x), as_image(z, x), mean, variance
+    return shaped(y, x, geometry), shaped(z, x, geometry), mean, variance
 
 
 def conv_norm_backward(
@@ -71,10 +71,10 @@ def conv_norm_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, packed weight, bias, gain and offset, as far as they are needed."""
-    operand, flat, kernel = conv_call(x, weight, layout, geometry)
-    z = as_operand(z, x, kernel)
+    operand, flat, kernel = call_for(x, weight, layout, geometry)
+    z = as_operand(z, x, geometry, kernel)
     scale, shift, inverse = affine(gain, offset, mean, variance, eps)
-    grad = _like(as_operand(grad, x, kernel), z)
+    grad = _like(as_operand(grad, x, geometry, kernel), z)
     totals = z.new_empty(2, z.shape[1], dtype=torch.float64)
     threads = torch.get_num_threads()
     call("norm_sums", grad, z, scale, shift, mean, ACTS[activation], totals, *_lines(z), threads)
@@ -86,7 +86,7 @@ def conv_norm_backward(
         constant = -scale * through / values
     derivative = Derivative(activation, z, torch.stack([scale, shift, scale, inner, constant, mean]))
     dx, dw, db = kernel.backward(grad, operand, dense(flat), needs[:3], derivative)
-    dx = None if dx is None else as_image(dx, x)
+    dx = None if dx is None else shaped(dx, x, geometry)
     dw = None if dw is None else dw.view(weight.shape)
     return dx, dw, db, moment * inverse if needs[3] else None, through if needs[4] else None
 

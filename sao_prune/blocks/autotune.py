@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter, thread_time
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from .._torch import tree_leaves, tree_map
 from .backends import cpu
 from .calls import Calls, run_model
 from .forms import dense_form
-from .fusion import Chain
 from .modules import BlockComposite, BlockConv, BlockConv2d, BlockModule, BlockRNNBase, Execution
 from .plan import Choice, Plan, Steps
 
@@ -72,18 +71,14 @@ def default_plan(candidates: Sequence[Candidate]) -> Plan:
     return Plan(choices, any(c.execution is not None and c.execution.channels_last for c in choices.values()))
 
 
-def with_steps(plan: Plan, candidates: Sequence[Candidate], chains: dict[int, Chain], paths: dict[int, str]) -> Plan:
+def with_steps(plan: Plan, chains: Mapping[str, Steps]) -> Plan:
     """The plan, its native layers computing what follows them too."""
-    native = {c.name for c in candidates if (e := plan.choices[c.name].execution) is not None and e.native}
+    native = {name for name, c in plan.choices.items() if c.execution is not None and c.execution.native}
     new = dict(plan.choices)
-    for candidate in candidates:
-        chain = chains.get(id(candidate.module))
-        if candidate.name not in native or chain is None:
-            continue
-        then = paths[id(chain.then)] if chain.then is not None and paths[id(chain.then)] in native else None
-        norm, activation = (None if m is None else paths[id(m)] for m in (chain.norm, chain.activation))
-        between = tuple(paths[id(m)] for m in chain.between) if then is not None else ()
-        new[candidate.name] = replace(new[candidate.name], steps=Steps(norm, activation, between, then))
+    for name in native & chains.keys():
+        steps = chains[name]
+        steps = steps if steps.then in native else replace(steps, between=(), then=None)
+        new[name] = replace(new[name], steps=steps)
     return replace(plan, choices=new)
 
 

@@ -22,9 +22,9 @@ from .candidates import called_in, candidate_of, composites_of, first_of, parts_
 from .eligible import candidates, chosen_of, layers
 from .epilogue import detach
 from .forms import Ineligible, LayerForm, parameter_of
-from .fusion import Chain, chains
+from .fusion import chains
 from .modules import BlockComposite, BlockModule
-from .plan import Choice, Plan, carry_out, plan_of
+from .plan import Choice, Plan, Steps, carry_out, plan_of
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, restore
 from .tuning import of_first_rank, tuned
@@ -90,7 +90,7 @@ def compact(
     detach(model)
     try:
         calls: Calls | None = None
-        follow: dict[int, Chain] = {}
+        follow: dict[str, Steps] = {}
         if example_input is not None and fuse and plan is None and cpu.library() is not None:
             follow, calls = chains(model, single_of(found), example_input, watched)
         elif example_input is not None:
@@ -169,21 +169,18 @@ def _chosen(
     example_input: Any,
     tune: Tune,
     plan: Plan | None,
-    follow: dict[int, Chain],
+    follow: dict[str, Steps],
     before: Plan,
 ) -> Plan:
     """The plan to carry out, of new block layers and of those that were there."""
-    paths = {id(module): path for path, module in model.named_modules()}
     kept = {name: Choice(choice.execution) for name, choice in before.choices.items()}
     if plan is not None:
         known = default_plan(candidates)
         return replace(plan, choices={**kept, **known.choices, **plan.choices})
-    here = [Candidate(path, m, m) for path, m in model.named_modules() if isinstance(m, BlockModule)]
 
     def complete(own: Plan) -> Plan:
         last = own.channels_last or before.channels_last
-        whole = replace(own, choices={**kept, **own.choices}, channels_last=last)
-        return with_steps(whole, [*here, *candidates], follow, paths)
+        return with_steps(replace(own, choices={**kept, **own.choices}, channels_last=last), follow)
 
     if calls is None or tune is None or not (candidates or whole):
         return complete(default_plan(candidates))
@@ -191,7 +188,7 @@ def _chosen(
     def convert(own: Plan) -> Callable[[], None]:
         return _convert(model, whole, candidates, complete(own))
 
-    parts, sequences = parts_of(whole, calls, paths)
+    parts, sequences = parts_of(whole, calls, {id(module): path for path, module in model.named_modules()})
     how = partial(tuned, model, candidates, parts, sequences, calls, example_input, tune, convert)
     return complete(of_first_rank(how))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from .calls import Calls
 from .epilogue import step_names
 from .following import Flow, Watch
 from .modules import BlockLinear
+from .plan import Steps
 
 
 @dataclass(frozen=True)
-class Chain:
+class _Chain:
     """What follows a layer and nothing else sees.
 
     Attributes:
@@ -34,7 +35,7 @@ class Chain:
     then: nn.Module | None = None
 
     @classmethod
-    def of(cls, flow: Flow) -> Chain:
+    def of(cls, flow: Flow) -> _Chain:
         """The steps on the way of a tensor, those of which `_follows` says that they can be computed by the layer."""
         chain = cls(flow.owner)
         for step in flow.steps:
@@ -48,6 +49,11 @@ class Chain:
         if joins and _is_matrix(flow.owner) and _is_matrix(flow.then):
             return replace(chain, then=flow.then)
         return chain
+
+    def steps(self, paths: Mapping[int, str]) -> Steps:
+        """The same by paths."""
+        norm, activation, then = (None if m is None else paths[id(m)] for m in (self.norm, self.activation, self.then))
+        return Steps(norm, activation, tuple(paths[id(m)] for m in self.between) if then is not None else (), then)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,7 +69,7 @@ def _follows(flow: Flow, module: nn.Module, x: Tensor) -> bool:
     """Whether a module may join a chain as its next step."""
     if type(module) in (nn.Dropout, nn.Identity):
         return True
-    chain = Chain.of(flow)
+    chain = _Chain.of(flow)
     if chain.activation is not None or chain.between:
         return False
     if is_norm(module):
@@ -75,8 +81,8 @@ def _follows(flow: Flow, module: nn.Module, x: Tensor) -> bool:
 
 def chains(
     model: nn.Module, layers: Iterable[nn.Module], example_input: Any, watched: Iterable[nn.Module] = ()
-) -> tuple[dict[int, Chain], Calls]:
-    """What follows each layer, by the id of the module, in a run of the model in eval mode, and `Calls` of that run.
+) -> tuple[dict[str, Steps], Calls]:
+    """What follows each layer, by paths, in a run of the model in eval mode, and `Calls` of that run.
 
     Args:
         model: any module, without epilogues.
@@ -89,14 +95,14 @@ def chains(
     """
     watch = Watch(layers, _follows)
     calls = watch.run(model, example_input, watched)
-    found: dict[int, Chain] = {}
+    found: dict[int, _Chain] = {}
     for flow in watch.flows:
-        chain = Chain.of(flow.reach())
+        chain = _Chain.of(flow.reach())
         members = [m for m in (chain.owner, chain.norm, chain.activation, chain.then) if m is not None]
         if len(members) > 1 and all(watch.calls.get(id(m)) == 1 for m in members):
             known = found.get(id(chain.owner))
             if known is None or len(chain.names) > len(known.names):
-                found[id(chain.owner)] = chain if chain.then is not None else replace(chain, between=())
+                found[id(chain.owner)] = chain
     # A layer that has an epilogue of its own computes itself, and one belongs to one chain only.
     taken: set[int] = set()
     for key, chain in list(found.items()):
@@ -104,4 +110,5 @@ def chains(
             found[key] = replace(chain, then=None)
         elif chain.then is not None:
             taken.add(id(chain.then))
-    return found, calls
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {paths[key]: chain.steps(paths) for key, chain in found.items()}, calls

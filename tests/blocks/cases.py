@@ -124,7 +124,7 @@ def fuse(model: nn.Module, x: Tensor, execution: Execution = NATIVE) -> nn.Modul
         layer.run_as(execution)
     paths = {id(m): name for name, m in model.named_modules()}
     candidates = [Candidate(paths[id(layer)], layer, layer) for layer in layers]
-    carry_out(model, with_steps(default_plan(candidates), candidates, chains(model, layers, x)[0], paths))
+    carry_out(model, with_steps(default_plan(candidates), chains(model, layers, x)[0]))
     return model
 
 

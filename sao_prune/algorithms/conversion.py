@@ -17,12 +17,11 @@ from ..allocation import Allocation
 from ..discovery import PrunableWeight
 from ..naming import dotted
 from ..seeds import named_generator
-from ..topology import BlockTopology, kept_energy
 from ..weights import BlockFit, Blocks, refitted
 from .base import Stage
 from .batches import Rows, moments, read_batches
 from .draw import Draw, Fidelity
-from .parts import Given, Part
+from .parts import Given, Part, largest_block, mean_energy
 from .rehearsal import evaluated, progress_bar, trial
 from .saliency import floats_as, seeded
 from .sets import Sets
@@ -231,8 +230,8 @@ class _Conversion:
             kept += fit.lost
             after += fit.error(blocks[number]) * fit.total if blocks else fit.lost
             total += fit.total
-        energy = _mean_energy([part.energy for part in parts], topologies)
-        rows, needed = parts[0].count, _largest_block(topologies, weight)
+        energy = mean_energy([part.energy for part in parts], topologies)
+        rows, needed = parts[0].count, largest_block(topologies, weight)
         note = ""
         if blocks and rows < needed:
             note = f"{rows} rows for blocks of {needed} inputs: the ridge settles the rest"
@@ -280,7 +279,7 @@ class _Conversion:
             note = "transposed convolution: its values are kept"
         else:
             note = _UNREACHED
-        fidelity = Fidelity(_mean_energy(energies, topologies), None, None, 0, perf_counter() - start)
+        fidelity = Fidelity(mean_energy(energies, topologies), None, None, 0, perf_counter() - start)
         return Draw(weight, topologies, fidelity=fidelity, note=note)
 
 
@@ -294,14 +293,3 @@ def _gap(use: Use, whole: Use) -> list[Tensor]:
 def _stacked(weight: PrunableWeight, parameter: Tensor) -> Tensor:
     """``(parts, m, n, *kernel)``, detached."""
     return weight.matrices(parameter.detach())
-
-
-def _mean_energy(energies: Sequence[Tensor], topologies: Sequence[BlockTopology]) -> float:
-    totals = [float(e.double().sum()) for e in energies]
-    kept = sum(t * kept_energy(e, topology) for t, e, topology in zip(totals, energies, topologies))
-    return kept / sum(totals) if sum(totals) > 0 else 1.0
-
-
-def _largest_block(topologies: Sequence[BlockTopology], weight: PrunableWeight) -> int:
-    taps = torch.Size(weight.kernel).numel()
-    return max(int(t.col_sizes.max()) for t in topologies) * taps

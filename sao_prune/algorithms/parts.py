@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..topology import BlockTopology
+from ..discovery import PrunableWeight
+from ..topology import BlockTopology, kept_energy
 from ..weights import BlockFit
 from .batches import Rows, moments
 
@@ -129,3 +130,16 @@ class Part:
 def _applied(matrix: Tensor, mean: Tensor) -> Tensor:
     """What ``(m, n, *kernel)`` makes of mean inputs, in double precision."""
     return matrix.flatten(1).double() @ mean.to(matrix.device, torch.float64)
+
+
+def mean_energy(energies: Sequence[Tensor], topologies: Sequence[BlockTopology]) -> float:
+    """The share of all matrices' energies that their topologies keep."""
+    totals = [float(e.double().sum()) for e in energies]
+    kept = sum(t * kept_energy(e, topology) for t, e, topology in zip(totals, energies, topologies))
+    return kept / sum(totals) if sum(totals) > 0 else 1.0
+
+
+def largest_block(topologies: Sequence[BlockTopology], weight: PrunableWeight) -> int:
+    """Inputs of the largest block, every tap of a kernel counted."""
+    taps = torch.Size(weight.kernel).numel()
+    return max(int(t.col_sizes.max()) for t in topologies) * taps

@@ -18,6 +18,7 @@ from .backends import torch as plain
 from .dispatch import Definition, Operator, define
 from .functional import MATRIX, Geometry, keeps_derivative
 from .layout import Layout, layout_of
+from .operands import check_memory, check_results, packed, unpacked
 
 Found = Sequence[Tensor | None]
 
@@ -39,50 +40,6 @@ def _backend(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *other
     return cuda if (x.is_cuda or backend == "triton") and cuda.suits(x, weight, geometry, *others) else plain
 
 
-def _check_memory(*tensors: Tensor | None) -> None:
-    """Refuse tensors whose memory has been freed, as that of sharded parameters is: torch itself would read it."""
-    for t in tensors:
-        if t is not None and t.numel():
-            last = t.numel() - 1 if t.is_contiguous() else sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-            if t.untyped_storage().nbytes() < (t.storage_offset() + last + 1) * t.element_size():
-                raise RuntimeError(f"the memory of an operand of shape {tuple(t.shape)} has been freed")
-
-
-def _packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:
-    """The blocks as matrices, once it is sure that the operands are those of one layer."""
-    _check_memory(x, blocks, bias)
-    weight = layout.pack(blocks)
-    space = weight.dim() - 3
-    if {len(where.stride), len(where.padding), len(where.dilation)} != {space} or (
-        where is not MATRIX and x.dim() != 2 + space
-    ):
-        given = f"an input of shape {tuple(x.shape)}, blocks of shape {tuple(blocks.shape)}, {where}"
-        raise RuntimeError(f"expected as many dimensions of space everywhere, got {given}")
-    if blocks.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
-        types = [str(t.dtype) for t in (x, blocks, bias) if t is not None]
-        raise RuntimeError(f"expected operands of one type, got {', '.join(types)}")
-    layout.check(x, 1 if where.stride else -1, bias)
-    return weight
-
-
-def _check_results(x: Tensor, layout: Layout, weight: Tensor, where: Geometry, *like: Tensor | None) -> None:
-    """Refuse gradients, and tensors kept for the backward pass, that are not like the result."""
-    shape: tuple[int, ...] = *x.shape[:-1], layout.channels
-    if where.stride:
-        shape = x.shape[0], layout.channels, *where.output(x.shape[2:], weight.shape[3:])
-    for t in like:
-        if t is None:
-            continue
-        if t.shape != shape:
-            raise RuntimeError(f"expected a gradient of the result's shape {tuple(shape)}, got {tuple(t.shape)}")
-        if not cpu.is_there(t):
-            raise RuntimeError(f"the memory of a gradient of shape {tuple(t.shape)} has been freed")
-
-
-def _unpacked(layout: Layout, dw: Tensor | None, blocks: Tensor) -> Tensor | None:
-    return None if dw is None else layout.unpack(dw, blocks.shape)
-
-
 # ---- block_linear(x, blocks, bias, row_set, col_set, activation, backend) -------------------------------------------
 # ---- block_conv(x, blocks, bias, row_set, col_set, activation, backend, stride, padding, dilation, merge) -----------
 
@@ -98,7 +55,7 @@ def _where(sets: Any, options: Sequence[Any]) -> tuple[Layout, Geometry]:
 def _product(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend, *options) = inputs, attributes
     layout, where = _where(sets, options)
-    weight = _packed(layout, x, blocks, bias, where)
+    weight = packed(layout, x, blocks, bias, where)
     room = _backend(backend, x, weight, where, bias)
     return room.forward(x, weight, bias, layout, where, activation, keep)  # type: ignore[no-any-return]
 
@@ -108,11 +65,11 @@ def _product_backward(
 ) -> Found:
     (x, blocks, _), (activation, backend, *options) = inputs, attributes
     layout, where = _where(sets, options)
-    weight, values = _packed(layout, x, blocks, None, where), kept[0] if kept[0] is not None else kept[1]
-    _check_results(x, layout, weight, where, grad, values)
+    weight, values = packed(layout, x, blocks, None, where), kept[0] if kept[0] is not None else kept[1]
+    check_results(x, layout, weight, where, grad, values)
     room = _backend(backend, x, weight, where, grad, values)
     dx, dw, db = room.backward(grad, x, weight, layout, where, mask, activation, values)
-    return dx, _unpacked(layout, dw, blocks), db
+    return dx, unpacked(layout, dw, blocks), db
 
 
 def _result(inputs: Any, sets: Any, options: Sequence[Any]) -> Tensor:
@@ -169,9 +126,9 @@ def _normed_operands(inputs: Any, constants: Any, options: Any) -> tuple[Layout,
     """Layout, geometry and matrices, once it is sure that the operands belong together."""
     (x, blocks, bias, gain, offset), (*sets, mean, variance) = inputs, constants
     layout, where = _where(sets, options)
-    weight = _packed(layout, x, blocks, bias, where)
+    weight = packed(layout, x, blocks, bias, where)
     for numbers in (gain, offset, mean, variance):
-        _check_memory(numbers)
+        check_memory(numbers)
         layout.check_bias(numbers)
     return layout, where, weight
 
@@ -207,17 +164,17 @@ def _norm_backward(
     activation, backend, eps, *options = attributes
     training = constants[2] is None
     layout, where, weight = _normed_operands(inputs, (*constants[:2], mean, variance), options)
-    _check_results(x, layout, weight, where, grad, z)
+    check_results(x, layout, weight, where, grad, z)
     room = _backend(backend, x, weight, where, grad, bias, gain, offset, z, mean, variance)
     if room is cpu:
         dx, dw, *rest = cpu.conv_norm_backward(
             grad, x, weight, gain, offset, z, mean, variance, layout, where, eps, activation, training, mask
         )
-        return dx, _unpacked(layout, dw, blocks), *rest
+        return dx, unpacked(layout, dw, blocks), *rest
     dz, dgain, doffset = plain.norm_backward(grad, z, gain, offset, mean, variance, training, eps, activation)
     assert dz is not None
     dx, dw, db = room.backward(dz, x, weight, layout, where, mask[:3], "", None)
-    gradients = dx, _unpacked(layout, dw, blocks), db, dgain, doffset
+    gradients = dx, unpacked(layout, dw, blocks), db, dgain, doffset
     return [g if need else None for g, need in zip(gradients, mask)]
 
 
@@ -259,12 +216,12 @@ def _two(inputs: Any, sets: Any) -> tuple[Layout, Tensor, Layout, Tensor]:
     layout1, layout2 = layout_of(*sets[:2]), layout_of(*sets[2:])
     if layout1.channels != layout2.sources:
         raise RuntimeError(f"{layout2.topology} does not take the {layout1.channels} results of {layout1.topology}")
-    _check_memory(blocks2, bias2)
+    check_memory(blocks2, bias2)
     layout2.check_bias(bias2)
     w2 = layout2.pack(blocks2)
     if w2.dim() != 3:
         raise RuntimeError(f"expected blocks of a linear layer, got shape {tuple(blocks2.shape)}")
-    return layout1, _packed(layout1, x, blocks1, bias1, MATRIX), layout2, w2
+    return layout1, packed(layout1, x, blocks1, bias1, MATRIX), layout2, w2
 
 
 def _is_fused(backend: str, x: Tensor, w1: Tensor, layout1: Layout, w2: Tensor, *others: Tensor | None) -> bool:
@@ -291,7 +248,7 @@ def _mlp(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
 def _mlp_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
     (x, blocks1, bias1, blocks2, bias2), (activation, backend) = inputs, attributes
     layout1, w1, layout2, w2 = _two(inputs, sets)
-    _check_results(x, layout2, w2, MATRIX, grad)
+    check_results(x, layout2, w2, MATRIX, grad)
     if _is_fused(backend, x, w1, layout1, w2, grad, bias1, bias2):
         dx, dw1, db1, dw2, db2 = cpu.mlp_backward(grad, x, w1, bias1, layout1, w2, layout2, activation, mask)
     else:
@@ -303,7 +260,7 @@ def _mlp_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: A
         if dh is not None:
             values = hidden if values is None else values
             dx, dw1, db1 = first.backward(dh, x, w1, layout1, MATRIX, mask[:3], activation, values)
-    return dx, _unpacked(layout1, dw1, blocks1), db1, _unpacked(layout2, dw2, blocks2), db2
+    return dx, unpacked(layout1, dw1, blocks1), db1, unpacked(layout2, dw2, blocks2), db2
 
 
 def _mlp_fake(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:

@@ -1,0 +1,54 @@
+"""What the operators refuse: operands that are not those of one layer, and memory that is not there."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .backends import cpu
+from .functional import MATRIX, Geometry
+from .layout import Layout
+
+
+def check_memory(*tensors: Tensor | None) -> None:
+    """Refuse tensors whose memory has been freed, as that of sharded parameters is: torch itself would read it."""
+    for t in tensors:
+        if t is not None and t.numel():
+            last = t.numel() - 1 if t.is_contiguous() else sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+            if t.untyped_storage().nbytes() < (t.storage_offset() + last + 1) * t.element_size():
+                raise RuntimeError(f"the memory of an operand of shape {tuple(t.shape)} has been freed")
+
+
+def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:
+    """The blocks as matrices, once it is sure that the operands are those of one layer."""
+    check_memory(x, blocks, bias)
+    weight = layout.pack(blocks)
+    space = weight.dim() - 3
+    if {len(where.stride), len(where.padding), len(where.dilation)} != {space} or (
+        where is not MATRIX and x.dim() != 2 + space
+    ):
+        given = f"an input of shape {tuple(x.shape)}, blocks of shape {tuple(blocks.shape)}, {where}"
+        raise RuntimeError(f"expected as many dimensions of space everywhere, got {given}")
+    if blocks.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
+        types = [str(t.dtype) for t in (x, blocks, bias) if t is not None]
+        raise RuntimeError(f"expected operands of one type, got {', '.join(types)}")
+    layout.check(x, 1 if where.stride else -1, bias)
+    return weight
+
+
+def check_results(x: Tensor, layout: Layout, weight: Tensor, where: Geometry, *like: Tensor | None) -> None:
+    """Refuse gradients, and tensors kept for the backward pass, that are not like the result."""
+    shape: tuple[int, ...] = *x.shape[:-1], layout.channels
+    if where.stride:
+        shape = x.shape[0], layout.channels, *where.output(x.shape[2:], weight.shape[3:])
+    for t in like:
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise RuntimeError(f"expected a gradient of the result's shape {tuple(shape)}, got {tuple(t.shape)}")
+        if not cpu.is_there(t):
+            raise RuntimeError(f"the memory of a gradient of shape {tuple(t.shape)} has been freed")
+
+
+def unpacked(layout: Layout, dw: Tensor | None, blocks: Tensor) -> Tensor | None:
+    """A gradient of matrices as one of the blocks."""
+    return None if dw is None else layout.unpack(dw, blocks.shape)

@@ -1,6 +1,5 @@
 """Figures are drawn and written; the numbers behind them are the thesis's where those are determined."""
 
-import time
 
 import pytest
 import torch
@@ -50,9 +49,7 @@ def test_every_kind_of_figure_is_written(tmp_path, theme):
 
 
 @pytest.mark.slow
-def test_the_command_writes_everything_in_two_minutes(tmp_path):
-    start = time.perf_counter()
+def test_the_command_writes_everything(tmp_path):
     assert CliRunner().invoke(app, ["figures", "--out", str(tmp_path)]).exit_code == 0
-    assert time.perf_counter() - start < 120
     assert len(list(tmp_path.glob("*-light.png"))) == len(list(tmp_path.glob("*-dark.png"))) == 7
     assert {p.name for p in tmp_path.glob("*.csv")} == {"gap.csv", "table-4-1.csv"}

@@ -1,6 +1,5 @@
 """Singular values against dense operators and against autograd's full Jacobian."""
 
-import time
 
 import pytest
 import torch
@@ -152,11 +151,11 @@ def test_track_isometry_records_and_writes(tmp_path):
 
 
 @pytest.mark.slow
-def test_resnet50_is_measured_in_bounded_time_and_memory():
+def test_resnet50_is_measured_with_few_products_and_without_its_jacobian():
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet50", zero_init_last=False)
-    start = time.perf_counter()
     spectrum = analysis.jacobian_spectrum(model, torch.randn(1, 3, 64, 64))
-    assert time.perf_counter() - start < 60
+    assert spectrum.values is None
+    assert spectrum.products <= 2 * 30 * 2
     assert spectrum.shape == (1000, 12288)
     assert spectrum.largest > spectrum.mean > 0

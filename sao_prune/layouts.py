@@ -118,6 +118,37 @@ class FrequencyLayout(Layout):
         return pack(tuple(taps), self.kernel)
 
 
+@dataclass(frozen=True)
+class MaskedFrequencyLayout(Layout):
+    """The weight of a dense `ECOConv2d` that a mask of blocks covers, by the free frequencies of each block."""
+
+    topology: BlockTopology
+    kernel: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[BlockTopology, ...]:
+        return (self.topology,)
+
+    def onto(self, parts: Sequence[BlockTopology]) -> MaskedFrequencyLayout:
+        return replace(self, topology=parts[0])
+
+    def split(self, weight: Tensor) -> Blocks:
+        taps = weight.flatten(2).flatten(0, 1)
+        chosen = (taps[index.to(taps.device)] for index in self.topology.flat_index)
+        return tuple(
+            frequencies_from_kernel(values.view(*bucket.shape, -1), self.kernel).flatten(0, 1)
+            for values, bucket in zip(chosen, self.topology.buckets)
+        )
+
+    def join(self, blocks: Blocks) -> Tensor:
+        rows, cols = self.topology.shape
+        out = blocks[0].new_zeros(rows * cols, prod(self.kernel))
+        for index, b, bucket in zip(self.topology.flat_index, blocks, self.topology.buckets):
+            taps = kernel_from_frequencies(b.unflatten(0, (-1, bucket.shape[0])), self.kernel)
+            out = out.index_copy(0, index.to(out.device), taps.flatten(0, 2))
+        return out.view(rows, cols, *self.kernel)
+
+
 def mirror_of(blocks: Tensor) -> Mirror | None:
     """Which sides of a batch of blocks come in pairs ``h, -h``."""
     rows, cols = blocks.shape[1:]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .blocks import BlockModule
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, pick, walk
 from .held import Held, OrthogonalMap, held_tensors, precise, put, take_off
-from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedLayout, halve, mirror_of
+from .layouts import CompactLayout, FrequencyLayout, Layout, MaskedFrequencyLayout, MaskedLayout, halve, mirror_of
 from .naming import dotted
 from .nn import ECOConv2d
 from .plain import why_not_plain
@@ -111,9 +111,10 @@ def hold(
     Each layer's weight becomes a function of unconstrained parameters (as `torch.nn.utils.parametrizations.orthogonal`
     does it, on the batched blocks; for `nn.ECOConv2d` on its frequencies), whose cost falls with the square of the
     block size; in half precision it is computed in float32.
-    Masked and compact layers without a spatial kernel are held, ECO convolutions, and mirrored (looks-linear) weights;
-    values that are not orthogonal move to the nearest ones that are, times their mean singular value. Make the
-    optimizer afterwards: the parameters are new ones. `release` undoes it; `remove`, `compact` or convert after that.
+    Masked and compact layers without a spatial kernel are held, ECO convolutions (also under a mask of blocks), and
+    mirrored (looks-linear) weights; values that are not orthogonal move to the nearest ones that are, times their mean
+    singular value. Make the optimizer afterwards: the parameters are new ones. `release` undoes it; `remove`, `compact`
+    or convert after that.
 
     Args:
         model: a model with pruned, compact or ECO layers.
@@ -280,13 +281,26 @@ def _compact_layout(module: BlockModule) -> Layout | str:
 
 def _masked_layout(module: nn.Module, weight: PrunableWeight) -> Layout | str:
     if prod(weight.kernel) > 1:
-        return _SPATIAL
+        return _masked_eco_layout(module, weight) if isinstance(module, ECOConv2d) else _SPATIAL
     mask = getattr(module, f"{weight.tensor}_mask")
     try:
         parts = weight.matrices(mask).flatten(3).squeeze(3) if weight.kernel else weight.matrices(mask)
         return MaskedLayout(weight, tuple(BlockTopology.from_mask(part) for part in parts))
     except NotBlockStructuredError:
         return "its mask is not made of blocks"
+
+
+def _masked_eco_layout(module: ECOConv2d, weight: PrunableWeight) -> Layout | str:
+    if module.groups > 1:
+        return "its mask lies on blocks of its own: build it with as many groups instead"
+    kernels = getattr(module, f"{weight.tensor}_mask").flatten(2)
+    if not torch.equal(kernels.any(2), kernels.all(2)):
+        return "its mask splits kernels"
+    try:
+        topology = BlockTopology.from_mask(kernels.any(2))
+    except NotBlockStructuredError:
+        return "its mask is not made of blocks"
+    return MaskedFrequencyLayout(topology, (module.kernel_size[0], module.kernel_size[1]))
 
 
 def _prepare(name: str, weight: Tensor, layout: Layout, kind: OrthogonalMap) -> tuple[Held, HeldRecord]:

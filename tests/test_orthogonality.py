@@ -20,9 +20,9 @@ def mlp(width=60, depth=3):
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
 
 
-def train(model, x):
+def train(model, x, steps=STEPS):
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
         optimizer.step()
@@ -74,6 +74,32 @@ def test_eco_convolutions_stay_orthogonal_at_every_frequency():
     train(model, x)
     for layer, channels in ((model[0], 4), (model[1], 8)):
         assert (analysis.singular_values(layer, (channels, 12, 12)) - 1).abs().max() <= 1e-4
+
+
+def test_eco_convolutions_under_a_mask_of_blocks_stay_orthogonal_at_every_frequency():
+    model = nn.Sequential(ECOConv2d(4, 8, 3, seed=0), ECOConv2d(8, 8, 3, stride=2, seed=0))
+    sao_prune.apply(model, groups=4, method=SAO(conv="eco"), skip_first=False, skip_last=False, seed=0)
+    x, masks = torch.randn(4, 4, 6, 6), [layer.weight_mask.clone() for layer in model]
+    y = model(x)
+    assert len(hold(model).held) == 2
+    torch.testing.assert_close(model(x), y, atol=1e-5, rtol=1e-5)
+    train(model, x, steps=20)
+    for layer, channels, mask in zip(model, (4, 8), masks):
+        assert (analysis.singular_values(layer, (channels, 6, 6)) - 1).abs().max() <= 1e-4
+        assert not layer.weight[mask == 0].any()
+    y = model(x)
+    release(model)
+    torch.testing.assert_close(model(x), y, atol=1e-5, rtol=1e-5)
+
+
+def test_eco_convolutions_under_other_masks_are_not_held():
+    model = nn.Sequential(ECOConv2d(4, 8, 3, seed=0), ECOConv2d(8, 8, 3, groups=2, seed=0))
+    sao_prune.apply(model, sparsity=0.5, method="lmp", skip_first=False, skip_last=False, seed=0)
+    with pytest.raises(ValueError, match=r"mask is not made of blocks.*mask lies on blocks of its own"):
+        hold(model)
+    torch.nn.utils.prune.random_unstructured(layer := ECOConv2d(4, 8, 3, seed=0), "weight", amount=0.5)
+    with pytest.raises(ValueError, match="splits kernels"):
+        hold(layer)
 
 
 def test_mirrored_networks_stay_isometric():

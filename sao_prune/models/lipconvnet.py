@@ -115,6 +115,10 @@ class LipConvNet(ImageClassifier):
         """Flattened output of the last stage, shape ``(batch, num_features)``."""
         return self.features(x).flatten(1)  # type: ignore[no-any-return]
 
+    def chain(self) -> list[nn.Module]:
+        """Its layers in order: what `sao_prune.analysis.margin_constants` multiplies the bounds of."""
+        return [*self.features, nn.Flatten(), self.head]
+
 
 @register_model
 def sao_lipconvnet(pretrained: bool = False, **options: Any) -> LipConvNet:

@@ -188,6 +188,32 @@ class ECOConv2d(nn.Conv2d):
         y = (outs[0] if len(outs) == 1 else torch.cat(outs, 1)).index_select(1, row_index)
         return y if self.bias is None else y + self.bias[:, None, None]
 
+    def spectrum(self, size: Size | None = None) -> Tensor:
+        """The layer as a matrix for every frequency of a circular input; their singular values are the layer's.
+
+        Args:
+            size: height and width of the input; the last one seen if left out, or else one that the kernel fits.
+
+        Returns:
+            One of each conjugate pair, complex, shape ``(frequencies, out_channels, in_channels * stride^2)``.
+
+        Example:
+            >>> layer = ECOConv2d(4, 8, 3, input_size=6, seed=0)
+            >>> layer.spectrum().shape, layer.spectrum(8).shape
+            (torch.Size([6, 8, 4]), torch.Size([40, 8, 4]))
+        """
+        fitting = (self._kernel[0] * self.stride[0], self._kernel[1] * self.stride[0])
+        height, width = self.input_size or fitting if size is None else _pair(size)
+        fits = _Fit(height // self.stride[0], self._kernel[0]), _Fit(width // self.stride[0], self._kernel[1])
+        kernel = _fold(self.dense_weight(), fits)
+        for dim, fit in zip((2, 3), fits):
+            if fit.taps * fit.dilation < fit.n:
+                shape = [*kernel.shape]
+                shape[dim] = fit.n
+                places = fit.dilation * torch.arange(fit.taps, device=kernel.device)
+                kernel = kernel.new_zeros(shape).index_add(dim, places, kernel)
+        return torch.fft.rfft2(kernel).flatten(2).movedim(-1, 0)
+
     def exact_at(self, size: Size) -> bool:
         """Whether the layer is orthogonal on inputs of this height and width."""
         sizes = zip(_pair(size), self._kernel)

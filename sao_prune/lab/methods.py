@@ -134,6 +134,11 @@ class MethodSpec:
         return own or method.trained or method.pruner is None
 
     @property
+    def has_blocks(self) -> bool:
+        """What it leaves is dense or made of fixed blocks, which can be held orthogonal."""
+        return self.is_dense or METHODS[self.name].pruner in ("SAO", "RG", "Project")
+
+    @property
     def is_moving(self) -> bool:
         """Entries move while it trains."""
         method = None if METHODS[self.name].pruner is None else self.build(1.0)

@@ -13,6 +13,7 @@ from .data.names import is_sequences
 from .document import Document
 from .errors import RecipeError
 from .methods import MethodSpec
+from .robustness import RobustnessSpec
 from .schema import Scalar, rule
 from .train.spec import TrainSpec
 from .width import groups_of, widened
@@ -135,6 +136,7 @@ class Setting:
         init: initial weights of convolutions: orthogonal on the centre tap (``delta``), on the flattened kernel
             (``orthogonal``), at every frequency (``eco``); for all layers He's (``he``), Fixup's (``fixup``), or the
             constructor's (``default``).
+        robustness: how trained networks are attacked and certified, beside their accuracy; ``None`` for not at all.
         label: what tells this case from the others.
     """
 
@@ -147,6 +149,7 @@ class Setting:
     seeds: tuple[int, ...] = rule((0, 1, 2), least=0)
     gain: float = rule(1.0, above=0)
     init: str = rule("delta", choices=INITIALISATIONS)
+    robustness: RobustnessSpec | None = None
     label: str | None = None
 
     def problem(self) -> tuple[str, str] | None:
@@ -159,6 +162,11 @@ class Setting:
             return "seeds", "a seed is given twice"
         if is_sequences(self.data.name) and (self.train.mixup or self.train.cutmix):
             return "train", "sequences cannot be mixed: leave mixup and cutmix out"
+        if is_sequences(self.data.name) and (self.train.adversarial or self.robustness or self.train.loss.is_certified):
+            return "data", "attacks and certificates are for images: leave adversarial, robustness and the loss out"
+        if self.train.hold and not all(method.has_blocks for method in self.methods):
+            without = next(method.title for method in self.methods if not method.has_blocks)
+            return "train", f"hold keeps blocks orthogonal, and {without} has none: give it a case of its own"
         titles = [method.title for method in self.methods]
         if len(set(titles)) < len(titles):
             return "methods", "two methods have the same label; tell them apart with label:"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -12,6 +12,7 @@ from scipy import stats
 from .errors import ResultsError
 from .recipe import Configuration, Recipe, load_recipe
 from .results import Record, read_results
+from .robustness import score
 from .trials import choose_lr, count_trials, final_trials, known_trials, selection_trials, spectrum_trial
 
 
@@ -55,6 +56,8 @@ class Row:
         accuracies: of the finished final runs, in the order of the recipe's seeds; ``seeds`` are theirs.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
+        robustness: fractions of the same runs by what was measured: ``PGD``, ``worst case``, ``certified 36``; empty
+            where the recipe asks for none. ``robustness_against_sao`` are the paired comparisons.
         notes: what a reader must know about this row.
     """
 
@@ -75,6 +78,8 @@ class Row:
     spectrum: Record | None
     notes: tuple[str, ...]
     against_sao: Paired | None = None
+    robustness: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    robustness_against_sao: Mapping[str, Paired | None] = field(default_factory=dict)
 
     @property
     def by_seed(self) -> dict[int, float]:
@@ -146,7 +151,7 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
     return Summary(
         recipe=recipe,
         recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
-        rows=tuple(replace(row, against_sao=_against_sao(row, rows)) for row in rows),
+        rows=tuple(_compared(row, _sao_of(row, rows)) for row in rows),
         done=len(done),
         trials=sum(count_trials(configuration)[0] for configuration in recipe.every_configuration()),
         seconds=sum(record["result"].get("seconds", 0.0) for record in used),
@@ -189,7 +194,20 @@ def _row(configuration: Configuration, records: Mapping[str, Record]) -> Row:
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
         spectrum=measured,
         notes=tuple(_notes(configuration, lr, done, first)),
+        robustness=_robustness(configuration, done),
     )
+
+
+def _robustness(configuration: Configuration, done: Sequence[Record]) -> dict[str, tuple[float, ...]]:
+    """What attacks leave and what is certified, by name."""
+    spec = configuration.setting.robustness
+    if spec is None or not done:
+        return {}
+    found = [result["robustness"] for result in done]
+    measured = {"PGD": tuple(each["pgd"] for each in found), "worst case": tuple(each["worst"] for each in found)}
+    for index, radius in enumerate(spec.radii):
+        measured[f"certified {radius:g}"] = tuple(each["certified"][index] for each in found)
+    return measured
 
 
 def _rates(configuration: Configuration, records: Mapping[str, Record]) -> Iterator[Rate]:
@@ -200,7 +218,7 @@ def _rates(configuration: Configuration, records: Mapping[str, Record]) -> Itera
     for lr, trials in choosing.items():
         done = [records[trial.key]["result"] for trial in trials if trial.key in records]
         whole = bool(done) and len(done) == len(trials)
-        mean = fmean(result["accuracy"] for result in done) if whole else None
+        mean = fmean(score(result, configuration.setting.robustness) for result in done) if whole else None
         yield Rate(lr, mean, sum(result["status"] != "ok" for result in done))
 
 
@@ -210,14 +228,17 @@ def _notes(configuration: Configuration, lr: float | None, done: list[Record], f
     diverged, rates = sum(result["status"] != "ok" for result in done), configuration.setting.lr.grid
     if diverged:
         yield f"{diverged} of {len(done)} runs diverged"
+    broken = sum(result.get("robustness", {}).get("broken", 0) for result in done)
+    if broken:
+        yield f"{broken} certified images were broken by an attack: the certificates do not hold"
     if 0 < len(done) < len(configuration.setting.seeds):
         yield f"{len(done)} of {len(configuration.setting.seeds)} runs are done"
     if lr is not None and len(rates) > 2 and lr in (min(rates), max(rates)):
         yield f"the chosen lr, {lr:g}, is at the edge of the grid"
 
 
-def _against_sao(row: Row, rows: Sequence[Row]) -> Paired | None:
-    """The comparison with the first SAO row of the same network and amount."""
+def _sao_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The first SAO row of the same network and amount; none for itself, and for dense where there are several."""
     configuration = row.configuration
     same = [
         other
@@ -230,7 +251,19 @@ def _against_sao(row: Row, rows: Sequence[Row]) -> Paired | None:
     amounts = len(configuration.setting.prune.grid())
     if not same or same[0] is row or (configuration.method.is_dense and amounts > 1):
         return None
-    return paired(row.by_seed, same[0].by_seed)
+    return same[0]
+
+
+def _compared(row: Row, sao: Row | None) -> Row:
+    """The row with its comparisons."""
+    if sao is None:
+        return row
+    robustness = {
+        name: paired(dict(zip(row.seeds, values)), dict(zip(sao.seeds, sao.robustness[name])))
+        for name, values in row.robustness.items()
+        if name in sao.robustness
+    }
+    return replace(row, against_sao=paired(row.by_seed, sao.by_seed), robustness_against_sao=robustness)
 
 
 def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Paired | None:

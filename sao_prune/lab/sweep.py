@@ -24,6 +24,7 @@ from .methods import check_method
 from .network import build_network
 from .recipe import Recipe, read_recipe
 from .results import Record, ResultsLog
+from .robustness import check_bounds
 from .train import History, in_turn, process_group, rank, world
 from .trials import Trial, choose_lr, count_trials, known_trials
 from .work import OnEpoch, Workplace, denormals_flushed, pick_device
@@ -111,6 +112,8 @@ def check_configurations(recipe: Recipe, source: DataSource) -> None:
             same = list(alike)
             options = same[0].network_options
             model = build_network(setting.network.name, options, len(data.classes), data.sizes)
+            if setting.train.loss.is_certified or (setting.robustness is not None and setting.robustness.radii):
+                check_bounds(model)
             for configuration in same:
                 check_method(model, configuration)
 

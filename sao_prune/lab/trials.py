@@ -12,6 +12,7 @@ from typing import Any
 from .data.names import is_sequences
 from .recipe import Configuration
 from .results import Record
+from .robustness import score
 
 # Part of every key: raise it when training changes in a way that makes old results incomparable.
 RESULT_FORMAT = 2
@@ -52,6 +53,8 @@ class Trial:
         }
         if self.kind != "spectrum":
             content.update(lr=self.lr, train=_said(self.configuration.train))
+        if self.kind != "spectrum" and setting.robustness is not None:
+            content["robustness"] = _said(setting.robustness)
         if self.kind == "select":
             content["holdout"] = setting.data.holdout
         if self.start is not None:
@@ -108,7 +111,9 @@ def selection_trials(configuration: Configuration, records: Mapping[str, Record]
 
 
 def choose_lr(configuration: Configuration, records: Mapping[str, Record]) -> float | None:
-    """The learning rate with the best mean accuracy on the held-out part of the training set.
+    """The learning rate with the best mean accuracy on the held-out part of the training set, or what stands for it.
+
+    What stands for it is the robust or certified accuracy of a recipe that asks for these.
 
     A rate with a diverged run comes after every rate without one. Ties go to the lower held-out loss, then to the
     smaller rate. ``None`` if a training that decides is missing.
@@ -126,7 +131,7 @@ def choose_lr(configuration: Configuration, records: Mapping[str, Record]) -> fl
         results = [records[key]["result"] for key in keys]
         ranks[lr] = (
             -sum(r["status"] != "ok" for r in results),
-            fmean(r["accuracy"] for r in results),
+            fmean(score(r, configuration.setting.robustness) for r in results),
             -fmean(float("inf") if r["loss"] is None else r["loss"] for r in results),
             -lr,
         )

@@ -27,6 +27,7 @@ from .errors import LabError
 from .methods import Gradual, Pruned, prune_network, schedule_network
 from .network import initial_network
 from .recipe import Configuration
+from .robustness import measure
 from .train import History, TensorBoardWriter, from_first, rank, train, world
 from .trials import Trial
 from .width import fan_ins, scale_to_density
@@ -160,8 +161,16 @@ class Worker:
             "cpu_seconds": history.cpu_seconds,
             "execution": history.execution,
             "curve": {key: getattr(history, key) for key in ("accuracy", "test_loss", "train_loss", "lr")},
+            **self._robustness(trial, model, data),
             **({"isometry": [asdict(record) for record in history.isometry]} if history.isometry else {}),
         }
+
+    def _robustness(self, trial: Trial, model: nn.Module, data: Dataset) -> dict[str, Any]:
+        """What attacks leave of the trained network, if the recipe asks; all of them only for what is reported."""
+        spec = trial.configuration.setting.robustness
+        if spec is None:
+            return {}
+        return {"robustness": measure(model, data, spec, trial.seed, whole=trial.kind == "final")}
 
     @contextmanager
     def _recorder(self, trial: Trial, on_epoch: OnEpoch | None) -> Iterator[OnEpoch | None]:

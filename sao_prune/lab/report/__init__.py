@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...files import write_atomically
 from ..summary import Summary, summarise
+from .attacked import attacked_fields
 from .compared import print_comparison, write_comparison
 from .costs import cost_chart
 from .curves import accuracy_chart, spectrum_chart
@@ -46,7 +47,8 @@ def write_report(folder: Path, warn: Callable[[str], None]) -> Summary:
         else:
             draw_png(chart, path, summary.heading, style)
             charts.append(chart)
-    write_atomically(folder / "results.csv", csv_text(FIELDS, summary.rows))
+    fields = {**FIELDS, **attacked_fields(summary.rows)}
+    write_atomically(folder / "results.csv", csv_text(fields, summary.rows))
     write_atomically(folder / "report.md", markdown_text(summary, charts))
     write_atomically(folder / "report.html", html_page(summary, charts, style))
     return summary

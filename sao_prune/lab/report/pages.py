@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..summary import Summary
+from .attacked import attacked
 from .chart import Chart
 from .drawing import DARK, LIGHT, Styles, draw_svgs, draw_swatch
 from .names import full_names
@@ -48,7 +49,7 @@ def _content(summary: Summary, charts: Sequence[Chart]) -> dict[str, Any]:
         "caption": caption(summary),
         "headlines": [chart for chart in charts if chart.headline],
         "others": [chart for chart in charts if not chart.headline],
-        "results": [results(group) for group in found],
+        "results": [view for group in found for view in (results(group), *attacked(group))],
         "choice": choice(summary),
         "choices": choices(found),
         "names": full_names(summary.rows),

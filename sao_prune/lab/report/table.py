@@ -128,7 +128,8 @@ def execution_word(text: str) -> str:
     counts = re.match(r"compact: (\d+) of (\d+) layers", text)
     if counts and 2 * int(counts[1]) < int(counts[2]):
         return "masked"
-    return re.split(r"\W", text)[0] or "-"
+    held = ", held" if text.endswith("weights held") else ""
+    return (re.split(r"\W", text)[0] or "-") + held
 
 
 COLUMNS = (

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..summary import Summary
+from .attacked import attacked, fitting
 from .table import COLUMNS, groups
 from .views import Table, results
 from .words import caption, choice, remarks
@@ -25,6 +26,8 @@ def print_report(summary: Summary, console: Console) -> None:
     for group in groups(summary):
         console.print()
         print_table(results(group), console, narrow)
+        for view in attacked(group):
+            print_table(view, console, fitting(view))
     console.print()
     console.print(f"[dim]{escape(caption(summary))} {escape(choice(summary))}[/]", highlight=False)
     for line in remarks(summary):

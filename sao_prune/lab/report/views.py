@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..summary import Row
 from .names import full_names
 from .table import COLUMNS, Block, Group, rate_text, rates_of, row_title
+from .words import chosen_by
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _choice(group: Group, rates: Sequence[float]) -> Table:
         texts = (Text(rate_text(known[lr]) if lr in known else "", lr == row.lr) for lr in rates)
         return _line(row, names, texts)
 
-    head = ("held-out accuracy %", *(f"lr {lr:g}" for lr in rates))
+    head = (f"held-out {chosen_by(group.rows[0].configuration.setting)} %", *(f"lr {lr:g}" for lr in rates))
     label = f"Held-out accuracy {group.title}".strip()
     return Table(group.title, label, head, _parts(group.blocks, line))
 

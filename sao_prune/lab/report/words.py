@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..errors import RecipeError
-from ..recipe import PruneSpec, Recipe, load_recipe, shipped_recipes
+from ..recipe import PruneSpec, Recipe, Setting, load_recipe, shipped_recipes
 from ..summary import Summary
 
 
@@ -24,7 +24,7 @@ def caption(summary: Summary) -> str:
         f"{seeds}; beside it the mean difference from SAO and the p-value of a paired t-test. Sparsity is that of the "
         "pruned layers, MACs are multiply-adds with a weight that is not zero as a share of the dense network's, time "
         "is that of one training (median, its dense phase included). For a seed every method has the same initial "
-        "dense weights, batches and order."
+        f"dense weights, batches and order.{_attack(settings)}"
     )
 
 
@@ -37,11 +37,42 @@ def choice(summary: Summary) -> str:
         return f"Learning rate {rates} for every method, as the recipe says: none was chosen."
     part = several(f"{100 * setting.data.holdout:g} %" for setting in searched)
     seeds = several(_seeds(setting.lr.seeds) for setting in searched)
+    criterion = several(chosen_by(setting) for setting in searched)
     return (
-        f"Each row's learning rate is the one of {rates} with the best accuracy on a held-out {part} of the training "
-        f"set (mean over {seeds}), after a training on the rest that is otherwise the same. A rate that diverged "
-        "comes last; ties go to the lower held-out loss. The test set has no part in the choice."
+        f"Each row's learning rate is the one of {rates} with the best {criterion} on a held-out {part} of the "
+        f"training set (mean over {seeds}), after a training on the rest that is otherwise the same. A rate that "
+        "diverged comes last; ties go to the lower held-out loss. The test set has no part in the choice."
         + (" A -T method's dense phase has the rate that dense chose." if _trained_first(summary) else "")
+    )
+
+
+def chosen_by(setting: Setting) -> str:
+    """What learning rates are chosen by."""
+    spec = setting.robustness
+    if spec is None or spec.choose == "clean":
+        return "accuracy"
+    return "accuracy under PGD" if spec.choose == "robust" else f"accuracy certified at {spec.radii[0]:g}/255"
+
+
+def _attack(settings: Sequence[Setting]) -> str:
+    """How networks were attacked and certified, if they were."""
+    specs = [setting.robustness for setting in settings if setting.robustness is not None]
+    if not specs:
+        return ""
+    moved = several(f"{spec.eps:g}/255 in {spec.norm}" for spec in specs)
+    effort = several(f"{spec.steps} steps from {_count(spec.restarts, 'random start')}" for spec in specs)
+    search = several(str(spec.queries) for spec in specs)
+    images = several("all" if spec.images is None else f"{spec.images:,}" for spec in specs)
+    certified = (
+        " Certified 36, say, are those of all test images whose answer is right and cannot change within 36/255 (l2), "
+        "by the margin over the Lipschitz constant that was computed from the trained weights."
+        if any(spec.radii for spec in specs)
+        else ""
+    )
+    return (
+        f" Under attack {images} of the test images move by up to {moved}, inside their range: PGD has {effort}; in "
+        f"the worst case an image counts only if PGD, PGD on the margin and {search} queries of a random search all "
+        f"fail.{certified}"
     )
 
 
@@ -123,6 +154,10 @@ def _amounts(prune: PruneSpec) -> str:
 
 def _trained_first(summary: Summary) -> bool:
     return any(row.configuration.method.is_trained_first for row in summary.rows)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -23,11 +23,14 @@ from ...scheduling import Moves
 from ...seeds import named_generator
 from ..data import Dataset
 from ..errors import LabError
+from .adversarial import Adversary
+from .certified import training_loss
 from .checkpoint import FORMAT, Checkpoint, TrainingState
 from .distributed import own_share, rank, share_buffers, summed, world
 from .evaluation import evaluate
 from .execution import execution_form
 from .history import History
+from .holding import held_form
 from .optimizer import make_optimizer, make_scheduler
 from .regularization import Objective
 from .spec import TrainSpec
@@ -92,9 +95,11 @@ def train(
     few = data.standardise(data.train_x[:_FEW])
     with (
         _own_random_state(data.device),
-        execution_form(model, "masked" if pruner else spec.execution, few) as execution,
+        execution_form(model, _execution(spec, pruner), few) as form,
+        held_form(model, spec.hold) as held,
         _distiller(model, teacher, spec) as distiller,
     ):
+        execution = form + held
         trainer = _Trainer(model, data, spec, seed, augment, distiller)
         if mover is not None:
             pruner = _moving(model, mover, spec, len(data.train_y), seed)
@@ -147,6 +152,9 @@ class _Trainer:
             runner = DistributedDataParallel(runner)
         self._runner = torch.compile(runner) if self.spec.compile else runner
         self._objective = Objective(self.spec, len(self.data.classes))
+        attacker = self.spec.adversarial
+        self._adversary = None if attacker is None else Adversary(attacker, self.model, self.data)
+        self._loss = training_loss(self.spec, self.model, self.data, self._objective)
         self._device = self.data.device
 
     def epoch(self, state: TrainingState) -> float:
@@ -182,17 +190,26 @@ class _Trainer:
 
         Every process makes the whole batch, so that what is drawn for an image does not depend on their number.
         """
-        order, augmentation, mixing = (
-            named_generator(self.seed, name, epoch) for name in ("batch order", "augmentation", "mixing")
+        order, augmentation, mixing, starts = (
+            named_generator(self.seed, name, epoch) for name in ("batch order", "augmentation", "mixing", "adversary")
         )
         for batch in torch.randperm(len(self.data.train_y), generator=order).split(self.spec.batch_size):
             x, y = self.data.batch(batch, self.augment, augmentation)
             x, target = self._objective.mix(x, y, mixing)
+            noise = None if self._adversary is None else torch.rand(x.shape, generator=starts)
             if rank() < len(batch):
-                yield own_share(x), own_share(target), len(batch)
+                x, target = own_share(x), own_share(target)
+                yield self._attacked(x, target, noise), target, len(batch)
             else:
                 # Nothing is left for this process, but the others wait for its gradient: that of no label is zero.
                 yield x[:1], torch.zeros(1, len(self.data.classes), *y.shape[1:], device=self._device), len(batch)
+
+    def _attacked(self, x: Tensor, target: Tensor, noise: Tensor | None) -> Tensor:
+        """The images as an attacker would have them, if the training has one."""
+        if self._adversary is None or noise is None:
+            return x
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.spec.amp == "bf16"):
+            return self._adversary(x, lambda logits: self._objective.loss(logits, target), own_share(noise))
 
     def _step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, count: int) -> Tensor:
         """One step; returns the loss summed over this process's images."""
@@ -200,7 +217,7 @@ class _Trainer:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.spec.amp == "bf16"):
             logits = self._runner(x)
-            loss = self._objective.loss(logits, target)
+            loss = self._loss(logits, target)
             if self.distiller is not None:
                 own = len(x) if rank() < count else 0
                 loss = self.distiller.loss(x, logits, loss / max(own, 1)) * own
@@ -211,6 +228,11 @@ class _Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         optimizer.step()
         return loss.detach()
+
+
+def _execution(spec: TrainSpec, pruner: Pruner | None) -> str:
+    """The form to train in; what is held, or whose norms a loss asks for, stays masked."""
+    return "masked" if pruner is not None or spec.hold or spec.loss.is_certified else spec.execution
 
 
 def _optimizer(model: nn.Module, spec: TrainSpec, lr: float, base: Mapping[str, float] | None) -> torch.optim.Optimizer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, cast, get_args
 
+from ...analysis.threat import Norm, Threat
 from ...distillation import Distillation
 from ..schema import rule
 
@@ -66,6 +67,59 @@ class DistillSpec:
 
 
 @dataclass(frozen=True)
+class AdversarialSpec:
+    """An attacker who moves the images that a network learns from.
+
+    Attributes:
+        norm: by which it is measured how far, ``linf`` or ``l2``.
+        eps: how far at most, in grey levels: 8 is what papers write as 8/255.
+        steps: of the ascent for every batch; each costs about as much as a training step.
+        step_size: in grey levels; 2.5 eps / steps if left out.
+
+    Example:
+        >>> AdversarialSpec("l2", eps=51).threat()
+        Threat(norm='l2', eps=0.2, low=0.0, high=1.0)
+    """
+
+    norm: str = rule(choices=get_args(Norm))
+    eps: float = rule(above=0)
+    steps: int = rule(7, least=1)
+    step_size: float | None = rule(None, above=0)
+
+    def threat(self) -> Threat:
+        """What it may do to images in [0, 1]."""
+        return Threat(cast(Norm, self.norm), self.eps / 255)
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What is minimised: cross-entropy, alone or with an eye on certificates (`CertifiedLoss`).
+
+    Attributes:
+        eps: of ``emma``: the radius that is to be certified, in grey levels.
+        weight: of ``certificate``: how much the certified radius counts.
+    """
+
+    shorthand: ClassVar[str] = "name"
+
+    name: str = rule("cross-entropy", choices=("cross-entropy", "emma", "certificate"))
+    eps: float | None = rule(None, above=0)
+    weight: float | None = rule(None, above=0)
+
+    @property
+    def is_certified(self) -> bool:
+        """It needs the network's Lipschitz constants."""
+        return self.name != "cross-entropy"
+
+    def problem(self) -> tuple[str, str] | None:
+        """Each loss has its own constant."""
+        for key, name in (("eps", "emma"), ("weight", "certificate")):
+            if (getattr(self, key) is not None) != (self.name == name):
+                return key, f"{key} is what the loss {name} needs, and no other has"
+        return None
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """One training, for every method the same.
 
@@ -86,6 +140,9 @@ class TrainSpec:
         move_until: the share of the training after which nothing moves any more.
         further_epochs: epochs after pruning of methods that prune a trained network; as many as ``epochs`` if left out.
         distill: what these learn from that network, beside the labels.
+        loss: what is minimised; the losses for certificates need a network whose Lipschitz constants are known.
+        adversarial: learn from images that an attacker has moved; ``None`` for none.
+        hold: blocks stay orthogonal through the training (`sao_prune.hold`).
         isometry_every: record layer isometry after every so many epochs, and at the start; 0 for never.
 
     Example:
@@ -115,13 +172,20 @@ class TrainSpec:
     isometry_every: int = rule(0, least=0)
     further_epochs: int | None = rule(None, least=1)
     distill: DistillSpec | None = None
+    loss: LossSpec = LossSpec()
+    adversarial: AdversarialSpec | None = None
+    hold: bool = False
 
     def problem(self) -> tuple[str, str] | None:
-        """Two betas; a scaling that is derived for Adam."""
+        """Two betas; a scaling that is derived for Adam; what goes with holding and with certificates."""
         if self.scaling == "supar" and self.optimizer not in ("adam", "adamw"):
             return "scaling", f"supar is derived for adam and adamw, got {self.optimizer}"
         if len(self.betas) != 2:
             return "betas", f"Adam has two, e.g. [0.9, 0.999], got {len(self.betas)}"
+        if self.hold and (self.execution == "compact" or self.scaling != "none"):
+            return "hold", "held weights run masked, and their rates are not scaled: leave execution and scaling out"
+        if self.loss.is_certified and (self.mixup or self.cutmix or self.compile or self.execution == "compact"):
+            return "loss", f"{self.loss.name} needs whole labels and plain layers: no mixup, cutmix, compile, compact"
         return None
 
     def first(self) -> TrainSpec:

@@ -1,7 +1,7 @@
 """The names of torch that it does not promise to keep, all in one place.
 
 Each falls back on something slower that is as right, where there is such a thing; else whoever calls it is told what
-this version of torch lacks. Written against torch 2.4 to 2.14.
+this version of torch lacks. Written against torch 2.8 to 2.14.
 """
 
 from __future__ import annotations
@@ -177,10 +177,8 @@ def replicated(tensor: Tensor, mesh: Any) -> Tensor:
     Returns:
         A distributed tensor.
     """
-    try:
-        from torch.distributed.tensor import DTensor, Replicate
-    except ImportError:  # torch 2.4
-        from torch.distributed._tensor import DTensor, Replicate  # type: ignore[attr-defined]
+    from torch.distributed.tensor import DTensor, Replicate
+
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
@@ -190,6 +188,17 @@ def _shares_storage(a: Tensor, b: Tensor) -> bool:
 
 #: Whether two tensors share memory.
 is_alias: Callable[[Tensor, Tensor], bool] = private("_C._is_alias_of", "masked weights", _shares_storage)
+
+
+# ---- Export -------------------------------------------------------------------------------------------------------
+
+
+def is_draft(program: Any) -> bool:
+    """Whether an ONNX program is of a draft: older versions of torch record one where all else fails.
+
+    A draft takes the way through the model that the example takes, whatever it is given later.
+    """
+    return "Draft" in (getattr(program, "_capture_strategy", None) or "")
 
 
 # ---- Modules -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._torch import tree_leaves, tree_map
+from ._torch import is_draft, tree_leaves, tree_map
 from .blocks import BlockModule, Execution
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
@@ -126,6 +126,11 @@ def export_onnx(
         hint = "; dynamic_batch=False may help" if dynamic_batch else ""
         raise ValueError(f"torch.onnx cannot export {type(model).__name__}: {_first_line(error)}{hint}") from error
     assert program is not None
+    if is_draft(program):
+        raise ValueError(
+            f"torch.onnx cannot export {type(model).__name__}: what its forward does depends on the values that it is "
+            "given, and only what it does with the example could be written"
+        )
     partial = target.with_name(f".{target.name}.partial")
     try:
         size = sum(p.numel() * p.element_size() for p in own.state_dict().values())

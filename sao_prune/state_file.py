@@ -8,7 +8,6 @@ import pathlib
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def _read_file(path: Path) -> Any:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
             return {**{alias: state[owner] for alias, owner in aliases.items()}, **state}
-        with _harmless():
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -141,18 +140,6 @@ def _read_file(path: Path) -> Any:
     except Exception as error:
         # Whatever a damaged or hostile file makes the readers raise, it is the file's fault.
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
-
-
-@contextmanager
-def _harmless() -> Iterator[None]:
-    """As `torch.serialization.safe_globals`, which torch 2.4 has only the parts of."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(_HARMLESS)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 def _states(loaded: Any, depth: int) -> Iterator[dict[str, Tensor]]:

@@ -194,7 +194,6 @@ def test_compact_holds_only_the_blocks_and_computes_the_same():
     torch.testing.assert_close(compact.eval()(images), masked.eval()(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="the page's lines need torch 2.5")
 def test_what_to_do_with_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = created()

@@ -3,6 +3,7 @@
 import re
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +151,15 @@ def test_trees() -> None:
     for leaves, mapped in ((_torch.tree_leaves, _torch.tree_map), (lambda t: list(_torch._leaves(t)), _torch._map)):
         assert leaves(tree) == [1, 2, 3, 4, 5]
         assert mapped(lambda n: -n, tree) == {"x": [-1, (-2, -3)], "y": pair(-4, [-5])}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "draft"),
+    [
+        ({"_capture_strategy": "TorchExportDraftExportStrategy"}, True),
+        ({"_capture_strategy": None}, False),
+        ({}, False),
+    ],
+)
+def test_drafts_are_known(strategy: dict[str, Any], draft: bool) -> None:
+    assert _torch.is_draft(SimpleNamespace(**strategy)) is draft

@@ -28,8 +28,6 @@ from .operands import PLAIN, operands, product
 
 _DATA: Any = Tensor.data
 _STALE = -1
-# Older compilers know no subclasses of tensors: there a compiled forward leaves a plain one, which cannot be copied.
-_COMPILES = torch.__version__ >= "2.8"
 _INSTEAD = "call sao_prune.remove(model) first, or write to {0}_orig; nothing was written"
 
 
@@ -228,7 +226,7 @@ def derive(module: nn.Module, name: str) -> Tensor:
                 f"exported, so that {name}_orig has the values"
             )
         weight = product(getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
-        if type(weight) is not Tensor or not _COMPILES:
+        if type(weight) is not Tensor:
             return weight
         compiled = weight.as_subclass(MaskedWeight)
         compiled._module, compiled._name = module, name
@@ -253,7 +251,7 @@ def derive(module: nn.Module, name: str) -> Tensor:
 
 
 def _mark(weight: Tensor) -> Tensor:
-    if type(weight) is not Tensor or weight.is_inference() or (torch.compiler.is_compiling() and not _COMPILES):
+    if type(weight) is not Tensor or weight.is_inference():
         return weight
     return weight.as_subclass(MaskedWeight)
 

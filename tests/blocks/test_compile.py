@@ -88,8 +88,15 @@ def test_a_layer_that_is_compiled_alone_gives_its_own_result_or_an_error() -> No
     wrapped, _ = _compact("mlp")
     wrapped(x)
     wrapped[1] = torch.compile(wrapped[1], backend="aot_eager")
-    with pytest.raises(RuntimeError, match="computed by the block layer before it"):
-        wrapped(x)
+    try:
+        found: Tensor | str = wrapped(x)
+    except RuntimeError as error:
+        found = str(error)
+    # Older compilers see that the layer has been wrapped, and run it alone.
+    if isinstance(found, str):
+        assert "computed by the block layer before it" in found
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -122,6 +122,8 @@ def test_lightning(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate(tmp_path):
     accelerate = pytest.importorskip("accelerate")
+    # A process has one, and a trainer that ran before has left its data loader in it.
+    accelerate.state.GradientState._reset_state()
     from sao_prune.integrations.accelerate import PreparedPruner
 
     def start():

@@ -205,7 +205,6 @@ def test_a_write_is_there_for_whoever_comes_next(write, reader):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.8", reason="compiled passes leave plain tensors")
 @pytest.mark.parametrize("train", [False, True])
 def test_a_write_between_compiled_passes_arrives(train):
     torch._dynamo.reset()

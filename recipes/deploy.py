@@ -11,7 +11,8 @@ any other data of the laboratory, an image folder say (``--data folder:PATH``); 
 For every number of groups a copy of the model is converted by `Project`, trained on (``--distill`` is the teacher's
 share of the loss), made compact and exported. ``--structured`` does the same with Torch-Pruning at the same
 multiply-adds, and at any other shares that it is given. All is measured in the exported files, in ONNX Runtime; times
-are medians of interleaved calls, beside those of the same model in torch. Results go to the folder of ``--output``.
+are medians of interleaved calls, beside those of the same model in torch. Results go to the folder of ``--output``;
+models that are there already, from a run with the same options, are not trained again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from deployed import Row, logits, measure, output_error, table
+from kept import Kept
 from photographs import efficientnet_lite0
 from torch import nn
 
@@ -36,7 +39,7 @@ import sao_prune.models
 from sao_prune.lab.cost import multiply_adds
 from sao_prune.lab.data import Dataset, DataSource, DataSpec, load_dataset
 from sao_prune.lab.errors import LabError
-from sao_prune.lab.structured import structured
+from sao_prune.lab.structured import Structured, structured
 from sao_prune.lab.train import DistillSpec, ScheduleSpec, TrainSpec, evaluate, train
 
 
@@ -62,6 +65,10 @@ PRESETS = {
 }
 
 
+# Options that no trained model depends on.
+_FREE = ("groups", "structured", "batches", "repeats", "threads", "output", "dense", "data_dir", "download")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; what it leaves open comes from the preset."""
     parser = argparse.ArgumentParser(
@@ -71,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("model", choices=PRESETS)
     add("--groups", type=int, nargs="+", default=[8], help="blocks of every layer; one file each (8)")
     add("--topology", default="clustered", choices=("clustered", "interleaved", "ramanujan"), help="(clustered)")
+    add("--shared-sets", action="store_true", help="layers that feed each other share the sets of the channels between")
     add("--structured", type=float, nargs="*", help="Torch-Pruning too, at these further shares of the multiply-adds")
     add("--data", default="fashion-mnist", help="fashion-mnist, digits, cifar-10, .., folder:PATH")
     add("--data-dir", type=Path, default=Path("data"), help="where data lie")
@@ -152,26 +160,29 @@ def fit(
 
 
 def convert(args: argparse.Namespace, dense: nn.Module, data: Dataset, groups: int) -> tuple[nn.Module, Row]:
-    """A copy in blocks, trained on and compact."""
+    """A copy in blocks, trained on."""
     student = copy.deepcopy(dense)
     inputs = data.standardise(data.train_x[: args.samples])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sao_prune.SparsityWarning)
-        method = sao_prune.Project(inputs, args.topology, samples=args.samples)
+        method = sao_prune.Project(inputs, args.topology, samples=args.samples, shared_sets=args.shared_sets)
         report = sao_prune.apply(student, groups=groups, method=method, seed=args.seed)
     cost = multiply_adds(dense, data.standardise(data.test_x[:1]))
     share = cost.after({layer.name: layer.achieved for layer in report.pruned}) / cost.total
     row = Row(f"project-g{groups}", *first(student, dense, data), share, report.remaining)
     fit(args, student, data, args.further_epochs, args.further_lr, dense)
-    sao_prune.save(student, args.output / f"{row.name}.safetensors")
-    sao_prune.compact(student, example_input=inputs[:1])
     return student, row
+
+
+def thinned(dense: nn.Module, data: Dataset, share: float) -> tuple[nn.Module, Structured]:
+    """A copy with fewer channels."""
+    student = copy.deepcopy(dense)
+    return student, structured(student, data.standardise(data.train_x[:1]), share)
 
 
 def thin(args: argparse.Namespace, dense: nn.Module, data: Dataset, share: float) -> tuple[nn.Module, Row]:
     """A copy with fewer channels, trained on."""
-    student = copy.deepcopy(dense)
-    done = structured(student, data.standardise(data.train_x[:1]), share)
+    student, done = thinned(dense, data, share)
     row = Row(f"structured-{share:.4g}", *first(student, dense, data), done.share, done.parameters)
     fit(args, student, data, args.further_epochs, args.further_lr, dense)
     return student, row
@@ -192,13 +203,17 @@ def main(arguments: list[str] | None = None) -> None:
         cost = multiply_adds(dense, data.standardise(data.test_x[:1]))
         accuracy, parameters = evaluate(dense, data)[0], sum(p.numel() for p in dense.parameters())
         models, rows = {"dense": dense}, {"dense": Row("dense", accuracy, 0.0, 1.0, parameters)}
+        kept = Kept(args.output, {key: value for key, value in vars(args).items() if key not in _FREE})
         shares = []
         for groups in args.groups:
-            student, row = convert(args, dense, data, groups)
+            make = partial(convert, args, dense, data, groups)
+            student, row = kept.row(f"project-g{groups}", make, partial(copy.deepcopy, dense))
+            sao_prune.compact(student, example_input=data.standardise(data.train_x[:1]))
             models[row.name], rows[row.name] = student, row
             shares.append(row.multiply_adds)
         for share in [*shares, *args.structured] if args.structured is not None else ():
-            student, row = thin(args, dense, data, share)
+            make, again = partial(thin, args, dense, data, share), lambda share=share: thinned(dense, data, share)[0]
+            student, row = kept.row(f"structured-{share:.4g}", make, again)
             models[row.name], rows[row.name] = student, row
     except (LabError, sao_prune.CheckpointError, ValueError) as error:
         raise SystemExit(f"deploy: {error}") from error

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import sao_prune
+
 pytest.importorskip("timm")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("sklearn")
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def deploy():
-    names = ("deploy", "deployed", "photographs")
+    names = ("deploy", "deployed", "kept", "photographs")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "recipes"))
         import deploy
@@ -94,6 +96,30 @@ def test_bad_input_is_one_line(deploy, tmp_path, capsys) -> None:
         with pytest.raises(SystemExit) as caught:
             deploy.main(options)
         assert message in (str(caught.value) + capsys.readouterr().err)
+
+
+def test_what_is_done_is_not_done_again(deploy, tmp_path) -> None:
+    import deployed
+    import kept
+
+    def make():
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+        sao_prune.apply(net, groups=2, skip_first=False, skip_last=False)
+        return net, deployed.Row("a", 0.5, 0.1, 0.5, 64)
+
+    def plain():
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+
+    def refuse():
+        raise AssertionError("made again")
+
+    first, row = kept.Kept(tmp_path, {"lr": 0.1, "path": tmp_path}).row("a", make, refuse)
+    again, same = kept.Kept(tmp_path, {"lr": 0.1, "path": tmp_path}).row("a", refuse, plain)
+    x = torch.randn(2, 8)
+    assert same == row
+    assert torch.equal(again(x), first(x))
+    with pytest.raises(AssertionError, match="made again"):
+        kept.Kept(tmp_path, {"lr": 0.2, "path": tmp_path}).row("a", refuse, plain)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from .base import Stage
 from .batches import Rows, moments, read_batches
 from .draw import Draw, Fidelity
 from .parts import Given, Part, largest_block, mean_energy
-from .rehearsal import evaluated, progress_bar, trial
+from .rehearsal import evaluated, progress_bar, readers, trial
 from .saliency import floats_as, seeded
 from .sets import Sets
 from .stations import Use, Visit, run
@@ -52,6 +52,8 @@ class Options(Protocol):
     def correct(self) -> bool: ...
     @property
     def readout(self) -> bool: ...
+    @property
+    def shared_sets(self) -> bool: ...
 
 
 def convert(
@@ -83,7 +85,8 @@ def convert(
     dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
     batches = [floats_as(batch, dtype) for batch in batches]
     own = {name for name, _ in model.named_parameters()}
-    work = _Conversion(options, copied, allocations, seed, stage, own)
+    read = readers(copied, batches[0], allocations) if options.shared_sets else {}
+    work = _Conversion(options, copied, allocations, Sets(options.topology, allocations, seed, stage, read), seed, own)
     with torch.no_grad(), seeded(list(work.parameters.values()), seed, name="project"):
         tracer = trial(copied, batches[0], work.weights)
         watched = work.watched(whole, tracer)
@@ -100,8 +103,8 @@ class _Conversion:
         options: Options,
         model: nn.Module,
         allocations: Sequence[Allocation],
+        sets: Sets,
         seed: int,
-        stage: Stage | None,
         own: Collection[str],
     ) -> None:
         self._options, self._model, self._allocations, self._seed = options, model, allocations, seed
@@ -121,7 +124,7 @@ class _Conversion:
         times = Counter(id(p) for _, p in names)
         # Biases and linear layers that stand in the model once, and in the original under the same name.
         self._single = {id(p): name for name, p in names if times[id(p)] == 1 and name in own and p.dim() <= 2}
-        self._sets = Sets(options.topology, allocations, seed, stage)
+        self._sets = sets
         self._sinks: Mapping[int, Sink] = {}
         self._readout: int | None = None
         self._draws: dict[int, Draw] = {}
@@ -237,6 +240,8 @@ class _Conversion:
             note = f"{rows} rows for blocks of {needed} inputs: the ridge settles the rest"
         shares = (kept / total, after / total) if total > 0 else (0.0, 0.0)
         fidelity = Fidelity(energy, *shares, rows, perf_counter() - start)
+        if index in self._sets.followers:
+            note = "; ".join(filter(None, (note, "its input sets are the output sets of the layer before it")))
         self._draws[index], self._last = replace(draw, fidelity=fidelity, note=note), index
         if biased:
             assert use.bias is not None

@@ -52,6 +52,9 @@ class Project(Method):
         correct: correct biases and take the statistics of batch norms anew.
         readout: fit the model's last layer anew, where it is linear and stays dense; the ridge for it is chosen by
             generalised cross-validation, and where examples are too few for it nothing changes.
+        shared_sets: where one converted layer alone reads the outputs of another, through elementwise functions and
+            batch norms, both get one partition of these channels, searched for both: between them no channel has to
+            move when the model runs compact. Their blocks then are separate small networks, which fit worse.
 
     Raises:
         ValueError: for an option out of range.
@@ -76,6 +79,7 @@ class Project(Method):
     rows: int = 16384
     correct: bool = True
     readout: bool = True
+    shared_sets: bool = False
 
     # The inputs may be tensors, whose equality is no single answer.
     __eq__ = object.__eq__
@@ -86,6 +90,8 @@ class Project(Method):
         choice("values", self.values, ("least_squares", "keep", "orthogonal"))
         check_count("samples", self.samples)
         check_count("rows", self.rows)
+        if self.shared_sets and self.topology != "clustered":
+            raise ValueError(f"shared_sets needs topology='clustered', got topology={self.topology!r}")
         if (
             isinstance(self.ridge, bool)
             or not isinstance(self.ridge, Real)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,7 +11,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.prune import remove as torch_remove
 
 from .._torch import tree_map
+from ..allocation import Allocation
 from ..discovery import call
+from ..discovery.dataflow import record
+from ..discovery.feeding import feeds
 from .tracer import Tracer
 
 
@@ -38,14 +41,33 @@ def evaluated(model: nn.Module) -> nn.Module:
 
 def trial(model: nn.Module, batch: object, weights: Iterable[int]) -> Tracer:
     """Run two examples: does it work, and where do the outputs of these weights, given by their ids, go?"""
-    few = tree_map(lambda t: t[:2].clone() if isinstance(t, Tensor) and t.dim() else t, batch)
-    tracer = Tracer(weights, model.parameters())
+    few, tracer = _few(batch), Tracer(weights, model.parameters())
     try:
         with tracer:
             call(model, few)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} does not run on the calibration data: {error}") from error
     return tracer
+
+
+def readers(model: nn.Module, batch: object, allocations: Sequence[Allocation]) -> dict[int, tuple[int, Tensor]]:
+    """For a weight the one that alone reads its outputs, where both are single matrices, and the energy of that one."""
+    try:
+        pairs = feeds(record(model, _few(batch)))
+    except ValueError as error:
+        raise ValueError(f"{type(model).__name__} does not run on the calibration data: {error}") from error
+    index = {a.weight.name: i for i, a in enumerate(allocations) if a.weight.parts == 1 and a.groups > 1}
+    found = {}
+    for first, then in pairs.items():
+        if first in index and then in index:
+            weight = allocations[index[then]].weight
+            matrix = weight.matrices(getattr(model.get_submodule(weight.module), weight.tensor).detach())[0]
+            found[index[first]] = (index[then], matrix[..., None].flatten(2).square().sum(2))
+    return found
+
+
+def _few(batch: object) -> object:
+    return tree_map(lambda t: t[:2].clone() if isinstance(t, Tensor) and t.dim() else t, batch)
 
 
 @contextmanager

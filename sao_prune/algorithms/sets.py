@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ..allocation import Allocation
 from ..seeds import named_generator
-from ..topology import BlockTopology, clustered, coarsened, even_sizes, exact_sizes, make_topology, split
+from ..topology import (
+    BlockTopology,
+    clustered,
+    clustered_pair,
+    coarsened,
+    even_sizes,
+    exact_sizes,
+    followed,
+    make_topology,
+    split,
+)
 from .base import Stage
 
 
@@ -20,32 +30,67 @@ class Sets:
         allocations: what each weight is asked for.
         seed: base seed.
         stage: of a schedule: sets are split inside those that there are.
+        feeds: for a weight the one that reads its outputs and shall have its sets for them, and that one's energy.
     """
 
-    def __init__(self, kind: str, allocations: Sequence[Allocation], seed: int, stage: Stage | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        allocations: Sequence[Allocation],
+        seed: int,
+        stage: Stage | None,
+        feeds: Mapping[int, tuple[int, Tensor]],
+    ) -> None:
         self._kind, self._allocations, self._seed, self._stage = kind, allocations, seed, stage
+        self._feeds = feeds
+        self._given: dict[int, Tensor] = {}
+        self.followers: set[int] = set()
 
     def __call__(self, index: int, energies: list[Tensor]) -> tuple[BlockTopology, ...]:
         """One topology for each of a weight's matrices, given the energies of their entries."""
-        allocation, kind, stage = self._allocations[index], self._kind, self._stage
-        (rows, cols), name = allocation.weight.matrix, allocation.weight.name
-        final = allocation if stage is None else stage.final[index]
-        if kind != "clustered":
-            # Layers of one shape share their sets, as everywhere in the library.
-            key = (kind, rows, cols, final.groups, final.nnz)
-            generator = named_generator(self._seed, "topology", *key)
-            groups = None if final.nnz is not None else final.groups
-            made = make_topology(kind, rows, cols, groups=groups, nnz=final.nnz, generator=generator)
-            return (coarsened(made, allocation.groups),) * len(energies)
-        exact = final.nnz is not None
-        sizes = exact_sizes(rows, cols, final.nnz or 0) if exact else even_sizes(rows, cols, final.groups)
-        row_sizes, col_sizes = (side.view(allocation.groups, -1).sum(1) for side in sizes)
-        out = []
-        for part, energy in enumerate(energies):
-            generator = named_generator(self._seed, "clusters", name, part, allocation.groups)
-            if stage is None:
-                out.append(clustered(energy, sizes=(row_sizes, col_sizes), generator=generator))
-            else:
-                now = BlockTopology.from_mask(stage.units[index][part])
-                out.append(split(energy, now, (row_sizes, col_sizes), generator))
-        return tuple(out)
+        if self._kind != "clustered":
+            return self._by_rule(index, len(energies))
+        now: list[BlockTopology | None] = [None] * len(energies)
+        if self._stage is not None:
+            now = [BlockTopology.from_mask(unit) for unit in self._stage.units[index]]
+        found = tuple(self._searched(index, part, energy, now[part]) for part, energy in enumerate(energies))
+        if index in self._feeds:
+            self._given[self._feeds[index][0]] = found[0].row_set
+        return found
+
+    def _by_rule(self, index: int, parts: int) -> tuple[BlockTopology, ...]:
+        """Layers of one shape share their sets, as everywhere in the library."""
+        allocation, final = self._allocations[index], self._final(index)
+        key = (self._kind, *allocation.weight.matrix, final.groups, final.nnz)
+        generator = named_generator(self._seed, "topology", *key)
+        groups = None if final.nnz is not None else final.groups
+        rows, cols = allocation.weight.matrix
+        made = make_topology(self._kind, rows, cols, groups=groups, nnz=final.nnz, generator=generator)
+        return (coarsened(made, allocation.groups),) * parts
+
+    def _searched(self, index: int, part: int, energy: Tensor, now: BlockTopology | None) -> BlockTopology:
+        allocation, sizes = self._allocations[index], self._sizes(index)
+        generator = named_generator(self._seed, "clusters", allocation.weight.name, part, allocation.groups)
+        if index in self._given:
+            found = followed(energy, self._given[index], sizes, now)
+            if found is not None:
+                self.followers.add(index)
+                return found
+        if now is not None:
+            return split(energy, now, sizes, generator)
+        if index in self._feeds:
+            reader, its_energy = self._feeds[index]
+            rows = self._sizes(reader)[0]
+            if len(rows) == len(sizes[0]):
+                return clustered_pair(energy, its_energy, sizes, rows, generator)
+        return clustered(energy, sizes=sizes, generator=generator)
+
+    def _sizes(self, index: int) -> tuple[Tensor, Tensor]:
+        allocation, final = self._allocations[index], self._final(index)
+        (rows, cols), exact = allocation.weight.matrix, final.nnz is not None
+        fine = exact_sizes(rows, cols, final.nnz or 0) if exact else even_sizes(rows, cols, final.groups)
+        row_sizes, col_sizes = (side.view(allocation.groups, -1).sum(1) for side in fine)
+        return row_sizes, col_sizes
+
+    def _final(self, index: int) -> Allocation:
+        return self._allocations[index] if self._stage is None else self._stage.final[index]

@@ -31,9 +31,9 @@ def fold(model: nn.Module, example_input: Any) -> int:
 
     The channels between a block layer and the only block layer that takes them, through elementwise activations,
     dropouts and batch norms, may stand in any order. They are put into that of the first layer's blocks and, within
-    each, into that of the second's: of two irregular permutations one remains at most, and none but a strided one
-    where every block of the first feeds every block of the second alike. What cannot be proven to be such a pair
-    stays as it is.
+    each, into that of the second's: of two irregular permutations one remains at most, none but a strided one where
+    every block of the first feeds every block of the second alike, and none at all where both have the same sets. What
+    cannot be proven to be such a pair stays as it is.
 
     Args:
         model: without epilogues; a copy, as parameters, statistics and sets are permuted in place.
@@ -59,7 +59,7 @@ def fold(model: nn.Module, example_input: Any) -> int:
         if not _suits(first, then):
             continue
         order = _order(first.topology, then.topology)
-        if order is None or not _helps(first, then, order):
+        if order is None:
             continue
         with torch.no_grad():
             _relabel_rows(first, order)
@@ -111,37 +111,38 @@ def _suits(first: BlockModule, then: BlockModule) -> bool:
 
 
 def _order(first: BlockTopology, then: BlockTopology) -> torch.Tensor | None:
-    """The channels by the first layer's blocks, in each by their rank in the second's."""
+    """The channels by the blocks of one layer, in each by their rank in the other's, if that saves permutations.
+
+    By the second's where both have the same sets: blocks are numbered by their rows, so that those of the first follow.
+    """
     rows, cols = first.row_set, then.col_set
     if bool((rows < 0).any()) or bool((cols < 0).any()):
         return None
-    return torch.argsort(rows * (int(cols.max()) + 1) + cols, stable=True)
+    orders = (torch.argsort(a * (int(b.max()) + 1) + b, stable=True) for a, b in ((rows, cols), (cols, rows)))
+    costs = {_cost(first, then, order): order for order in reversed(list(orders))}
+    least = min(costs)
+    return costs[least] if least < _cost(first, then, torch.arange(len(rows))) else None
 
 
-def _helps(first: BlockModule, then: BlockModule, order: torch.Tensor) -> bool:
-    """Whether fewer irregular permutations, or fewer permutations at all, are left."""
-    new = BlockTopology(first.topology.row_set[order], first.topology.col_set)
-    after = BlockTopology(then.topology.row_set, then.topology.col_set[order])
-    cost = {Kind.IDENTITY: 0, Kind.STRIDED: 1, Kind.INDEX: 10}
-
-    def total(one: BlockTopology, other: BlockTopology) -> int:
-        a, b = layout_of_topology(one), layout_of_topology(other)
-        return sum(cost[p.kind] for p in (a.inputs, a.outputs, b.inputs, b.outputs))
-
-    return total(new, after) < total(first.topology, then.topology)
+def _cost(first: BlockTopology, then: BlockTopology, order: torch.Tensor) -> int:
+    """How much channels move in and out of both layers with the hidden ones in an order."""
+    each = {Kind.IDENTITY: 0, Kind.STRIDED: 1, Kind.INDEX: 10}
+    new = BlockTopology(first.row_set[order], first.col_set), BlockTopology(then.row_set, then.col_set[order])
+    layouts = [layout_of_topology(topology) for topology in new]
+    return sum(each[layout.inputs.kind] + each[layout.outputs.kind] for layout in layouts)
 
 
 def _relabel_rows(layer: BlockModule, order: torch.Tensor) -> None:
     old = layer.topology
-    new = BlockTopology(old.row_set[order], old.col_set)
-    _replace(layer, old, new, order, torch.arange(len(old.col_set)))
+    _replace(layer, old, BlockTopology(old.row_set[order], old.col_set), order, torch.arange(len(old.col_set)))
     if layer.bias is not None:
         layer.bias.copy_(layer.bias[order])
 
 
 def _relabel_cols(layer: BlockModule, order: torch.Tensor) -> None:
     old = layer.topology
-    _replace(layer, old, BlockTopology(old.row_set, old.col_set[order]), torch.arange(len(old.row_set)), order)
+    new = BlockTopology(old.row_set, old.col_set[order])
+    _replace(layer, old, new, torch.arange(len(old.row_set)), order)
 
 
 def _replace(

@@ -5,6 +5,7 @@ from .block import BlockTopology, Bucket, NotBlockStructuredError
 from .clustering import chain, clustered, coarsened, kept_energy, split
 from .codes import Seen, decode_sets, encode_sets, real_values, topology_of, unwrapped
 from .expanders import expander
+from .following import clustered_pair, followed
 from .generators import (
     GENERATORS,
     SUPPORTS,
@@ -32,12 +33,14 @@ __all__ = [
     "balanced_assignment",
     "chain",
     "clustered",
+    "clustered_pair",
     "coarsened",
     "decode_sets",
     "encode_sets",
     "even_sizes",
     "exact_sizes",
     "expander",
+    "followed",
     "interleaved",
     "kept_energy",
     "make_support",

@@ -1,6 +1,5 @@
 """Figures are drawn and written; the numbers behind them are the thesis's where those are determined."""
 
-
 import pytest
 import torch
 from typer.testing import CliRunner

@@ -26,9 +26,9 @@ def followed(
 
     Example:
         >>> import torch
-        >>> two = torch.tensor([1, 1])
-        >>> followed(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1]), (two, two)).row_set.tolist()
-        [1, 0]
+        >>> one = torch.tensor([1, 1])
+        >>> followed(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1]), (one, one)).mask().int().tolist()
+        [[0, 1], [1, 0]]
     """
     rows, cols = sizes
     if coarse is not None and coarse.groups > 1:
@@ -82,6 +82,13 @@ def clustered_pair(
 
     Returns:
         The topology of the first; `followed` by its ``row_set`` gives the second.
+
+    Example:
+        >>> hidden = torch.tensor([0, 1, 0, 1])
+        >>> first, then = (hidden[:, None] == torch.arange(2)).float(), (torch.arange(2)[:, None] == hidden).float()
+        >>> two, one = torch.tensor([2, 2]), torch.tensor([1, 1])
+        >>> clustered_pair(first, then, (two, one), one, torch.Generator().manual_seed(0)).row_set.tolist()
+        [0, 1, 0, 1]
     """
     rows, cols = sizes
     both = torch.cat([_share(energy), _share(next_energy).T], 1)

@@ -1,6 +1,5 @@
 """Singular values against dense operators and against autograd's full Jacobian."""
 
-
 import pytest
 import torch
 from torch import nn

@@ -33,6 +33,9 @@ class Budget:
             lets set sizes differ until the number of edges is met.
         distribution: ``"uniform"`` gives every layer the same sparsity; ``"erk"`` (Erdos-Renyi kernel) keeps
             more of small layers at the same total. Counts only for a single ``sparsity``.
+
+    Raises:
+        ValueError: if none is given, several are that exclude each other, or a number is out of range.
     """
 
     sparsity: Amount | None = None

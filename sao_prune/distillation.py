@@ -136,7 +136,7 @@ class Distiller:
         if logits.shape != wanted.shape:
             raise ValueError(f"the student's logits are {tuple(logits.shape)}, the teacher's {tuple(wanted.shape)}")
         with torch.autocast(logits.device.type, enabled=False):
-            total = divergence(logits, wanted, options.temperature, options.dim)
+            total = _divergence(logits, wanted, options.temperature, options.dim)
             if task is not None:
                 total = (1 - options.weight) * task + options.weight * total
             if self._pairs:
@@ -187,7 +187,7 @@ class Distiller:
         return torch.stack(losses).mean()
 
 
-def divergence(logits: Tensor, taught: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def _divergence(logits: Tensor, taught: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Kullback-Leibler divergence of softened logits from the teacher's, times the temperature's square, in nats.
 
     Args:
@@ -197,7 +197,7 @@ def divergence(logits: Tensor, taught: Tensor, temperature: float = 1.0, dim: in
         dim: the dimension of the classes; the mean is over all others.
 
     Example:
-        >>> float(divergence(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()).mul(1000).round())
+        >>> float(_divergence(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()).mul(1000).round())
         131.0
     """
     learnt, wanted = (F.log_softmax(x.float() / temperature, dim) for x in (logits, taught))

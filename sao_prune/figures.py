@@ -62,7 +62,7 @@ def write_figures(folder: str | Path, seed: int = 0, progress: Callable[[str], o
             paths.append(plot.save(make(*data, title=title, theme=theme), folder / f"{name}-{theme}.png"))
 
     progress("figure 4.2: Ramanujan gap")
-    gaps = layer_gaps(seed)
+    gaps = _layer_gaps(seed)
     draw("gap", plot.gap_against_sparsity, gaps, SPARSITIES, title="Ramanujan gap of one layer, by both definitions")
     paths.append(_write_gaps(folder / "gap.csv", gaps))
     progress("figure 4.3: eigenvalues")
@@ -75,9 +75,9 @@ def write_figures(folder: str | Path, seed: int = 0, progress: Callable[[str], o
     )
     progress("figures 4.4 and 4.9: reachability")
     title = "Which inputs of the first layer\nreach which outputs of the N-th\n256 x 256 layers, 98.4375 % sparse"
-    draw("reachability", plot.reachability_matrices, layer_reach(seed), title=title)
+    draw("reachability", plot.reachability_matrices, _layer_reach(seed), title=title)
     title = "MLP-50, 98.4375 % sparse: which inputs of L1 reach which outputs of the k-th layer of width 256"
-    draw("reachability-mlp50", plot.reachability_matrices, mlp50_reach(seed), title=title)
+    draw("reachability-mlp50", plot.reachability_matrices, _mlp50_reach(seed), title=title)
     progress("figures 4.5 and 4.6, table 4.1: singular values")
     values = layer_values(seed)
     for name, methods in (("isometry-sao", ("dense", "SAO")), ("isometry-others", ("dense", "RG", "LMP", "LRP"))):
@@ -93,7 +93,7 @@ def write_figures(folder: str | Path, seed: int = 0, progress: Callable[[str], o
     return Written(tuple(paths), table)
 
 
-def layer_gaps(seed: int) -> dict[str, dict[str, dict[int, list[float]]]]:
+def _layer_gaps(seed: int) -> dict[str, dict[str, dict[int, list[float]]]]:
     """Figure 4.2: ``[definition][method][width]``, one gap a sparsity."""
     out: dict[str, dict[str, dict[int, list[float]]]] = {}
     for method, name in (("lmp", "LMP"), ("lrp", "LRP"), ("rg", "SAO, RG")):
@@ -105,7 +105,7 @@ def layer_gaps(seed: int) -> dict[str, dict[str, dict[int, list[float]]]]:
     return out
 
 
-def layer_reach(seed: int) -> dict[str, dict[str, Tensor]]:
+def _layer_reach(seed: int) -> dict[str, dict[str, Tensor]]:
     """Figure 4.4: reachability after 1, 3 and 5 layers of width 256; with the interleaved topology, ours, beside it."""
     out: dict[str, dict[str, Tensor]] = {}
     methods = {"LMP": resolve("lmp"), "SAO, RG": RG(topology_sharing="none"), "interleaved": RG(topology="interleaved")}
@@ -116,7 +116,7 @@ def layer_reach(seed: int) -> dict[str, dict[str, Tensor]]:
     return out
 
 
-def mlp50_reach(seed: int) -> dict[str, dict[str, Tensor]]:
+def _mlp50_reach(seed: int) -> dict[str, dict[str, Tensor]]:
     """Figure 4.9: reachability along the 49 layers of width 256 of MLP-50, all pruned together by GMP or RG."""
     out: dict[str, dict[str, Tensor]] = {}
     for method, name in ((resolve("gmp"), "GMP-S"), (RG(topology_sharing="none"), "SAO, RG")):

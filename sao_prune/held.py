@@ -209,18 +209,18 @@ def held_tensors(module: nn.Module) -> list[str]:
 def put(module: nn.Module, tensor: str, held: Held) -> None:
     """Hold a tensor of a module, in place."""
     if parametrize.is_parametrized(module):
-        own_class(module)
+        _own_class(module)
     parametrize.register_parametrization(module, tensor, held, unsafe=True)
     type(module).__deepcopy__ = _deepcopy  # type: ignore[attr-defined]
 
 
 def take_off(module: nn.Module, tensor: str) -> None:
     """Make a held tensor a plain parameter again, with its present values, in place."""
-    own_class(module)
+    _own_class(module)
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
 
 
-def own_class(module: nn.Module) -> None:
+def _own_class(module: nn.Module) -> None:
     """Give a parametrized module a class that no other shares.
 
     torch puts a property for each parametrized tensor on a class that it makes for the module, and copies share that
@@ -241,7 +241,7 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> Any:
         memo[id(module)] = replica
         replica.__dict__.update(deepcopy(module.__dict__, memo))
     if parametrize.is_parametrized(replica):
-        own_class(replica)
+        _own_class(replica)
     return replica
 
 

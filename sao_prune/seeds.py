@@ -54,6 +54,9 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
     Returns:
         What it returns.
 
+    Raises:
+        Exception: that of rank 0.
+
     Example:
         >>> from_rank_zero(lambda: 3)
         3

@@ -109,7 +109,7 @@ class MaskedSite(Site):
         original.data.mul_(prepared)
         if original.grad is not None:
             original.grad.mul_(kept.to(original.grad.dtype))
-        for value in state_of(optimizer, original):
+        for value in _state_of(optimizer, original):
             value.mul_(kept.to(value.dtype))
         for path, tensor in ((weight.module, weight.tensor), *weight.aliases):
             module = self._model.get_submodule(path)
@@ -166,7 +166,7 @@ class CompactSite(Site):
 
     def write(self, draw: Draw, prepared: tuple[BlockTopology, BlockTopology, Tensor | None], optimizer: Any) -> None:
         layer, (before, after, values) = self._layer, prepared
-        move_inputs(layer, before, after, state_of(optimizer, layer.blocks))
+        _move_inputs(layer, before, after, _state_of(optimizer, layer.blocks))
         if values is not None:
             layer.blocks.data.copy_(values)
 
@@ -196,7 +196,7 @@ class CompactSite(Site):
         output.register_hook(told)
 
 
-def move_inputs(layer: BlockModule, before: BlockTopology, after: BlockTopology, states: list[Tensor]) -> None:
+def _move_inputs(layer: BlockModule, before: BlockTopology, after: BlockTopology, states: list[Tensor]) -> None:
     """Give a compact layer's inputs other places, in place: what came to a block starts at zero, without a gradient.
 
     Args:
@@ -232,7 +232,7 @@ def mask_units(weight: PrunableWeight, mask: Tensor, fine: bool = False) -> Tens
     return (stacked.flatten(3).any(3) if weight.kernel and not fine else stacked).cpu()
 
 
-def state_of(optimizer: Any, parameter: nn.Parameter) -> list[Tensor]:
+def _state_of(optimizer: Any, parameter: nn.Parameter) -> list[Tensor]:
     """The optimizer's tensors of a parameter's own shape."""
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

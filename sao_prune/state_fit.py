@@ -28,7 +28,11 @@ def mask_of(modules: Mapping[str, nn.Module], name: str) -> Tensor:
 
 
 def check_held(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuse a held weight where the other side's is none: their values are of different kinds."""
+    """Refuse a held weight where the other side's is none: their values are of different kinds.
+
+    Raises:
+        CheckpointError: naming the weight and what to do.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         prefix = f"{path}." if path else ""
@@ -60,7 +64,11 @@ def check_held(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_block_layers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuse another topology for a block layer whose blocks are more than a parameter."""
+    """Refuse another topology for a block layer whose blocks are more than a parameter.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if not isinstance(module, BlockModule) or f"{prefix}blocks" not in state:
@@ -72,7 +80,11 @@ def check_block_layers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_support(name: str, values: Tensor, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse a baked weight whose zeros are elsewhere than the model's mask: little of it would be left."""
+    """Refuse a baked weight whose zeros are elsewhere than the model's mask: little of it would be left.
+
+    Raises:
+        CheckpointError: naming the weight.
+    """
     mask = mask_of(modules, name)
     if values.shape != mask.shape:
         return

@@ -1,5 +1,6 @@
 """Every example in every docstring runs, and what a machine can see of a docstring holds of every public one."""
 
+import ast
 import doctest
 import functools
 import importlib
@@ -8,6 +9,8 @@ import io
 import pkgutil
 import re
 import tokenize
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import GenericAlias, ModuleType
 
@@ -99,3 +102,76 @@ def test_the_words_are_the_fields(word: str) -> None:
         if hits := re.findall(rf"\b{word}", prose(path), re.IGNORECASE):
             found[str(relative)] = len(hits)
     assert not found, f"say {WORDS[word]!r}"
+
+
+# ---- By the source alone --------------------------------------------------------------------------------------------
+
+ROOT = Path(sao_prune.__file__).parents[1]
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def mentioned(path: Path) -> frozenset[str]:
+    """Names that a file of the package imports, takes from something, or has in short strings; elsewhere all words."""
+    if path not in FILES:
+        return frozenset(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    found: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 60:
+            found |= set(re.findall(r"\w+", node.value))
+    return frozenset(found)
+
+
+def test_functions_that_one_file_uses_alone_are_private() -> None:
+    folders = [ROOT / name for name in ("tests", "benchmarks", "recipes", "docs")]
+    others = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".rst")]
+    where = [*FILES, *others, ROOT / "README.md"]
+    times = Counter(name for path in where if path.is_file() for name in mentioned(path))
+    lonely = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in FILES
+        for node in parsed(path).body
+        if isinstance(node, ast.FunctionDef) and node.name[0] != "_" and not node.decorator_list
+        if times[node.name] == (node.name in mentioned(path))
+    ]
+    assert not lonely
+
+
+def raised(function: ast.FunctionDef) -> set[str]:
+    """The errors that a function raises itself, not in a function within it."""
+    nodes: list[ast.AST] = list(function.body)
+    for node in nodes:
+        inner = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, inner)]
+    found = {ast.unparse(n.exc).partition("(")[0] for n in nodes if isinstance(n, ast.Raise) and n.exc is not None}
+    return found - {"NotImplementedError"}
+
+
+def raising(path: Path) -> Iterator[tuple[str, str]]:
+    """Public functions and methods that raise errors, and their docstrings; of constructors the class's."""
+    classes = [node for node in parsed(path).body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
+    for owner in (parsed(path), *classes):
+        for node in (n for n in owner.body if isinstance(n, ast.FunctionDef)):
+            starts = node.name in ("__init__", "__post_init__")
+            if (starts or node.name[0] != "_") and raised(node):
+                yield node.name, ast.get_docstring(owner if starts else node) or ""
+
+
+def test_what_is_raised_is_documented() -> None:
+    # Of commands the docstring is the help; of what overrides another's method that one's counts.
+    lacking = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in FILES
+        if path.name != "cli.py"
+        for name, text in raising(path)
+        if text and "Raises:" not in text and not text.startswith("See `")
+    ]
+    assert not lacking

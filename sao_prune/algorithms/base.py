@@ -158,6 +158,9 @@ class Method:
             allocations: what each weight is asked for, in the order of the model.
             weights: the weights themselves, in the same order.
             seed: base seed; every weight derives its own generator from it and its name.
+
+        Raises:
+            TypeError: if the method does not say how it draws.
         """
         raise TypeError(f"{type(self).__name__} does not say how it draws")
 
@@ -182,6 +185,9 @@ class Method:
             stage: what is asked for and what there is.
             weights: the masked weights, in the order of the allocations.
             seed: base seed, the same at every stage.
+
+        Raises:
+            TypeError: if the method does not prune over time.
         """
         raise TypeError(f"{type(self).__name__} does not prune over time")
 
@@ -269,7 +275,11 @@ def resolve(method: str | Method) -> Method:
 
 
 def choice(option: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuse an option value that is not among the allowed ones."""
+    """Refuse an option value that is not among the allowed ones.
+
+    Raises:
+        ValueError: naming the nearest allowed one.
+    """
     if isinstance(value, bool) or value not in allowed:
         hint = nearest(value, allowed)
         raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")

@@ -262,7 +262,7 @@ class BranchPlanner:
         """All channels, in an order of the block's own, so that one block mixes what another keeps apart."""
         if self._kind == "interleaved":
             # Perfect shuffles: digit after digit of a channel's number.
-            shuffle = even_shuffle(count, self._allocations[block.layers[-1].weight].groups)
+            shuffle = _even_shuffle(count, self._allocations[block.layers[-1].weight].groups)
             order = torch.arange(count, device="cpu")
             for _ in range(self._turn % count):
                 order = order[shuffle]
@@ -286,11 +286,11 @@ class BranchPlanner:
         return topology
 
 
-def even_shuffle(count: int, groups: int) -> Tensor:
+def _even_shuffle(count: int, groups: int) -> Tensor:
     """The permutation that deals channels to groups in turn and puts the groups one after another.
 
     Example:
-        >>> even_shuffle(6, 2).tolist()
+        >>> _even_shuffle(6, 2).tolist()
         [0, 2, 4, 1, 3, 5]
     """
     return make_topology("interleaved", count, count, groups=min(groups, count)).col_order

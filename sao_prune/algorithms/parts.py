@@ -63,6 +63,9 @@ class Part:
         """Means and input-weighted energies; with ``centred`` the means count for nothing, for a bias takes them up.
 
         With ``paired`` it is not asked whether rows of the two models belong together.
+
+        Raises:
+            ValueError: if the inputs are not finite.
         """
         self._centred = centred
         self.mean, variance, finite = moments(self._chunks(self._given.rows))

@@ -111,7 +111,11 @@ class Project(Method):
         return True
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
-        """Refused: weights alone do not tell what they are used for."""
+        """Refused: weights alone do not tell what they are used for.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(
             "Project needs the whole model: use sao_prune.apply(model, method=sao_prune.Project(inputs=..))"
         )

@@ -40,7 +40,11 @@ def evaluated(model: nn.Module) -> nn.Module:
 
 
 def trial(model: nn.Module, batch: object, weights: Iterable[int]) -> Tracer:
-    """Run two examples: does it work, and where do the outputs of these weights, given by their ids, go?"""
+    """Run two examples: does it work, and where do the outputs of these weights, given by their ids, go?
+
+    Raises:
+        ValueError: if the model does not run on them.
+    """
     few, tracer = _few(batch), Tracer(weights, model.parameters())
     try:
         with tracer:

@@ -39,13 +39,22 @@ class Saliency(Method):
     __hash__ = object.__hash__
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
-        """Refused: weights alone have no saliency."""
+        """Refused: weights alone have no saliency.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(f"{type(self).__name__} needs the whole model: use sao_prune.apply(model, method=..)")
 
 
 @dataclass(frozen=True, eq=False)
 class DataSaliency(Saliency):
-    """Base of the methods whose scores come from the gradient of a loss on labelled data."""
+    """Base of the methods whose scores come from the gradient of a loss on labelled data.
+
+    Raises:
+        TypeError: if the loss is no function.
+        ValueError: if inputs and targets do not belong together.
+    """
 
     inputs: Any = field(default=None, repr=False)
     targets: Any = field(default=None, repr=False)
@@ -142,7 +151,11 @@ def examples(option: str, tree: Any) -> int:
 
 
 def check_count(option: str, value: object) -> None:
-    """Refuse what is no positive whole number."""
+    """Refuse what is no positive whole number.
+
+    Raises:
+        ValueError: naming the option.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{option} must be a positive whole number, got {value!r}")
 

@@ -179,7 +179,11 @@ class SAO(Method):
         return out
 
     def draw(self, allocations: Sequence[Allocation], weights: Sequence[Tensor], seed: int) -> list[Draw]:
-        """One topology and one set of orthogonal blocks for every part of every weight."""
+        """One topology and one set of orthogonal blocks for every part of every weight.
+
+        Raises:
+            ValueError: with ``residual``, which concerns the whole model.
+        """
         if self.residual is not None:
             raise ValueError("residual='isometric' concerns the whole model: use sao_prune.apply(model, method=..)")
         if not self.structured:
@@ -230,7 +234,11 @@ class SAO(Method):
 
 
 def check_gain(gain: float) -> None:
-    """Refuse a gain that is no positive finite number."""
+    """Refuse a gain that is no positive finite number.
+
+    Raises:
+        ValueError: telling what was given.
+    """
     if isinstance(gain, bool) or not isinstance(gain, Real) or not isfinite(gain) or gain <= 0:
         raise ValueError(f"gain must be a positive finite number, got {gain!r}")
 

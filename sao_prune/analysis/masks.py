@@ -24,7 +24,7 @@ class SpectrumTooLargeError(ValueError):
     """An exact spectrum that would not fit in memory; the message says how much it needs and what to do instead."""
 
 
-def check_mask(mask: Tensor) -> Tensor:
+def _check_mask(mask: Tensor) -> Tensor:
     """A mask as a boolean CPU matrix ``(outputs, inputs)``; kernels ``(m, n, *kernel)`` count as one edge each.
 
     Raises:
@@ -54,14 +54,14 @@ def as_topology(mask: MaskLike) -> BlockTopology | None:
     if isinstance(mask, BlockTopology):
         return mask
     try:
-        return BlockTopology.from_mask(check_mask(mask))
+        return BlockTopology.from_mask(_check_mask(mask))
     except NotBlockStructuredError:
         return None
 
 
 def as_dense(mask: MaskLike) -> Tensor:
     """A mask as a boolean matrix ``(outputs, inputs)``."""
-    return mask.mask() if isinstance(mask, BlockTopology) else check_mask(mask)
+    return mask.mask() if isinstance(mask, BlockTopology) else _check_mask(mask)
 
 
 def as_sparse(mask: MaskLike) -> scipy.sparse.csr_matrix:

@@ -51,29 +51,6 @@ def with_spectra(
     return (*out, ResidualRecord("", "exact" if exact else "near", note, whole[0], whole[1]))
 
 
-def block_extremes(graph: Graph, block: ResidualBlock, values: Values) -> Extremes | None:
-    """Smallest and largest singular value of one block's Jacobian; see `with_spectra`.
-
-    Args:
-        graph: of a forward pass with one example.
-        block: one of its blocks.
-        values: parameters and buffers by name.
-
-    Example:
-        >>> import timm, sao_prune.models
-        >>> model = timm.create_model("sao_resnet", depth=8, norm="none", img_size=8)
-        >>> report = sao_prune.apply(model, groups=2, method=sao_prune.SAO(residual="isometric"), seed=0)
-        >>> sao_prune.remove(model).title
-        'baked'
-        >>> found = find_residuals(model)
-        >>> low, high = block_extremes(found.graph, found.blocks[0], dict(model.named_parameters()))
-        >>> abs(low - 1) < 1e-5, abs(high - 1) < 1e-5
-        (True, True)
-    """
-    detached = {name: value.detach() for name, value in values.items()}
-    return _block_extremes(graph, block, detached, _signals(graph, detached))
-
-
 def _signals(graph: Graph, values: Values) -> dict[int, Tensor]:
     """The input of every node of the graph at its recorded inputs."""
     with torch.no_grad():
@@ -83,6 +60,25 @@ def _signals(graph: Graph, values: Values) -> dict[int, Tensor]:
 def _block_extremes(
     graph: Graph, block: ResidualBlock, values: Values, signals: Mapping[int, Tensor]
 ) -> Extremes | None:
+    """Smallest and largest singular value of one block's Jacobian; see `with_spectra`.
+
+    Args:
+        graph: of a forward pass with one example.
+        block: one of its blocks.
+        values: parameters and buffers by name.
+        signals: inputs of the graph's nodes.
+
+    Example:
+        >>> import timm, sao_prune.models
+        >>> model = timm.create_model("sao_resnet", depth=8, norm="none", img_size=8)
+        >>> report = sao_prune.apply(model, groups=2, method=sao_prune.SAO(residual="isometric"), seed=0)
+        >>> sao_prune.remove(model).title
+        'baked'
+        >>> found, values = find_residuals(model), {n: p.detach() for n, p in model.named_parameters()}
+        >>> low, high = _block_extremes(found.graph, found.blocks[0], values, _signals(found.graph, values))
+        >>> abs(low - 1) < 1e-5, abs(high - 1) < 1e-5
+        (True, True)
+    """
     x = signals.get(block.start)
     if x is None or not x.is_floating_point():
         return None

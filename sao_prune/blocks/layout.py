@@ -135,7 +135,11 @@ class Layout:
         self.check_bias(bias)
 
     def check_bias(self, bias: Tensor | None) -> None:
-        """Refuse a bias of another size."""
+        """Refuse a bias of another size.
+
+        Raises:
+            RuntimeError: telling what was given and what is expected.
+        """
         if bias is not None and bias.shape != (self.channels,):
             raise RuntimeError(f"expected a bias of shape ({self.channels},), got {tuple(bias.shape)}")
 

@@ -10,7 +10,11 @@ from .layout import Layout
 
 
 def check_memory(*tensors: Tensor | None) -> None:
-    """Refuse tensors whose memory has been freed, as that of sharded parameters is: torch itself would read it."""
+    """Refuse tensors whose memory has been freed, as that of sharded parameters is: torch itself would read it.
+
+    Raises:
+        RuntimeError: naming the shape.
+    """
     for t in tensors:
         if t is not None and t.numel():
             last = t.numel() - 1 if t.is_contiguous() else sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
@@ -19,7 +23,11 @@ def check_memory(*tensors: Tensor | None) -> None:
 
 
 def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:
-    """The blocks as matrices, once it is sure that the operands are those of one layer."""
+    """The blocks as matrices, once it is sure that the operands are those of one layer.
+
+    Raises:
+        RuntimeError: telling what was given.
+    """
     check_memory(x, blocks, bias)
     weight = layout.pack(blocks)
     space = weight.dim() - 3
@@ -36,7 +44,11 @@ def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where
 
 
 def check_results(x: Tensor, layout: Layout, weight: Tensor, where: Geometry, *like: Tensor | None) -> None:
-    """Refuse gradients, and tensors kept for the backward pass, that are not like the result."""
+    """Refuse gradients, and tensors kept for the backward pass, that are not like the result.
+
+    Raises:
+        RuntimeError: telling what was given and what is expected.
+    """
     shape: tuple[int, ...] = *x.shape[:-1], layout.channels
     if where.stride:
         shape = x.shape[0], layout.channels, *where.output(x.shape[2:], weight.shape[3:])

@@ -11,7 +11,7 @@ from torch import nn
 from .trace import evaluating, run
 
 
-def is_lazy(model: nn.Module) -> bool:
+def _is_lazy(model: nn.Module) -> bool:
     """Whether a model has parameters without a shape."""
     return any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters())
 
@@ -31,10 +31,10 @@ def initialised(model: nn.Module, example_input: Any) -> nn.Module:
 
     Example:
         >>> net = nn.Sequential(nn.LazyLinear(4))
-        >>> initialised(net, torch.ones(1, 3))[0].weight.shape, is_lazy(net)
+        >>> initialised(net, torch.ones(1, 3))[0].weight.shape, _is_lazy(net)
         (torch.Size([4, 3]), True)
     """
-    if example_input is None or not is_lazy(model):
+    if example_input is None or not _is_lazy(model):
         return model
     # torch copies lazy parameters, but not lazy buffers.
     lazy = [b for b in model.buffers() if isinstance(b, nn.parameter.UninitializedBuffer)]
@@ -64,9 +64,9 @@ def initialise_(model: nn.Module, example_input: Any) -> None:
     Example:
         >>> net = nn.Sequential(nn.LazyLinear(4))
         >>> initialise_(net, torch.ones(1, 3))
-        >>> is_lazy(net)
+        >>> _is_lazy(net)
         False
     """
-    if is_lazy(model):
+    if _is_lazy(model):
         with evaluating(model), torch.no_grad():
             run(model, example_input)

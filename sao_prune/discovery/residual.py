@@ -103,7 +103,7 @@ def find_residuals(model: nn.Module, example_input: Any = None) -> Residuals:
         (('stem.weight',), ('head.weight',))
     """
     made_up = example_input is None
-    example = made_up_input(model) if made_up else example_input
+    example = _made_up_input(model) if made_up else example_input
     try:
         graph = record(model, example)
     except ValueError as error:
@@ -115,7 +115,7 @@ def find_residuals(model: nn.Module, example_input: Any = None) -> Residuals:
     return Residuals(graph, tuple(blocks), *_ends(graph, blocks))
 
 
-def made_up_input(model: nn.Module) -> Tensor:
+def _made_up_input(model: nn.Module) -> Tensor:
     """Zeros that the model may take: of the size that timm's configuration names, or of its first layer's inputs.
 
     Raises:

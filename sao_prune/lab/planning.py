@@ -13,14 +13,14 @@ from .errors import LabError
 from .zoo import Architecture, architectures
 
 
-def find_architecture(name: str) -> Architecture:
+def _find_architecture(name: str) -> Architecture:
     """The architecture of a name, timm's before torchvision's; ``timm/NAME`` and ``torchvision/NAME`` choose.
 
     Raises:
         LabError: if there is none, naming the nearest ones.
 
     Example:
-        >>> find_architecture("resnet18").library, find_architecture("torchvision/resnet18").library
+        >>> _find_architecture("resnet18").library, _find_architecture("torchvision/resnet18").library
         ('timm', 'torchvision')
     """
     library, _, wanted = name.rpartition("/")
@@ -41,7 +41,7 @@ def plan_by_name(
     Raises:
         LabError: if there is no such architecture, or an option is out of range.
     """
-    model = find_architecture(name).build_on_meta()
+    model = _find_architecture(name).build_on_meta()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SparsityWarning)

@@ -42,6 +42,9 @@ class RunOptions:
         ray: address of a Ray cluster, or ``auto``; takes the place of ``jobs``.
         cpus, gpus: of the cluster, for one trial.
         tensorboard: write event files below the run's folder.
+
+    Raises:
+        LabError: if a number is out of range, or ``jobs`` and ``ray`` are given together.
     """
 
     out: Path = Path("runs")
@@ -82,7 +85,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
         file = read_recipe(path, profile)
         recipe = file.recipe
         display.stage(f"checking the data, networks and methods of {recipe.name}")
-        in_turn(lambda: check_configurations(recipe, options.source))
+        in_turn(lambda: _check_configurations(recipe, options.source))
         folder = options.out / recipe.name
         place = _workplace(options, folder, own_device)
         if rank() > 0:
@@ -99,7 +102,7 @@ def run_recipe(path: Path, options: RunOptions, display: Display, profile: str |
     return folder
 
 
-def check_configurations(recipe: Recipe, source: DataSource) -> None:
+def _check_configurations(recipe: Recipe, source: DataSource) -> None:
     """Find out whether all data is there, every network can be built and every method applied, before hours are spent.
 
     Raises:

@@ -87,7 +87,7 @@ class Worker:
             # What a trial was called when the format was made.
             "cell": trial.content(),
             "result": result,
-            "environment": describe_environment(self._device),
+            "environment": _describe_environment(self._device),
         }
 
     def network(self, trial: Trial) -> tuple[nn.Module, Pruned]:
@@ -289,7 +289,7 @@ def pick_device(name: str | None = None) -> torch.device:
         raise LabError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def _describe_environment(device: torch.device) -> dict[str, Any]:
     """What a result was made with; not part of its key."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {

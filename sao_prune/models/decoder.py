@@ -90,7 +90,11 @@ class SaoDecoder(SequenceClassifier):
         self.add_head(width, tokens if num_classes is None else num_classes, (1, 1, steps), "embedding")
 
     def forward_sequence(self, steps: Tensor) -> Tensor:
-        """What the last block makes of every token."""
+        """What the last block makes of every token.
+
+        Raises:
+            ValueError: if the sequence is longer than the model has places.
+        """
         if steps.shape[1] > len(self.places):
             raise ValueError(f"a sequence may have {len(self.places)} steps, got {steps.shape[1]}")
         return self.norm(self.blocks(steps + self.places[: steps.shape[1]]))  # type: ignore[no-any-return]

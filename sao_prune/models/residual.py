@@ -185,6 +185,9 @@ def sao_resnet18(pretrained: bool = False, num_classes: int = 100, **options: An
     Returns:
         The network, with the weights that torch draws.
 
+    Raises:
+        ValueError: if another number of blocks is asked for.
+
     Example:
         >>> sum(p.numel() for p in sao_resnet18(shortcut="projection").parameters())
         11220132

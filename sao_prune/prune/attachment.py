@@ -207,7 +207,11 @@ def stored(module: nn.Module, tensor: str) -> Tensor:
 
 
 def last_hook(cls: type[P], module: nn.Module, name: str) -> P:
-    """The newest hook of a class on one tensor, within torch's container too."""
+    """The newest hook of a class on one tensor, within torch's container too.
+
+    Raises:
+        AssertionError: if the tensor was pruned without one.
+    """
     for hook in reversed(module._forward_pre_hooks.values()):
         for part in reversed(hook) if isinstance(hook, PruningContainer) else (hook,):
             if isinstance(part, cls) and part._tensor_name == name:

@@ -218,7 +218,11 @@ def _rebuild(values: Tensor, written: bool, stale: bool) -> MaskedWeight:
 
 
 def derive(module: nn.Module, name: str) -> Tensor:
-    """Compute the weight of a pruned tensor, once what was written to the last one has reached its parameter."""
+    """Compute the weight of a pruned tensor, once what was written to the last one has reached its parameter.
+
+    Raises:
+        RuntimeError: if it was written to and a compiler or exporter is looking.
+    """
     if torch.compiler.is_compiling():
         if not torch.compiler.is_dynamo_compiling() and getattr(module.__dict__.get(name), "written", False):
             raise RuntimeError(

@@ -35,6 +35,9 @@ class MaskPruning(BasePruningMethod):
 
     As `torch.nn.utils.prune` has it, the parameter moves to ``<name>_orig``, the buffer ``<name>_mask`` holds the
     mask, and a forward pre-hook puts their product in ``<name>``.
+
+    Raises:
+        TypeError: for an argument that its kind of pruning does not take.
     """
 
     PRUNING_TYPE = _LayerByLayer("global")
@@ -46,7 +49,11 @@ class MaskPruning(BasePruningMethod):
         self.called = self.settled = False
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The given mask where the earlier one keeps an entry."""
+        """The given mask where the earlier one keeps an entry.
+
+        Raises:
+            ValueError: if the mask has another shape than the weight.
+        """
         if self._mask is None or self._mask.shape != default_mask.shape:
             given = None if self._mask is None else tuple(self._mask.shape)
             raise ValueError(f"the mask must have the weight's shape {tuple(default_mask.shape)}, got {given}")
@@ -76,7 +83,7 @@ class MaskPruning(BasePruningMethod):
         if is_pruned_tensor(module, name):
             joined = super().apply(module, name, mask=mask)
             joined[-1]._mask = None
-            follow_state(module)
+            _follow_state(module)
             follow_standardising(module, name)
             return
         method = cls()
@@ -86,7 +93,7 @@ class MaskPruning(BasePruningMethod):
         module.register_buffer(f"{name}_mask", mask)
         setattr(module, name, original.detach())
         module.register_forward_pre_hook(method)
-        follow_state(module)
+        _follow_state(module)
         follow_standardising(module, name)
 
 
@@ -182,13 +189,13 @@ def settle_all(model: nn.Module) -> None:
             settle(module, hook._tensor_name)
 
 
-def settle_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _settle_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """State-dict pre-hook: what was written to a masked weight is in the state."""
     for hook in pruning_hooks(module):
         settle(module, hook._tensor_name)
 
 
-def refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
+def _refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
     """Load-state-dict post-hook: the masked weight is that of the loaded state."""
     for hook in pruning_hooks(module):
         name = hook._tensor_name
@@ -200,12 +207,12 @@ def refresh_state(module: nn.Module, incompatible_keys: Any) -> None:
                 _recompute(module, hook)
 
 
-def follow_state(module: nn.Module) -> None:
+def _follow_state(module: nn.Module) -> None:
     """Keep masked weights and state dicts in step, once for each module."""
-    if settle_state not in module._state_dict_pre_hooks.values():
-        module.register_state_dict_pre_hook(settle_state)
-    if refresh_state not in module._load_state_dict_post_hooks.values():
-        module.register_load_state_dict_post_hook(refresh_state)
+    if _settle_state not in module._state_dict_pre_hooks.values():
+        module.register_state_dict_pre_hook(_settle_state)
+    if _refresh_state not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_refresh_state)
 
 
 def _is_local(module: nn.Module, original: Tensor, mask: Tensor) -> bool:
@@ -319,8 +326,8 @@ def unwatch(module: nn.Module) -> None:
     """
     if not any(True for _ in pruning_hooks(module)):
         for hooks, ours in (
-            (module._state_dict_pre_hooks, settle_state),
-            (module._load_state_dict_post_hooks, refresh_state),
+            (module._state_dict_pre_hooks, _settle_state),
+            (module._load_state_dict_post_hooks, _refresh_state),
         ):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]

@@ -32,7 +32,7 @@ from .listening import heard
 from .operands import operands
 
 
-def centred(weight: Tensor, mask: Tensor) -> Tensor:
+def _centred(weight: Tensor, mask: Tensor) -> Tensor:
     """``mask * (weight - mean)``, the mean of each output over its kept entries.
 
     Args:
@@ -41,7 +41,7 @@ def centred(weight: Tensor, mask: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> centred(torch.tensor([[1.0, 3.0, 7.0]]), torch.tensor([[1.0, 1.0, 0.0]])).tolist()
+        >>> _centred(torch.tensor([[1.0, 3.0, 7.0]]), torch.tensor([[1.0, 1.0, 0.0]])).tolist()
         [[-1.0, 1.0, 0.0]]
     """
     mask = mask.to(weight)
@@ -51,7 +51,7 @@ def centred(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 class Centring:
-    """Hook of a layer that standardises its weight: `centred` in its place for the time of each forward."""
+    """Hook of a layer that standardises its weight: `_centred` in its place for the time of each forward."""
 
     def __init__(self, tensor: str) -> None:
         self.tensor = tensor
@@ -73,7 +73,7 @@ class Centring:
         weight = module._parameters.get(self.tensor)
         if weight is not None:
             # Without a mask, after `remove`. An attribute goes before a parameter of the same name.
-            module.__dict__[self.tensor] = centred(weight, _support(weight))
+            module.__dict__[self.tensor] = _centred(weight, _support(weight))
         else:
             self._product = getattr(module, self.tensor)
             centre = _with_graph(*operands(module, self.tensor))
@@ -95,9 +95,9 @@ class Centring:
 def _with_graph(weight: Tensor, mask: Tensor) -> Tensor:
     """The centred weight, with a graph where the parameter asks for one: another thread may be training."""
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or not weight.requires_grad:
-        return centred(weight, mask)
+        return _centred(weight, mask)
     with torch.enable_grad():
-        return centred(weight, mask)
+        return _centred(weight, mask)
 
 
 def _support(weight: Tensor) -> Tensor:
@@ -110,13 +110,13 @@ def follow_standardising(module: nn.Module, tensor: str) -> None:
     """Let the mask of a layer that standardises its weight act after standardising; others are left as they are."""
     if tensor != "weight" or not is_standardised(module):
         return
-    forget_standardising(module, tensor)
+    _forget_standardising(module, tensor)
     hook = Centring(tensor)
     module.register_forward_pre_hook(hook)
     module.register_forward_hook(hook.restore)
 
 
-def forget_standardising(module: nn.Module, tensor: str) -> None:
+def _forget_standardising(module: nn.Module, tensor: str) -> None:
     """Remove the hooks of `follow_standardising`."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
@@ -142,6 +142,6 @@ def bake_standardising(module: nn.Module, tensor: str, mask: Tensor, *, keep_sup
     if tensor == "weight" and is_standardised(module):
         weight = module._parameters[tensor]
         assert weight is not None
-        weight.copy_(centred(weight, mask))
+        weight.copy_(_centred(weight, mask))
         if not keep_support:
-            forget_standardising(module, tensor)
+            _forget_standardising(module, tensor)

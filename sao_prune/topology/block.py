@@ -176,7 +176,11 @@ class BlockTopology:
         return BlockTopology(self.col_set, self.row_set)
 
     def crop(self, rows: int, cols: int) -> BlockTopology:
-        """Keep the first ``rows`` outputs and ``cols`` inputs (thesis section 3.5.3.1, MLP-7's first layer)."""
+        """Keep the first ``rows`` outputs and ``cols`` inputs (thesis section 3.5.3.1, MLP-7's first layer).
+
+        Raises:
+            ValueError: if it has fewer.
+        """
         if not (1 <= rows <= self.shape[0] and 1 <= cols <= self.shape[1]):
             raise ValueError(f"cannot crop a {self.shape[0]} x {self.shape[1]} topology to {rows} x {cols}")
         return BlockTopology(self.row_set[:rows], self.col_set[:cols])

@@ -38,19 +38,19 @@ def _random(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
     return _contiguous(sizes)[torch.randperm(int(sizes.sum()), generator=generator, device="cpu")]
 
 
-def ramanujan_sets(row_sizes: Tensor, col_sizes: Tensor, generator: torch.Generator | None) -> BlockTopology:
+def _ramanujan_sets(row_sizes: Tensor, col_sizes: Tensor, generator: torch.Generator | None) -> BlockTopology:
     """Strided sets on the smaller side, random sets on the larger one (thesis Algorithm 1), for given set sizes."""
     if row_sizes.sum() <= col_sizes.sum():
         return BlockTopology(_strided(row_sizes), _random(col_sizes, generator))
     return BlockTopology(_random(row_sizes, generator), _strided(col_sizes))
 
 
-def interleaved_sets(row_sizes: Tensor, col_sizes: Tensor, generator: torch.Generator | None) -> BlockTopology:
+def _interleaved_sets(row_sizes: Tensor, col_sizes: Tensor, generator: torch.Generator | None) -> BlockTopology:
     """Contiguous output sets, strided input sets, for given set sizes; draws nothing."""
     return BlockTopology(_contiguous(row_sizes), _strided(col_sizes))
 
 
-GENERATORS: dict[str, TopologyGenerator] = {"ramanujan": ramanujan_sets, "interleaved": interleaved_sets}
+GENERATORS: dict[str, TopologyGenerator] = {"ramanujan": _ramanujan_sets, "interleaved": _interleaved_sets}
 
 
 def register(name: str) -> Callable[[TopologyGenerator], TopologyGenerator]:
@@ -81,7 +81,11 @@ def register(name: str) -> Callable[[TopologyGenerator], TopologyGenerator]:
 
 
 def put_into(table: dict[str, F], name: str, kind: str) -> Callable[[F], F]:
-    """Decorator: put a function into a table under a name that no topology and no support has."""
+    """Decorator: put a function into a table under a name that no topology and no support has.
+
+    Raises:
+        ValueError: for such a name.
+    """
     taken = {*GENERATORS, *SUPPORTS}
     if not isinstance(name, str) or not name or name in taken:
         raise ValueError(f"a {kind} needs a name of its own, got {name!r}; taken: {', '.join(sorted(taken))}")

@@ -98,11 +98,11 @@ def closing_topology(row_set: Tensor, carried: Tensor) -> BlockTopology:
     return BlockTopology(row_set, row_set[carried])
 
 
-def carry_matrix(carried: Tensor, cols: int) -> Tensor:
+def _carry_matrix(carried: Tensor, cols: int) -> Tensor:
     """The ``(m, cols)`` matrix of zeros with a one where an output carries an input.
 
     Example:
-        >>> carry_matrix(torch.tensor([1, 0]), 2).tolist()
+        >>> _carry_matrix(torch.tensor([1, 0]), 2).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
     out = torch.zeros(len(carried), cols, dtype=torch.float32, device="cpu")
@@ -142,7 +142,7 @@ def closing_matrices(row_set: Tensor, carried: Tensor, generator: torch.Generato
     square = BlockTopology(sets, sets)
     q = square.scatter(orthogonal_blocks([square], [generator])[0])
     share = (1 / count[carried]).float()
-    return q[:, carried] * share, carry_matrix(carried, len(row_set)).T * share
+    return q[:, carried] * share, _carry_matrix(carried, len(row_set)).T * share
 
 
 def mirrored_matrix(direct: Tensor, crossed: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Form(ABC):
         """
         if self._has_own_forward(module):
             raise Ineligible(f"{type(module).__name__} has a forward of its own")
-        check_state(module, {weight.tensor for weight in weights_of(module)}, meta)
+        _check_state(module, {weight.tensor for weight in weights_of(module)}, meta)
 
     def _has_own_forward(self, module: nn.Module) -> bool:
         own = "forward" in module.__dict__ or type(module).forward is not self.stock.forward
@@ -106,7 +106,7 @@ def parameter_of(module: nn.Module, tensor: str) -> nn.Parameter | None:
     return own if own is not None else module._parameters.get(tensor)
 
 
-def check_state(module: nn.Module, tensors: set[str], meta: bool = False) -> None:
+def _check_state(module: nn.Module, tensors: set[str], meta: bool = False) -> None:
     """Refuse a layer with hooks or a computed weight; ``meta`` allows one on the meta device.
 
     Raises:
@@ -117,7 +117,7 @@ def check_state(module: nn.Module, tensors: set[str], meta: bool = False) -> Non
     ours = (RefreshAll, RefreshChildren, Centring)
     hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, ours)]
     foreign = [h for h in hooks if not isinstance(h, BasePruningMethod)]
-    foreign += [h for field in _HOOKS for h in getattr(module, field).values() if not is_centring(h)]
+    foreign += [h for field in _HOOKS for h in getattr(module, field).values() if not _is_centring(h)]
     if foreign:
         raise Ineligible(f"it has a hook: {getattr(foreign[0], '__name__', type(foreign[0]).__name__)}")
     pruned = {h._tensor_name for h in hooks if isinstance(h, BasePruningMethod)}
@@ -137,7 +137,7 @@ def check_state(module: nn.Module, tensors: set[str], meta: bool = False) -> Non
             raise Ineligible(f"not a floating-point weight ({weight.dtype})")
 
 
-def is_centring(hook: Any) -> bool:
+def _is_centring(hook: Any) -> bool:
     """Whether a hook is one of a layer that standardises its weight."""
     return isinstance(getattr(hook, "__self__", hook), Centring)
 
@@ -234,10 +234,10 @@ def drop_weight(module: nn.Module, tensor: str) -> None:
     module._buffers.pop(f"{tensor}_mask", None)
     module.__dict__.pop(tensor, None)
     for key, hook in list(module._forward_pre_hooks.items()):
-        if (isinstance(hook, BasePruningMethod) and hook._tensor_name == tensor) or is_centring(hook):
+        if (isinstance(hook, BasePruningMethod) and hook._tensor_name == tensor) or _is_centring(hook):
             del module._forward_pre_hooks[key]
     for key, hook in list(module._forward_hooks.items()):
-        if is_centring(hook):
+        if _is_centring(hook):
             del module._forward_hooks[key]
 
 

@@ -45,7 +45,11 @@ def run_conv(
 
 
 class BlockConv(BlockModule):
-    """Base of the block convolutions; see `BlockConv2d`."""
+    """Base of the block convolutions; see `BlockConv2d`.
+
+    Raises:
+        ValueError: for groups besides those of the topology.
+    """
 
     in_channels: int
     out_channels: int

@@ -37,6 +37,9 @@ class BlockLinear(BlockModule):
             stand on the diagonal of one ``(m, n * copies)`` topology, so that one call computes them all.
         seed: a generator for the orthogonal initial values.
 
+    Raises:
+        ValueError: if ``copies`` does not divide the topology.
+
     Example:
         >>> import torch
         >>> from sao_prune.topology import interleaved

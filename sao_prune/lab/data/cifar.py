@@ -59,7 +59,11 @@ _SETS = {"cifar-10": _Cifar("CIFAR10", "labels", 10), "cifar-100": _Cifar("CIFAR
 
 
 def read_cifar(name: str, size: int, source: DataSource) -> RawSet:
-    """Read ``cifar-10`` or ``cifar-100``, 32 x 32 in colour, from where torchvision puts it, or fetch it."""
+    """Read ``cifar-10`` or ``cifar-100``, 32 x 32 in colour, from where torchvision puts it, or fetch it.
+
+    Raises:
+        DataError: if the files are missing or damaged, telling where they are looked for.
+    """
     spec = _SETS[name]
     cls = spec.published
     usual = (cls.base_folder, *(f"{parent}/{cls.base_folder}" for parent in (name, cls.__name__, cls.__name__.lower())))

@@ -31,6 +31,9 @@ class Dataset:
         mean, std: of every channel of the training images, in grey levels 0..255; measured where they are not given.
         tokens: size of the vocabulary of sequences; 0 for images.
 
+    Raises:
+        TypeError: if images or tokens are no bytes.
+
     Example:
         >>> x, y = torch.arange(8, dtype=torch.uint8).reshape(2, 1, 2, 2), torch.tensor([0, 1])
         >>> data = Dataset("two", ("a", "b"), x, y, x, y)

@@ -35,6 +35,9 @@ def read_cinic(name: str, size: int, source: DataSource) -> RawSet:
 
     The ``valid`` part is left out: learning rates are chosen on a held-out share of the training part, as for every
     other set.
+
+    Raises:
+        DataError: if the folder is missing or incomplete, telling where it is looked for.
     """
     folders = source.folders("CINIC-10", "cinic-10", "CINIC10", "cinic10", "cinic")
     folder = _find_parts(folders)
@@ -65,6 +68,9 @@ def read_folder(name: str, size: int, source: DataSource) -> RawSet:
 
     A relative path starts in the data folder. Images become RGB; each is resized so that its shorter side is ``size``,
     and the middle square is kept.
+
+    Raises:
+        DataError: if a part is missing or empty, or the test part has other classes.
     """
     root = source.data_dir.expanduser() / Path(name.removeprefix("folder:")).expanduser()
     train = root / "train"

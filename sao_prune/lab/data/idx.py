@@ -34,7 +34,11 @@ def read_idx(path: Path, dims: int) -> Tensor:
 
 
 def parse_idx(raw: bytes, dims: int, path: Path) -> Tensor:
-    """The same from the unpacked content of ``path``."""
+    """The same from the unpacked content of ``path``.
+
+    Raises:
+        DataError: if it is no file of this kind, or damaged.
+    """
     header = 4 + 4 * dims
     if len(raw) < header:
         raise DataError(f"{path}: too short for an idx file of {dims} dimensions ({len(raw)} bytes); fetch it again")

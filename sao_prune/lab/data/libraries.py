@@ -24,7 +24,11 @@ _GREY_MODES = ("1", "L", "I", "I;16", "F")
 
 
 def read_torchvision(name: str, size: int, source: DataSource) -> RawSet:
-    """Read ``torchvision/NAME`` with torchvision's class of that name, which finds, fetches and verifies the files."""
+    """Read ``torchvision/NAME`` with torchvision's class of that name, which finds, fetches and verifies the files.
+
+    Raises:
+        DataError: if torchvision is missing or does not have the set.
+    """
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -50,7 +54,11 @@ def read_torchvision(name: str, size: int, source: DataSource) -> RawSet:
 
 
 def read_timm(name: str, size: int, source: DataSource) -> RawSet:
-    """Read ``timm/NAME`` with ``timm.data.create_dataset``: ``timm/tfds/..``, ``timm/hfds/..``, ``timm/torch/..``."""
+    """Read ``timm/NAME`` with ``timm.data.create_dataset``: ``timm/tfds/..``, ``timm/hfds/..``, ``timm/torch/..``.
+
+    Raises:
+        DataError: if timm is missing or does not have the set.
+    """
     try:
         from timm.data import create_dataset
     except ImportError as error:

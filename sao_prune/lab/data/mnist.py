@@ -38,7 +38,11 @@ _SETS = {
 
 
 def read_mnist(name: str, size: int, source: DataSource) -> RawSet:
-    """Read ``mnist`` or ``fashion-mnist``, 28 x 28, from where Debian or torchvision puts it, or fetch it."""
+    """Read ``mnist`` or ``fashion-mnist``, 28 x 28, from where Debian or torchvision puts it, or fetch it.
+
+    Raises:
+        DataError: if the files are missing, telling where they are looked for.
+    """
     spec = _SETS[name]
     usual = (f"{spec.torchvision}/raw", spec.torchvision, name, f"{name}/raw")
     folders = source.folders(*spec.folders, *usual)

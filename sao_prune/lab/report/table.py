@@ -118,11 +118,11 @@ def _operations(row: Row) -> str:
     return "-" if row.flops is None or not row.dense_flops else f"{100 * row.flops / row.dense_flops:.1f}"
 
 
-def execution_word(text: str) -> str:
+def _execution_word(text: str) -> str:
     """The form that a training ran in; a magnitude mask may have a few layers that happen to be blocks.
 
     Example:
-        >>> execution_word("compact: 51 of 52 layers"), execution_word("compact: 1 of 52 layers"), execution_word("")
+        >>> _execution_word("compact: 51 of 52 layers"), _execution_word("compact: 1 of 52 layers"), _execution_word("")
         ('compact', 'masked', '-')
     """
     counts = re.match(r"compact: (\d+) of (\d+) layers", text)
@@ -144,7 +144,7 @@ COLUMNS = (
     Column("MACs %", _operations),
     Column("time s", lambda row: number(row.seconds, ".1f"), narrow=True),
     Column("CPU s", lambda row: number(row.cpu_seconds, ".1f")),
-    Column("execution", lambda row: execution_word(row.execution)),
+    Column("execution", lambda row: _execution_word(row.execution)),
 )
 
 

@@ -110,16 +110,16 @@ def command(recipe: Recipe) -> str:
 def compute(summary: Summary) -> str:
     """What all trainings took."""
     return (
-        f"All trainings together, those that chose learning rates included, took {duration(summary.seconds)} "
-        f"({duration(summary.cpu_seconds)} of processor time)."
+        f"All trainings together, those that chose learning rates included, took {_duration(summary.seconds)} "
+        f"({_duration(summary.cpu_seconds)} of processor time)."
     )
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time in the unit that suits it.
 
     Example:
-        >>> duration(41.2), duration(600), duration(9000)
+        >>> _duration(41.2), _duration(600), _duration(9000)
         ('41 s', '10.0 min', '2.5 h')
     """
     if seconds < 100:

@@ -78,11 +78,11 @@ def versions() -> dict[str, str]:
 def print_zoo(zoo: Zoo, console: Console) -> None:
     """Totals, reasons, the runs, and every failure."""
     sections = [
-        (f"The zoo at {_percent(zoo.sparsity)} sparsity", *plan_totals(zoo)),
-        ("Layers skipped", *reasons(zoo)),
+        (f"The zoo at {_percent(zoo.sparsity)} sparsity", *_plan_totals(zoo)),
+        ("Layers skipped", *_reasons(zoo)),
         *([("Architectures skipped", *untouched(zoo))] if zoo.untouched else []),
         *([("Families left out", *left_out(zoo))] if zoo.left_out else []),
-        *([("At work", *run_totals(zoo))] if zoo.runs else []),
+        *([("At work", *_run_totals(zoo))] if zoo.runs else []),
         *([("Failures", *failures(zoo))] if zoo.failures else []),
     ]
     for title, head, rows in sections:
@@ -99,7 +99,7 @@ def print_zoo(zoo: Zoo, console: Console) -> None:
 def write_markdown(zoo: Zoo, path: Path) -> None:
     """The page ``docs/zoo.md``."""
     parts = [_intro(zoo, path), "## Planned", PLANNED, FAMILIES if "transformers" in zoo.libraries else ""]
-    parts += [_markdown(*plan_totals(zoo)), _markdown(*reasons(zoo))]
+    parts += [_markdown(*_plan_totals(zoo)), _markdown(*_reasons(zoo))]
     parts += [_markdown(*left_out(zoo))] if zoo.left_out else []
     if zoo.untouched:
         parts += [
@@ -108,7 +108,7 @@ def write_markdown(zoo: Zoo, path: Path) -> None:
         ]
     parts += ["## Failures", _markdown(*failures(zoo)) if zoo.failures else "None."]
     if zoo.runs:
-        parts += ["## At work", _at_work(zoo), _markdown(*run_totals(zoo)), _not_run(zoo)]
+        parts += ["## At work", _at_work(zoo), _markdown(*_run_totals(zoo)), _not_run(zoo)]
         for library, title in RUN_TITLES.items():
             head, rows = runs(zoo, library)
             parts += [f"### {title}", _markdown(head, rows)] if rows else []
@@ -128,7 +128,7 @@ def write_json(zoo: Zoo, path: Path) -> None:
     write_atomically(path, json.dumps({**content, **records}, indent=1) + "\n")
 
 
-def plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
+def _plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
     """One column a library and one for both."""
     columns = _by_library(zoo.plans)
     measures: list[tuple[str, Callable[[Sequence[ZooPlan]], str]]] = [
@@ -150,7 +150,7 @@ def plan_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
     return ("", *columns), [(name, *(measure(ps) for ps in columns.values())) for name, measure in measures]
 
 
-def reasons(zoo: Zoo) -> tuple[Row, list[Row]]:
+def _reasons(zoo: Zoo) -> tuple[Row, list[Row]]:
     """How many layers are skipped for which reason."""
     columns = _by_library(zoo.plans)
     counts = {name: sum((Counter(p.skipped) for p in plans), Counter[str]()) for name, plans in columns.items()}
@@ -180,7 +180,7 @@ def failures(zoo: Zoo) -> tuple[Row, list[Row]]:
     return ("stage", "architecture", "reason"), [tuple(row) for row in zoo.failures]
 
 
-def run_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
+def _run_totals(zoo: Zoo) -> tuple[Row, list[Row]]:
     """One column a library and one for both."""
     columns = _by_library(zoo.runs)
     measures: list[tuple[str, Callable[[Sequence[ZooRun]], str]]] = [

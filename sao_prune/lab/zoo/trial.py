@@ -130,7 +130,11 @@ class Trial:
         self.result = replace(self.result, layers=len(self.report.pruned), sparsity=self.report.sparsity)
 
     def train(self) -> None:
-        """Two steps with weight decay; zeros stay, the same weights are trained, and nothing transforms a weight."""
+        """Two steps with weight decay; zeros stay, the same weights are trained, and nothing transforms a weight.
+
+        Raises:
+            BrokenLawError: naming what differs.
+        """
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, weight_decay=0.1)
         readers = Readers()
         for step in range(2):
@@ -167,7 +171,11 @@ class Trial:
         self._check_equal(self.model, "the original, after its copy was trained")
 
     def compact(self) -> None:
-        """A compact copy gives equal outputs, and equal gradients to what it shares with the original."""
+        """A compact copy gives equal outputs, and equal gradients to what it shares with the original.
+
+        Raises:
+            BrokenLawError: naming what differs.
+        """
         twin = copy.deepcopy(self.model)
         try:
             compact(twin)
@@ -196,7 +204,11 @@ class Trial:
             raise BrokenLawError(f"compact: other gradients of {_some(wrong)}")
 
     def bake(self) -> None:
-        """Remove leaves plain weights with the zeros in place, and equal outputs; saved before and after."""
+        """Remove leaves plain weights with the zeros in place, and equal outputs; saved before and after.
+
+        Raises:
+            BrokenLawError: naming what differs.
+        """
         save(self.model, self._file("pruned"))
         masks = {name: getattr(module, f"{tensor}_mask") for name, module, tensor in self._pruned()}
         remove(self.model)

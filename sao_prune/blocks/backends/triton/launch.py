@@ -142,7 +142,7 @@ def launch_product(
     run_time, constants, work = product_arguments(source, weight, y, ins, outs, window, after, transposed)
 
     def run(tile: Tile) -> int:
-        grid = (product_programs(tile, work),)
+        grid = (_product_programs(tile, work),)
         done = kernels.product[grid](**run_time, **constants, **tile_options(tile, sweep=True))
         return getattr(done, "n_spills", 0) or 0
 
@@ -212,7 +212,7 @@ def launch_weight_gradient(
         for gradient, name in sums:
             # Zeros, for channels that no position is.
             to[name] = gradient if count == 1 else gradient.new_zeros((count, *gradient.shape), dtype=torch.float32)
-        grid = (weight_programs(tile, work), count)
+        grid = (_weight_programs(tile, work), count)
         done = kernels.weight_gradient[grid](**{**run_time, **to}, **constants, **tile_options(tile, sweep=False))
         if count > 1:
             for gradient, name in sums:
@@ -225,13 +225,13 @@ def launch_weight_gradient(
         run(tuning.choose(_key("weight", constants, work), weight_tiles(work), run, weight.device))
 
 
-def product_programs(tile: Tile, work: Work) -> int:
+def _product_programs(tile: Tile, work: Work) -> int:
     """Programs of `kernels.product`."""
     columns = -(-work.groups // tile.packed) * -(-work.r // tile.BR)
     return -(-work.rows // tile.BM) * -(-columns // tile.SWEEP)
 
 
-def weight_programs(tile: Tile, work: Work) -> int:
+def _weight_programs(tile: Tile, work: Work) -> int:
     """Programs of `kernels.weight_gradient` for each part."""
     return -(-work.groups // tile.packed) * -(-work.r // tile.BR) * -(-work.c // tile.BC) * work.taps
 

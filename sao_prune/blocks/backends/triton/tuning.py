@@ -29,7 +29,7 @@ def choose(key: Hashable, tiles: Sequence[Tile], run: Callable[[Tile], int], dev
     if device.type != "cuda" or interpreted() or len(tiles) == 1:
         return tiles[0]
     name = torch.cuda.get_device_name(device)
-    path = cache_path(name)
+    path = _cache_path(name)
     known = (name, repr(key))
     _read(path, name)
     found = _CHOSEN.get(known)
@@ -42,7 +42,7 @@ def choose(key: Hashable, tiles: Sequence[Tile], run: Callable[[Tile], int], dev
     return _CHOSEN[known]
 
 
-def cache_path(device: str) -> Path:
+def _cache_path(device: str) -> Path:
     """``$XDG_CACHE_HOME/sao_prune/triton-VERSION-DEVICE.json``; safe to delete."""
     import triton
 

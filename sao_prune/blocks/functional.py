@@ -118,18 +118,6 @@ def _join(product: Tensor, group: int, row: int, layout: Layout) -> Tensor:
     return layout.outputs.plain(product.flatten(1, 2), 1)
 
 
-def block_linear_by_sets(
-    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, activation: str = ""
-) -> Tensor:
-    """`block_linear` for even sets that are known as tensors only, as under `torch.vmap` over several topologies."""
-    groups, rows, cols = blocks.shape
-    index = torch.argsort(col_set, stable=True)
-    place = torch.argsort(torch.argsort(row_set, stable=True))
-    operand = x[..., index].reshape(-1, groups, cols).transpose(0, 1)
-    y = torch.matmul(operand, blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], groups * rows)[..., place]
-    return ACTIVATIONS[activation](y if bias is None else y + bias)
-
-
 def block_conv(
     x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Layout, geometry: Geometry, activation: str = ""
 ) -> Tensor:
@@ -159,11 +147,16 @@ def block_conv(
 
 
 def block_conv_by_sets(
-    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, geometry: Geometry
+    x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, geometry: Geometry = MATRIX
 ) -> Tensor:
-    """`block_conv` for even sets that are known as tensors only, as `block_linear_by_sets`."""
+    """`block_conv` for even sets that are known as tensors only, as under `torch.vmap` over several topologies."""
     index = torch.argsort(col_set, stable=True)
     place = torch.argsort(torch.argsort(row_set, stable=True))
+    if not geometry.stride:
+        groups, rows, cols = blocks.shape
+        operand = x[..., index].reshape(-1, groups, cols).transpose(0, 1)
+        y = torch.matmul(operand, blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], groups * rows)[..., place]
+        return y if bias is None else y + bias
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.stride) - 1]
     options = geometry.stride, geometry.padding, geometry.dilation, blocks.shape[0]
     y = convolve(x[:, index], blocks.flatten(0, 1), None, *options)[:, place]

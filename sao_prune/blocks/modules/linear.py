@@ -103,7 +103,7 @@ class BlockLinear(BlockModule):
             x = torch.cat([x] * self.copies, -1)
         if plain:
             if is_batched(self.row_set) and blocks.dim() == 3:
-                return functional.block_linear_by_sets(x, blocks, bias, self.row_set, self.col_set)
+                return functional.block_conv_by_sets(x, blocks, bias, self.row_set, self.col_set)
             return functional.block_linear(x, blocks, bias, self.layout)
         return run_linear(x, blocks, bias, *self.sets, run.backend)
 

@@ -27,7 +27,7 @@ class DataSpec:
     Example:
         >>> DataSpec("cifar-10", size=36, augment=("crop", "flip")).problem()
         >>> DataSpec("cifar").problem()
-        ('name', "unknown data set 'cifar' (did you mean 'cifar-10'?)...
+        ('name', "unknown data set 'cifar' (did you mean 'cifar-10'?); ...
     """
 
     shorthand: ClassVar[str] = "name"

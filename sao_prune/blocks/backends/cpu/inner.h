@@ -63,63 +63,29 @@ static void product(int tile, const float *const *x, long count, const float *w,
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
 #endif
 
+/* Lanes of two vectors, counted one after the other, whose runs of `h` lanes change places. */
+#define FIRST_LANE(k, h) ((k) & (h) ? (k) - (h) + V : (k))
+#define SECOND_LANE(k, h) ((k) & (h) ? (k) + V : (k) + (h))
+#define FOUR_LANES(F, k, h) F(k, h), F(k + 1, h), F(k + 2, h), F(k + 3, h)
+/* STAGES turn a square of V vectors `r`. */
 #if V == 16
-#define SWAP(a, b, h)                                                                                                 \
-    {                                                                                                                 \
-        vec first = a, second = b;                                                                                    \
-        if (h == 8) {                                                                                                 \
-            a = SHUFFLE(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);        \
-            b = SHUFFLE(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);  \
-        } else if (h == 4) {                                                                                          \
-            a = SHUFFLE(first, second, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);      \
-            b = SHUFFLE(first, second, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);    \
-        } else if (h == 2) {                                                                                          \
-            a = SHUFFLE(first, second, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);      \
-            b = SHUFFLE(first, second, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);    \
-        } else {                                                                                                      \
-            a = SHUFFLE(first, second, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);     \
-            b = SHUFFLE(first, second, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);     \
-        }                                                                                                             \
-    }
-#elif V == 8
-#define SWAP(a, b, h)                                                                                                 \
-    {                                                                                                                 \
-        vec first = a, second = b;                                                                                    \
-        if (h == 4) {                                                                                                 \
-            a = SHUFFLE(first, second, 0, 1, 2, 3, 8, 9, 10, 11);                                      \
-            b = SHUFFLE(first, second, 4, 5, 6, 7, 12, 13, 14, 15);                                    \
-        } else if (h == 2) {                                                                                          \
-            a = SHUFFLE(first, second, 0, 1, 8, 9, 4, 5, 12, 13);                                      \
-            b = SHUFFLE(first, second, 2, 3, 10, 11, 6, 7, 14, 15);                                    \
-        } else {                                                                                                      \
-            a = SHUFFLE(first, second, 0, 8, 2, 10, 4, 12, 6, 14);                                     \
-            b = SHUFFLE(first, second, 1, 9, 3, 11, 5, 13, 7, 15);                                     \
-        }                                                                                                             \
-    }
-#else
-#define SWAP(a, b, h)                                                                                                 \
-    {                                                                                                                 \
-        vec first = a, second = b;                                                                                    \
-        if (h == 2) {                                                                                                 \
-            a = SHUFFLE(first, second, 0, 1, 4, 5);                                                    \
-            b = SHUFFLE(first, second, 2, 3, 6, 7);                                                    \
-        } else {                                                                                                      \
-            a = SHUFFLE(first, second, 0, 4, 2, 6);                                                    \
-            b = SHUFFLE(first, second, 1, 5, 3, 7);                                                    \
-        }                                                                                                             \
-    }
-#endif
-
-#define STAGE(h) UNROLL for (int i = 0; i < V; i++) if (!(i & h)) SWAP(r[i], r[i + h], h)
-
-/* Of a square of V vectors `r`. */
-#if V == 16
+#define LANES(F, h) FOUR_LANES(F, 0, h), FOUR_LANES(F, 4, h), FOUR_LANES(F, 8, h), FOUR_LANES(F, 12, h)
 #define STAGES STAGE(8) STAGE(4) STAGE(2) STAGE(1)
 #elif V == 8
+#define LANES(F, h) FOUR_LANES(F, 0, h), FOUR_LANES(F, 4, h)
 #define STAGES STAGE(4) STAGE(2) STAGE(1)
 #else
+#define LANES(F, h) FOUR_LANES(F, 0, h)
 #define STAGES STAGE(2) STAGE(1)
 #endif
+#define SWAP(a, b, h)                                                                                                 \
+    {                                                                                                                 \
+        vec first = a, second = b;                                                                                    \
+        a = SHUFFLE(first, second, LANES(FIRST_LANE, h));                                                             \
+        b = SHUFFLE(first, second, LANES(SECOND_LANE, h));                                                            \
+    }
+
+#define STAGE(h) UNROLL for (int i = 0; i < V; i++) if (!(i & h)) SWAP(r[i], r[i + h], h)
 
 #define HALVE(h)                                                                                                      \
     UNROLL for (int i = 0; i < h; i++) {                                                                              \

@@ -26,6 +26,7 @@ from .recipe import Recipe, read_recipe
 from .results import Record, ResultsLog
 from .robustness import check_bounds
 from .train import History, in_turn, process_group, rank, world
+from .train.holding import check_holdable
 from .trials import Trial, choose_lr, count_trials, known_trials
 from .work import OnEpoch, Workplace, denormals_flushed, pick_device
 
@@ -117,6 +118,8 @@ def _check_configurations(recipe: Recipe, source: DataSource) -> None:
             model = build_network(setting.network.name, options, len(data.classes), data.sizes)
             if setting.train.loss.is_certified or (setting.robustness is not None and setting.robustness.radii):
                 check_bounds(model)
+            if setting.train.hold:
+                check_holdable(model)
             for configuration in same:
                 check_method(model, configuration)
 

@@ -96,7 +96,8 @@ def test_blocks_stay_orthogonal_through_a_training_and_are_plain_parameters_afte
     model = network()
     sao_prune.apply(model, groups=4, seed=0)
     before = model[3].weight.detach().clone()
-    history = train(model, blobs, TrainSpec(epochs=2, batch_size=8, hold=True), 0.1, 0)
+    spec = TrainSpec(epochs=2, batch_size=8, hold=True, adversarial=AdversarialSpec("linf", eps=8, steps=1))
+    history = train(model, blobs, spec, 0.1, 0)
     assert history.execution == "masked, 1 weights held"
     assert isinstance(model[3].weight_orig, nn.Parameter)
     assert (torch.linalg.svdvals(model[3].weight.detach()) - 1).abs().max() < 1e-5
@@ -222,6 +223,15 @@ def test_certificates_of_a_network_without_bounds_are_refused_before_anything_is
     change = ("lr:", "robustness: {norm: l2, eps: 8, radii: [36]}\nlr:")
     with pytest.raises(LabError, match=r"radii: .* is no chain"):
         run_recipe(micro(change), RunOptions(out=tmp_path / "out"), display)
+
+
+def test_a_network_in_which_nothing_can_be_held_is_refused_before_anything_is_trained(
+    micro: Micro, display: object, tmp_path: Path
+) -> None:
+    changes = [("sao_mlp, depth: 2, options: {activation: tanh}", "sao_resnet, depth: 8"), (", gmp-s", "")]
+    path = micro(*changes, ("epochs: 2", "epochs: 2, hold: true"))
+    with pytest.raises(LabError, match="hold: SaoResNet has no layer but its classifier"):
+        run_recipe(path, RunOptions(out=tmp_path / "out"), display)
 
 
 def test_sequences_are_not_attacked(tmp_path: Path) -> None:

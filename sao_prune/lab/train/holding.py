@@ -8,9 +8,27 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ...nn import ECOConv2d
 from ...orthogonality import hold, release
 from ...replaced import StaleOptimizerWarning
 from ..errors import LabError
+
+
+def check_holdable(model: nn.Module) -> None:
+    """Find out, from its kinds of layers, whether anything of a network could be held.
+
+    Raises:
+        LabError: if it has only a classifier and convolutions with a kernel of their own, which drift.
+    """
+    kinds = (nn.Linear, nn.RNNBase, nn.MultiheadAttention)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    points = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]
+    eco = [module for module in model.modules() if isinstance(module, ECOConv2d)]
+    if len(layers) + len(points) < 2 and not eco:
+        raise LabError(
+            f"hold: {type(model).__name__} has no layer but its classifier that can stay orthogonal; linear layers, "
+            "1 x 1 and ECO convolutions can"
+        )
 
 
 @contextmanager

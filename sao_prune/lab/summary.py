@@ -56,8 +56,8 @@ class Row:
         accuracies: of the finished final runs, in the order of the recipe's seeds; ``seeds`` are theirs.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
-        robustness: fractions of the same runs by what was measured: ``PGD``, ``worst case``, ``certified 36``; empty
-            where the recipe asks for none. ``robustness_against_sao`` are the paired comparisons.
+        robustness: fractions of the same runs by what was measured: ``clean``, ``PGD``, ``worst case``,
+            ``certified 36``; empty where the recipe asks for none. ``robustness_against_sao`` are the paired comparisons.
         notes: what a reader must know about this row.
     """
 
@@ -204,7 +204,8 @@ def _robustness(configuration: Configuration, done: Sequence[Record]) -> dict[st
     if spec is None or not done:
         return {}
     found = [result["robustness"] for result in done]
-    measured = {"PGD": tuple(each["pgd"] for each in found), "worst case": tuple(each["worst"] for each in found)}
+    keys = {"clean": "clean", "PGD": "pgd", "worst case": "worst"}
+    measured = {name: tuple(each[key] for each in found) for name, key in keys.items()}
     for index, radius in enumerate(spec.radii):
         measured[f"certified {radius:g}"] = tuple(each["certified"][index] for each in found)
     return measured

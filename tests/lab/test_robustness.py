@@ -157,12 +157,12 @@ def test_a_run_attacks_certifies_and_says_so(tmp_path: Path, display: object) ->
         assert result["execution"] == "masked, 3 weights held"
     summary = summarise(folder, pytest.fail)
     sao, rg = summary.rows
-    assert list(sao.robustness) == ["PGD", "worst case", "certified 36", "certified 72"]
+    assert list(sao.robustness) == ["clean", "PGD", "worst case", "certified 36", "certified 72"]
     assert list(rg.robustness_against_sao) == list(sao.robustness)
     text = markdown_text(summary, [])
     assert "### Under attack" in text
     assert "move by up to 36/255 in l2" in text
-    assert list(attacked_fields(summary.rows))[2:5] == ["worst_case_mean", "worst_case_sd", "certified_36_mean"]
+    assert list(attacked_fields(summary.rows))[4:7] == ["worst_case_mean", "worst_case_sd", "certified_36_mean"]
 
 
 @pytest.mark.slow

@@ -23,24 +23,24 @@ def attacked(group: Group) -> list[Table]:
 
     def line(row: Row) -> Line:
         title = row.configuration.method.title
-        texts = [Text(percent(row.mean))]
+        texts = []
         for name in measured:
-            texts += [Text(_level(row, name)), Text(_difference(row, name))]
+            texts += [Text(_level(row, name)), *([Text(_difference(row, name))] if name in _tested(measured) else [])]
         return Line(title, names[title], row_title(row), tuple(texts))
 
     def part(block: Block) -> Part:
         return Part(block.title, tuple(map(line, block.rows)))
 
-    head = ["method", "accuracy %"]
+    head = ["method"]
     for name in measured:
-        head += [f"{name} %", _AGAINST]
+        head += [f"{name} %", *([_AGAINST] if name in _tested(measured) else [])]
     title = f"{group.title}, under attack" if group.title else "Under attack"
     return [Table(title, title, tuple(head), tuple(map(part, group.blocks)))]
 
 
 def fitting(view: Table) -> list[str]:
     """The columns of such a table that fit into 80 characters."""
-    return [title for title in view.head if title not in (_AGAINST, "accuracy %", "PGD %")]
+    return [title for title in view.head if title not in (_AGAINST, "clean %", "PGD %")]
 
 
 def attacked_fields(rows: Iterable[Row]) -> dict[str, Callable[[Row], object]]:
@@ -51,6 +51,11 @@ def attacked_fields(rows: Iterable[Row]) -> dict[str, Callable[[Row], object]]:
         fields[f"{key}_mean"] = partial(_mean, name=name)
         fields[f"{key}_sd"] = partial(_spread, name=name)
     return fields
+
+
+def _tested(measured: Iterable[str]) -> list[str]:
+    """What methods are compared by."""
+    return [name for name in measured if name not in ("clean", "PGD")]
 
 
 def _measured(rows: Iterable[Row]) -> list[str]:

@@ -70,9 +70,9 @@ def _attack(settings: Sequence[Setting]) -> str:
         else ""
     )
     return (
-        f" Under attack {images} of the test images move by up to {moved}, inside their range: PGD has {effort}; in "
-        f"the worst case an image counts only if PGD, PGD on the margin and {search} queries of a random search all "
-        f"fail.{certified}"
+        f" Under attack {images} of the test images (clean: as they are) move by up to {moved}, inside their range: "
+        f"PGD has {effort}; in the worst case an image counts only if PGD, PGD on the margin and {search} queries of a "
+        f"random search all fail.{certified}"
     )
 
 

@@ -57,7 +57,8 @@ class Row:
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
         robustness: fractions of the same runs by what was measured: ``clean``, ``PGD``, ``worst case``,
-            ``certified 36``; empty where the recipe asks for none. ``robustness_against_sao`` are the paired comparisons.
+            ``certified 36``; empty where the recipe asks for none. ``robustness_against_sao`` are the paired
+            comparisons.
         notes: what a reader must know about this row.
     """
 

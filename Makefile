@@ -5,10 +5,12 @@ STAMP  := $(VENV)/.installed
 
 LOWEST ?= .venv-lowest
 OLDEST ?= 3.10
+NEWEST ?= .venv-newest
+LATEST ?= 3.13
 
 ASAN   := -fsanitize=address -fno-omit-frame-pointer -g1
 
-.PHONY: install demo test test-slow lowest asan check format docs dist bench clean
+.PHONY: install demo test test-slow lowest newest asan check format docs dist bench clean
 
 install: $(STAMP)
 
@@ -34,6 +36,13 @@ lowest: $(STAMP)
 	$(BIN)/uv venv --quiet --allow-existing --python $(OLDEST) $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e '.[vision,lab,dev]'
 	$(LOWEST)/bin/python -m pytest -n 2 -q
+
+# And with the newest of all, on the latest Python.
+newest: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(LATEST) $(NEWEST)
+	$(BIN)/uv pip install --quiet --upgrade --python $(NEWEST) -e '.[vision,lab,dev]'
+	$(NEWEST)/bin/python -m pytest -n 2 -q
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -70,4 +79,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

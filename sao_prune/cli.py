@@ -72,7 +72,7 @@ def run(
     console = Console(quiet=not first)
     try:
         with make_display(console) as display:
-            display.stage("importing torch and timm")
+            display.stage("importing torch")
             if jobs > 1 and ray is None and processes() == 1:
                 # It imports the same in the meantime.
                 start_server()

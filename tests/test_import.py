@@ -45,6 +45,24 @@ def test_using_it_imports_no_more_than_it_needs() -> None:
     assert told == "[] 1\n"
 
 
+def test_timm_is_imported_by_those_who_need_it_and_finds_the_networks_then() -> None:
+    """A run of an own network starts without timm and torchvision, which take longer than torch does."""
+    told = python(
+        "import sys, sao_prune.lab.sweep\n"
+        "from sao_prune.lab.network import initial_network\n"
+        "from sao_prune.lab.train.optimizer import RateSchedule, make_optimizer\n"
+        "from sao_prune.lab.train.regularization import Objective\n"
+        "from sao_prune.lab.train.spec import TrainSpec\n"
+        "net = initial_network('sao_mlp', {'depth': 1, 'width': 8}, 10, {'in_chans': 1, 'img_size': 8})\n"
+        "spec = TrainSpec(epochs=1, batch_size=1)\n"
+        "RateSchedule(make_optimizer(net, spec, 0.1), spec, 0.1).step(0), Objective(spec, 10)\n"
+        "print([name for name in ('timm', 'torchvision') if name in sys.modules])\n"
+        "import timm\n"
+        "print(type(timm.create_model('sao_mlp7')).__name__, timm.is_model('sao_resnet18'))"
+    )
+    assert told.splitlines() == ["[]", "SaoMLP True"]
+
+
 def test_every_public_name_is_found_where_type_checkers_find_it() -> None:
     tree = ast.parse(Path(sao_prune.__file__).read_text(encoding="utf-8"))
     guarded = next(node for node in tree.body if isinstance(node, ast.If))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -29,8 +29,7 @@ def build_network(
     Raises:
         LabError: if timm does not know the name or the network refuses an option.
     """
-    if not timm.is_model(name):
-        raise LabError(f"timm knows no network {name!r}; this project's: {', '.join(_own_names())}")
+    create: Callable[..., nn.Module] = _own(name) if name in _own_names() else _timms(name)
     if name not in _own_names():
         if "in_chans" not in sizes:
             raise LabError(f"network {name} takes images, not sequences; for those: sao_recurrent and sao_decoder")
@@ -38,7 +37,7 @@ def build_network(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return timm.create_model(name, num_classes=classes, **{**sizes, **options})  # type: ignore[no-any-return]
+            return create(num_classes=classes, **{**sizes, **options})
     except (TypeError, ValueError) as error:
         raise LabError(f"network {name}: {error}") from error
 
@@ -115,6 +114,25 @@ def _delta_orthogonal(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, gain: float, ge
         nn.init.orthogonal_(matrix, gain, generator=generator)
         taps[rows : rows + len(matrix)][centre] = matrix
     weight.copy_(taps)
+
+
+def _timms(name: str) -> Callable[..., nn.Module]:
+    # Importing timm takes longer than many a training of a network that is not its.
+    import timm
+
+    if not timm.is_model(name):
+        raise LabError(f"timm knows no network {name!r}; this project's: {', '.join(_own_names())}")
+    return partial(timm.create_model, name)
+
+
+def _own(name: str) -> Callable[..., nn.Module]:
+    entry = getattr(sao_prune.models, name)
+
+    def create(**options: Any) -> nn.Module:
+        # What is None has been left out, as timm has it.
+        return entry(**{key: value for key, value in options.items() if value is not None})  # type: ignore[no-any-return]
+
+    return create
 
 
 def _own_names() -> list[str]:

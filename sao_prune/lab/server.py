@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from typing import Any
 
-_HEAVY = ("numpy", "torch", "torchvision", "timm", "sao_prune.lab.executors")
+_HEAVY = ("numpy", "torch", "sao_prune.lab.executors")
 
 
 def start_server() -> Any:
@@ -45,6 +45,14 @@ def preload() -> None:
         except ImportError:
             # A worker that needs it says so.
             continue
+    _make_an_optimizer()
+
+
+def _make_an_optimizer() -> None:
+    """With its first one, torch imports its compiler."""
+    from torch import nn, optim, zeros
+
+    optim.SGD([nn.Parameter(zeros(1))], lr=1.0)
 
 
 @contextmanager

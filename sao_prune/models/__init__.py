@@ -1,4 +1,4 @@
-"""The networks of the experiments, registered with timm where timm is installed."""
+"""The networks of the experiments, in timm's registry as soon as timm is imported."""
 
 from .decoder import SaoDecoder, sao_decoder
 from .lipconvnet import LipConvNet, sao_lipconvnet

@@ -120,4 +120,4 @@ def test_a_run_says_what_it_does_before_it_imports_anything(tmp_path: Path) -> N
         "    pass\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "['importing torch and timm'] []\n"
+    assert done.stdout == "['importing torch'] []\n"

@@ -11,7 +11,7 @@ import sao_prune
 from sao_prune.lab.errors import LabError, RecipeError
 from sao_prune.lab.recipe import load_recipe
 from sao_prune.lab.train import TrainSpec
-from sao_prune.lab.train.optimizer import make_optimizer, make_scheduler
+from sao_prune.lab.train.optimizer import RateSchedule, make_optimizer
 from sao_prune.lab.trials import final_trials
 from sao_prune.lab.width import fan_ins, groups_of, rate_factors, scale_to_density, widened
 from sao_prune.lab.work import Worker, Workplace
@@ -87,7 +87,7 @@ def test_rates_follow_width_times_density(form: str) -> None:
         sao_prune.compact(wide)
     spec = TrainSpec(epochs=2, batch_size=8, optimizer="adam", weight_decay=0.1, scaling="supar")
     optimizer = make_optimizer(wide, spec, 0.08, fan_ins(base))
-    make_scheduler(optimizer, spec, 0.08).step(0)
+    RateSchedule(optimizer, spec, 0.08).step(0)
     names = {id(p): name for name, p in wide.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

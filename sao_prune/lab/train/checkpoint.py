@@ -32,7 +32,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    average: nn.Module | None
+    average: Any
     history: History
     pruner: Pruner | None = None
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,7 +31,7 @@ from .evaluation import evaluate
 from .execution import execution_form
 from .history import History
 from .holding import held_form
-from .optimizer import make_optimizer, make_scheduler
+from .optimizer import RateSchedule, make_optimizer
 from .regularization import Objective
 from .spec import TrainSpec
 
@@ -104,15 +104,15 @@ def train(
         if mover is not None:
             pruner = _moving(model, mover, spec, len(data.train_y), seed)
         optimizer = _optimizer(model, spec, lr, base)
-        scheduler = make_scheduler(optimizer, spec, lr)
-        average = ModelEmaV3(model, spec.ema, use_warmup=True) if spec.ema else None
+        rates = RateSchedule(optimizer, spec, lr)
+        average = _average(model, spec)
         state = TrainingState(model, optimizer, average, History(execution=execution), pruner)
         file = Checkpoint(checkpoint, _identity(spec, lr, seed, execution, augment, key, data, mover))
         file.resume(state)
         history = state.history
         isometry = _isometry(model, few, spec, history)
         while history.epochs < spec.epochs and history.status == "ok":
-            scheduler.step(history.epochs)
+            rates.step(history.epochs)
             loss = trainer.epoch(state)
             accuracy, test_loss = evaluate(model if average is None else average.module, data)
             history.lr.append(optimizer.param_groups[0]["lr"])
@@ -166,7 +166,7 @@ class _Trainer:
         for step, (x, target, count) in enumerate(self._batches(history.epochs)):
             total += self._step(state.optimizer, x, target, count)
             pruned = None if state.pruner is None else state.pruner.step(state.optimizer)
-            if isinstance(state.average, ModelEmaV3):
+            if state.average is not None:
                 if pruned is not None:
                     _share_masks(state.average.module, self.model)
                 state.average.update(self.model, step=history.epochs * self._steps + step + 1)
@@ -240,6 +240,16 @@ def _optimizer(model: nn.Module, spec: TrainSpec, lr: float, base: Mapping[str, 
         return make_optimizer(model, spec, lr, base)
     except ValueError as error:
         raise LabError(f"scaling {spec.scaling}: {error}; execution: masked keeps the names of all weights") from error
+
+
+def _average(model: nn.Module, spec: TrainSpec) -> Any:
+    """timm's moving average of a model, if there is to be one."""
+    if not spec.ema:
+        return None
+    # Importing timm takes longer than many a training that does without.
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, spec.ema, use_warmup=True)
 
 
 def _moving(model: nn.Module, mover: Method, spec: TrainSpec, images: int, seed: int) -> Pruner:

@@ -1,14 +1,14 @@
-"""The optimizer and the schedule of a training, both timm's."""
+"""The optimizer and the learning rates of a training: torch's optimizers, the groups and schedules as timm has them."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
-import timm.optim
-import timm.scheduler
 import torch
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..width import rate_factors
@@ -24,15 +24,25 @@ def make_optimizer(
         model: whose parameters.
         spec: of the training.
         lr: the learning rate.
-        base: fan-ins of the dense network, where rates follow width and density; the scheduler multiplies them then
+        base: fan-ins of the dense network, where rates follow width and density; the schedule multiplies them then
             with each group's ``lr_scale``.
     """
-    betas = {"betas": spec.betas} if spec.optimizer in ("adam", "adamw") else {}
-    parameters: Any = model if base is None else _scaled_groups(model, spec.weight_decay, base)
-    decay = spec.weight_decay if base is None else 0.0
-    return timm.optim.create_optimizer_v2(
-        parameters, opt=spec.optimizer, lr=lr, weight_decay=decay, momentum=spec.momentum, **betas
-    )
+    groups = _groups(model, spec.weight_decay) if base is None else _scaled_groups(model, spec.weight_decay, base)
+    if spec.optimizer in ("adam", "adamw"):
+        kind: Any = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.AdamW
+        return kind(groups, lr=lr, betas=spec.betas, weight_decay=0.0)  # type: ignore[no-any-return]
+    return torch.optim.SGD(groups, lr=lr, momentum=spec.momentum, nesterov=spec.optimizer == "nesterov")
+
+
+def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """What does not decay, then what does; a timm model names more of the former itself."""
+    spared = getattr(model, "no_weight_decay", set)()
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.dim() <= 1 or name.endswith(".bias") or any(fnmatch(name, pattern) for pattern in spared)
+            groups.setdefault(bool(decay) and not plain, []).append(parameter)
+    return [{"params": groups[decays], "weight_decay": decay if decays else 0.0} for decays in sorted(groups)]
 
 
 def _scaled_groups(model: nn.Module, decay: float, base: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -46,23 +56,41 @@ def _scaled_groups(model: nn.Module, decay: float, base: Mapping[str, float]) ->
     return [{"params": groups[key], "weight_decay": key[1], "lr_scale": key[0]} for key in order]
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, spec: TrainSpec, lr: float) -> Scheduler:
-    """The schedule; ``scheduler.step(e)`` sets the rates with which epoch ``e``, counted from 0, is trained.
+class RateSchedule:
+    """The learning rate of every epoch; it depends on the epoch's number alone, so that nothing of it is saved.
 
-    The rate of an epoch depends on its number alone, so a resumed training needs no state of the schedule.
+    Args:
+        optimizer: whose groups are given the rates, times their ``lr_scale`` where they have one.
+        spec: of the training.
+        lr: the learning rate.
+
+    Example:
+        >>> from sao_prune.lab.train import ScheduleSpec
+        >>> spec = TrainSpec(epochs=4, batch_size=1, schedule=ScheduleSpec("multistep", milestones=(1, 3)))
+        >>> schedule = RateSchedule(torch.optim.SGD(nn.Linear(2, 2).parameters()), spec, lr=0.5)
+        >>> [round(schedule.rate(epoch), 3) for epoch in range(4)]
+        [0.5, 0.05, 0.05, 0.005]
     """
-    schedule = spec.schedule
-    # Older versions of timm have no constant schedule with a warm-up: steps that change nothing are one.
-    constant = schedule.name == "constant"
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
-        optimizer,
-        sched="step" if constant else schedule.name,
-        num_epochs=spec.epochs,
-        # timm counts one epoch ahead of torch's MultiStepLR, whose meaning recipes and papers have.
-        decay_milestones=[milestone + 1 for milestone in schedule.milestones or ()],
-        decay_rate=1.0 if constant else schedule.factor,
-        min_lr=schedule.final_lr,
-        warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=lr / 100,
-    )
-    return scheduler
+
+    def __init__(self, optimizer: torch.optim.Optimizer, spec: TrainSpec, lr: float) -> None:
+        self._optimizer, self._schedule, self._epochs, self._lr = optimizer, spec.schedule, spec.epochs, lr
+
+    def step(self, epoch: int) -> None:
+        """Set the rates with which an epoch, counted from 0, is trained."""
+        rate = self.rate(epoch)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"] if "lr_scale" in group else rate
+
+    def rate(self, epoch: int) -> float:
+        """The rate of an epoch, counted from 0."""
+        schedule, lr = self._schedule, self._lr
+        if epoch < schedule.warmup_epochs:
+            start = lr / 100
+            return start + epoch * ((lr - start) / schedule.warmup_epochs)
+        if schedule.name == "multistep":
+            return lr * schedule.factor ** bisect_right(schedule.milestones or (), epoch)
+        if schedule.name == "cosine":
+            final = schedule.final_lr
+            turned = 1 + math.cos(math.pi * epoch / self._epochs) if epoch < self._epochs else 0.0
+            return final + 0.5 * (lr - final) * turned
+        return lr

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,8 +35,10 @@ class Objective:
 
     def __init__(self, spec: TrainSpec, classes: int) -> None:
         self._smoothing, self._classes = spec.label_smoothing, classes
-        self._mixup: Mixup | None = None
+        self._mixup: Any = None
         if spec.mixup or spec.cutmix:
+            from timm.data import Mixup
+
             self._mixup = Mixup(
                 mixup_alpha=spec.mixup,
                 cutmix_alpha=1.0 if spec.cutmix else 0.0,
@@ -68,6 +70,8 @@ class Objective:
         finally:
             np.random.set_state(before)  # noqa: NPY002
         if even < len(x):
+            from timm.data.mixup import mixup_target
+
             mixed = torch.cat([mixed, x[even:]])
             target = torch.cat([target, mixup_target(y[even:], self._classes, smoothing=self._smoothing)])
         return mixed, target

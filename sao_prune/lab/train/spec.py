@@ -13,7 +13,7 @@ from ..schema import rule
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """How the learning rate changes over the epochs (timm's schedulers).
+    """How the learning rate changes over the epochs, as timm's schedulers do it.
 
     Attributes:
         name: ``constant``; ``multistep``, times ``factor`` after as many epochs as each milestone says; ``cosine``,

@@ -2,17 +2,18 @@
 
 import pytest
 import timm.optim
+import timm.scheduler
 import torch
 from torch import nn
 
 from sao_prune.lab.train import ScheduleSpec, TrainSpec
-from sao_prune.lab.train.optimizer import make_optimizer, make_scheduler
+from sao_prune.lab.train.optimizer import RateSchedule, make_optimizer
 
 
 def rates(schedule: ScheduleSpec, epochs: int, lr: float = 1.0) -> list[float]:
     spec = TrainSpec(epochs=epochs, batch_size=1, schedule=schedule)
     optimizer = make_optimizer(nn.Linear(2, 2), spec, lr)
-    scheduler = make_scheduler(optimizer, spec, lr)
+    scheduler = RateSchedule(optimizer, spec, lr)
     found = []
     for epoch in range(epochs + 1):
         scheduler.step(epoch)
@@ -61,11 +62,51 @@ def test_warm_up_before_milestones() -> None:
     assert rates(schedule, 6) == pytest.approx([0.01, 0.505, 1.0, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_momentum_is_classical_and_nesterov_is_not() -> None:
-    params = [nn.Parameter(torch.zeros(1))]
-    made = {name: timm.optim.create_optimizer_v2(params, opt=name, lr=0.1) for name in ("momentum", "nesterov")}
-    assert not made["momentum"].defaults["nesterov"]
-    assert made["nesterov"].defaults["nesterov"]
+SCHEDULES = [
+    (ScheduleSpec(warmup_epochs=3), {"sched": "step", "decay_rate": 1.0}),
+    (ScheduleSpec("multistep", milestones=(2, 7), factor=0.3), {"sched": "multistep", "decay_milestones": [3, 8]}),
+    (ScheduleSpec("cosine", final_lr=1e-3, warmup_epochs=4), {"sched": "cosine", "min_lr": 1e-3}),
+    (ScheduleSpec("cosine"), {"sched": "cosine"}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "options"), SCHEDULES)
+def test_rates_are_timms_to_the_last_bit(schedule: ScheduleSpec, options: dict) -> None:
+    lr = 0.1234
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    options = {"warmup_epochs": schedule.warmup_epochs, "decay_rate": schedule.factor, **options}
+    scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, num_epochs=11, warmup_lr=lr / 100, **options)
+    expected = []
+    for epoch in range(12):
+        scheduler.step(epoch)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(schedule, 11, lr) == expected
+
+
+class Spared(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+        self.pos_embed, self.frozen = nn.Parameter(torch.zeros(2, 4)), nn.Parameter(torch.zeros(2, 2), False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_*"}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "adam", "adamw"])
+def test_optimizers_are_timms(name: str, decay: float) -> None:
+    model = Spared()
+    spec = TrainSpec(epochs=1, batch_size=1, optimizer=name, momentum=0.8, weight_decay=decay)
+    found = make_optimizer(model, spec, 0.1)
+    betas = {"betas": spec.betas} if name.startswith("adam") else {}
+    expected = timm.optim.create_optimizer_v2(model, opt=name, lr=0.1, weight_decay=decay, momentum=0.8, **betas)
+    assert type(found) is type(expected)
+    own, theirs = ([dict(group) for group in optimizer.param_groups] for optimizer in (found, expected))
+    for groups in (own, theirs):
+        for group in groups:
+            # Some versions of timm hand over what is frozen too, which has no gradient.
+            group["params"] = [id(parameter) for parameter in group["params"] if parameter.requires_grad]
+    assert own == theirs
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -36,7 +36,7 @@ def make_optimizer(
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """What does not decay, then what does; a timm model names more of the former itself."""
-    spared = getattr(model, "no_weight_decay", set)()
+    spared: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     groups: dict[bool, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

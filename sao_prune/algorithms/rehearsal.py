@@ -55,7 +55,11 @@ def trial(model: nn.Module, batch: object, weights: Iterable[int]) -> Tracer:
 
 
 def readers(model: nn.Module, batch: object, allocations: Sequence[Allocation]) -> dict[int, tuple[int, Tensor]]:
-    """For a weight the one that alone reads its outputs, where both are single matrices, and the energy of that one."""
+    """For a weight the one that alone reads its outputs, where both are single matrices, and the energy of that one.
+
+    Raises:
+        ValueError: if the model does not run on the batch.
+    """
     try:
         pairs = feeds(record(model, _few(batch)))
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from ._torch import is_draft, tree_leaves, tree_map
 from .blocks import BlockModule, Execution
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
+from .files import replacing
 from .tables import Column, Line, TableReport
 
 _INSTALL = "pip install 'sao-prune[onnx]'"
@@ -131,17 +133,12 @@ def export_onnx(
             f"torch.onnx cannot export {type(model).__name__}: what its forward does depends on the values that it is "
             "given, and only what it does with the example could be written"
         )
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        size = sum(p.numel() * p.element_size() for p in own.state_dict().values())
-        program.save(str(target if size >= _LARGEST else partial), external_data=size >= _LARGEST)
-        written = target if size >= _LARGEST else partial
+    size = sum(p.numel() * p.element_size() for p in own.state_dict().values())
+    # A large file has its weights in another beside it, by name.
+    with nullcontext(target) if size >= _LARGEST else replacing(target) as written:
+        program.save(str(written), external_data=size >= _LARGEST)
         difference = _error(written, example_input, expected)
         nodes = _nodes(written)
-        if size < _LARGEST:
-            os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return ExportReport(target, target.stat().st_size, nodes, len(layers), folded, difference)
 
 

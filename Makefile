@@ -2,11 +2,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+UV     := $(BIN)/uv
 
 LOWEST ?= .venv-lowest
 OLDEST ?= 3.10
 NEWEST ?= .venv-newest
 LATEST ?= 3.13
+# Folders or files; all tests if none are named.
+TESTS  ?=
 
 ASAN   := -fsanitize=address -fno-omit-frame-pointer -g1
 
@@ -20,6 +23,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[vision,lab,dev]'
 	touch $(STAMP)
 
+$(UV):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
 demo: $(STAMP)
 	# Layers this small gain nothing from a second thread, and lose much by waiting for it on a busy machine.
 	OMP_NUM_THREADS=1 $(BIN)/sao-prune run recipes/digits.yaml
@@ -31,18 +38,16 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
 # The same tests with the lowest versions that pyproject.toml allows, on the oldest Python.
-lowest: $(STAMP)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv venv --quiet --allow-existing --python $(OLDEST) $(LOWEST)
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e '.[vision,lab,dev]'
-	$(LOWEST)/bin/python -m pytest -n 2 -q
+lowest: $(UV)
+	$(UV) venv --quiet --allow-existing --python $(OLDEST) $(LOWEST)
+	$(UV) pip install --quiet --python $(LOWEST) --resolution lowest-direct -e '.[vision,lab,dev]'
+	$(LOWEST)/bin/python -m pytest -n 2 -q $(TESTS)
 
 # And with the newest of all, on the latest Python.
-newest: $(STAMP)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv venv --quiet --allow-existing --python $(LATEST) $(NEWEST)
-	$(BIN)/uv pip install --quiet --upgrade --python $(NEWEST) -e '.[vision,lab,dev]'
-	$(NEWEST)/bin/python -m pytest -n 2 -q
+newest: $(UV)
+	$(UV) venv --quiet --allow-existing --python $(LATEST) $(NEWEST)
+	$(UV) pip install --quiet --upgrade --python $(NEWEST) -e '.[vision,lab,dev]'
+	$(NEWEST)/bin/python -m pytest -n 2 -q $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         cost = multiply_adds(dense, data.standardise(data.test_x[:1]))
         accuracy, parameters = evaluate(dense, data)[0], sum(p.numel() for p in dense.parameters())
         models, rows = {"dense": dense}, {"dense": Row("dense", accuracy, 0.0, 1.0, parameters)}
-        kept = Kept(args.output, {key: value for key, value in vars(args).items() if key not in _FREE})
+        kept = Kept(args.output, {key: value for key, value in vars(args).items() if key not in _FREE}, dense)
         shares = []
         for groups in args.groups:
             make = partial(convert, args, dense, data, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -20,11 +21,12 @@ class Kept:
     Args:
         folder: holds ``kept.json`` and a file of weights for every row.
         options: what the rows depend on; rows that were made with others are not used.
+        dense: the model that all rows come from; rows of other weights are not used either.
     """
 
-    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, Any], dense: nn.Module) -> None:
         self._folder, self._file = folder, folder / "kept.json"
-        self._options = json.loads(json.dumps(options, default=str))
+        self._options = json.loads(json.dumps({**options, "weights": _digest(dense)}, default=str))
         found = json.loads(self._file.read_text()) if self._file.is_file() else {}
         self._rows: dict[str, Any] = found["rows"] if found.get("options") == self._options else {}
 
@@ -39,5 +41,15 @@ class Kept:
         model, row = make()
         sao_prune.save(model, path)
         self._rows[name] = asdict(row)
-        self._file.write_text(json.dumps({"options": self._options, "rows": self._rows}, indent=1) + "\n")
+        # In one step: a run that is killed leaves the file of the row before.
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps({"options": self._options, "rows": self._rows}, indent=1) + "\n")
+        new.replace(self._file)
         return model, row
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -113,13 +113,15 @@ def test_what_is_done_is_not_done_again(deploy, tmp_path) -> None:
     def refuse():
         raise AssertionError("made again")
 
-    first, row = kept.Kept(tmp_path, {"lr": 0.1, "path": tmp_path}).row("a", make, refuse)
-    again, same = kept.Kept(tmp_path, {"lr": 0.1, "path": tmp_path}).row("a", refuse, plain)
+    dense, options = plain(), {"lr": 0.1, "path": tmp_path}
+    first, row = kept.Kept(tmp_path, options, dense).row("a", make, refuse)
+    again, same = kept.Kept(tmp_path, options, dense).row("a", refuse, plain)
     x = torch.randn(2, 8)
     assert same == row
     assert torch.equal(again(x), first(x))
-    with pytest.raises(AssertionError, match="made again"):
-        kept.Kept(tmp_path, {"lr": 0.2, "path": tmp_path}).row("a", refuse, plain)
+    for other, weights in (({**options, "lr": 0.2}, dense), (options, plain())):
+        with pytest.raises(AssertionError, match="made again"):
+            kept.Kept(tmp_path, other, weights).row("a", refuse, plain)
 
 
 @pytest.mark.slow

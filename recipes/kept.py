@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from deployed import Row
 from torch import nn
 
@@ -51,5 +52,5 @@ class Kept:
 def _digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
-        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        found.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

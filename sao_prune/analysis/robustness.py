@@ -45,7 +45,8 @@ def certified_radii(logits: Tensor, labels: Tensor, lipschitz: float | Tensor = 
         Radii in the units of the inputs, shape ``(batch,)``.
 
     Raises:
-        ValueError: if a constant is not positive, or constants are not one for every two classes.
+        ValueError: if a constant is not positive, of differences if one is negative, or if those are not one for every
+            two classes.
 
     Example:
         >>> import torch
@@ -53,12 +54,14 @@ def certified_radii(logits: Tensor, labels: Tensor, lipschitz: float | Tensor = 
         [1.4142135381698608, 0.0]
     """
     if not isinstance(lipschitz, Tensor):
-        if lipschitz <= 0:
+        if not lipschitz > 0:
             raise ValueError(f"lipschitz must be positive, got {lipschitz}")
         return margins(logits, labels).clamp(min=0) / (sqrt(2) * lipschitz)
     classes = logits.shape[1]
     if lipschitz.shape != (classes, classes):
         raise ValueError(f"lipschitz must be a number or {classes} x {classes}, got shape {tuple(lipschitz.shape)}")
+    if bool((lipschitz < 0).any()):
+        raise ValueError(f"lipschitz must not be negative, got {float(lipschitz.min())} among its entries")
     differences = logits.gather(1, labels[:, None]) - logits
     # A logit's difference to itself has no constant.
     constants = lipschitz[labels].scatter(1, labels[:, None], 1.0)

@@ -37,7 +37,7 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {get_args(Norm)}, got {self.norm!r}")
-        if self.eps < 0 or self.low >= self.high:
+        if not (self.eps >= 0 and self.low < self.high):
             raise ValueError(f"eps must not be negative and low below high, got {self.eps}, {self.low}, {self.high}")
 
     def project(self, x: Tensor, moved: Tensor) -> Tensor:

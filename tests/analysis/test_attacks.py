@@ -88,7 +88,7 @@ def test_a_model_that_has_diverged_is_right_nowhere():
 
 def test_bad_input():
     model, x, labels = linear()
-    for options in ({"norm": "l1"}, {"eps": -0.1}, {"low": 1.0, "high": 0.0}):
+    for options in ({"norm": "l1"}, {"eps": -0.1}, {"eps": float("nan")}, {"low": 1.0, "high": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             Threat(**options)
     with pytest.raises(ValueError, match="loss must be one of"):

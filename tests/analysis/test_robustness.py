@@ -36,5 +36,6 @@ def test_a_larger_lipschitz_constant_certifies_less():
 def test_bad_input():
     with pytest.raises(ValueError, match="radius"):
         analysis.certified_accuracy(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 1]), radius=-1.0)
-    with pytest.raises(ValueError, match="lipschitz"):
-        analysis.certified_radii(torch.eye(2), torch.tensor([0, 1]), 0.0)
+    for constant in (0.0, float("nan"), torch.full((2, 2), -1.0), torch.ones(3, 3)):
+        with pytest.raises(ValueError, match="lipschitz"):
+            analysis.certified_radii(torch.eye(2), torch.tensor([0, 1]), constant)

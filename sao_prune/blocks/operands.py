@@ -31,9 +31,11 @@ def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where
     check_memory(x, blocks, bias)
     weight = layout.pack(blocks)
     space = weight.dim() - 3
-    if {len(where.stride), len(where.padding), len(where.dilation)} != {space} or (
-        where is not MATRIX and x.dim() != 2 + space
-    ):
+    if where is MATRIX:
+        fits = space == 0
+    else:
+        fits = {len(where.stride), len(where.padding), len(where.dilation), x.dim() - 2} == {space}
+    if not fits:
         given = f"an input of shape {tuple(x.shape)}, blocks of shape {tuple(blocks.shape)}, {where}"
         raise RuntimeError(f"expected as many dimensions of space everywhere, got {given}")
     if blocks.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):

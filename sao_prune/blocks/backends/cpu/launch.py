@@ -176,19 +176,19 @@ class Rows(Call):
 
     def _arguments(self, x: Tensor, weight: Tensor, limits: tuple[int, int, int]) -> tuple[tuple[_Argument, ...], int]:
         """Sizes and tables, and the lines of a panel."""
-        n, m = x.shape[1], self.layout.channels
-        tables = *weight.shape[:3], *self.layout.addresses
+        batch, n, *space = x.shape
+        m, (groups, rows, cols, *_), tables = self.layout.channels, weight.shape, self.layout.addresses
         if not self.kernel:
-            lines = panel_lines(len(x), 1, n + m, limits, torch.get_num_threads())
-            return (1, n, m, len(x), *_POINT, *tables), lines
+            lines = panel_lines(batch, 1, n + m, limits, torch.get_num_threads())
+            return (1, n, m, batch, *_POINT, groups, rows, cols, *tables), lines
         # As many lines as a core's cache holds, at least as many as the kernel is high.
-        pitch = x.shape[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
+        pitch = space[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
         lines = max(_IMAGE // ((n + m) * pitch), self.kernel[0])
-        return (len(x), n, m, *x.shape[2:], *self.kernel, *self.dilation, *tables), lines
+        return (batch, n, m, *space, *self.kernel, *self.dilation, groups, rows, cols, *tables), lines
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         order = _PIXELS if self.kernel else _COLUMNS if self.column_major else None
-        y = empty((len(x), self.layout.channels, *x.shape[2:]), order)
+        y = empty((x.shape[0], self.layout.channels, *x.shape[2:]), order)
         arguments, lines = self._arguments(x, weight, _FORWARD)
         extras, results = self._extras(y, plan)
         columns = not self.kernel and is_column_major(x), self.column_major

@@ -51,17 +51,18 @@ def backward(
         act = _OF_RESULT.get(activation, "known derivative")
         derivative = Derivative(act, as_operand(values, x, geometry, call))
     dx, dw, db = call.backward(as_operand(grad, x, geometry, call), operand, dense(flat), needs, derivative)
-    return None if dx is None else shaped(dx, x, geometry), None if dw is None else dw.view(weight.shape), db
+    dw = dw if dw is None or flat is weight else dw.view(weight.shape)
+    return None if dx is None else shaped(dx, x, geometry), dw, db
 
 
 def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> tuple[Tensor, Tensor, Call]:
     """The operand, the weight and the kernel for an input's shape and memory format."""
-    kernel = tuple(weight.shape[3:])
     if not geometry.stride:
         if is_transposed(x):
             return x.mT.flatten(0, -3), weight, Planes(layout, (1,), (1,))
         flat = _rows(x)
         return flat, weight, Rows(layout, is_column_major(flat))
+    kernel = tuple(weight.shape[3:])
     if x.dim() != 4 or not is_channels_last(x):
         return dense(x), weight, Planes(layout, kernel, geometry.dilation)
     if any(k > 1 for k in kernel):

@@ -220,14 +220,8 @@ else:
     BatchNorm = private("nn.modules.batchnorm._BatchNorm", "norms", _BATCH)
     NormBase = private("nn.modules.batchnorm._NormBase", "norms", _BATCH | _INSTANCE)
 
-_GLOBAL_HOOKS = tuple(
-    f"nn.modules.module._global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")
-)
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks are registered that every module runs; yes where torch does not tell."""
-    return any(bool(private(path, "epilogues", True)) for path in _GLOBAL_HOOKS)
+#: Whether hooks are registered that every module runs; yes where torch does not tell.
+has_global_hooks: Callable[[], bool] = private("nn.modules.module._has_any_global_hook", "epilogues", lambda: True)
 
 
 # ---- Trees of tensors ----------------------------------------------------------------------------------------------

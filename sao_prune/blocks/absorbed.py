@@ -40,7 +40,7 @@ def is_activation(module: nn.Module) -> bool:
 
 def activation_name(module: nn.Module | None) -> str:
     """What the operators call it; ``""`` for none."""
-    return next((name for kind, name in ACTIVATIONS.items() if isinstance(module, kind)), "")
+    return ACTIVATIONS.get(kind_of(module), "") if module is not None else ""
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -20,9 +20,6 @@ from .._torch import BatchNorm, has_global_hooks, version
 from .absorbed import absorbed_class, activation_in, activation_name, is_activation, is_norm, kind_of
 from .backends import cpu
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 # Storage, offset and version of a result; and how many are remembered, for passes that run again.
 _Result = tuple[StorageWeakRef, int, int | None]
 Homes = Mapping[int, Sequence[tuple[nn.Module, str]]]
@@ -97,17 +94,20 @@ class Epilogue:
         owner, norm, activation, then, *between = members = self.members()
         if (norm is not None, activation is not None, then is not None) != self._present or owner is None:
             return False
-        if torch.is_autocast_enabled(x.device.type) or has_global_hooks():
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
             return False
-        if not torch.compiler.is_compiling() and not self._is_at_home():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self._is_at_home():
             return False
-        if any(is_watched(m) for m in members if m is not None):
-            return False
-        if any(m is None or (m.training and getattr(m, "p", 1) > 0) for m in between):
-            return False
-        tensors: list[Any] = [x]
+        for m in members:
+            if m is not None and is_watched(m):
+                return False
+        for m in between:
+            if m is None or (m.training and getattr(m, "p", 1) > 0):
+                return False
+        tensors: list[Any] = []
         if norm is not None:
-            if not torch.compiler.is_compiling() and not is_norm(norm):
+            if not compiling and not is_norm(norm):
                 return False
             if x.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else x.dim()) or norm.momentum is None:
                 return False
@@ -116,9 +116,10 @@ class Epilogue:
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if then is not None:
             tensors += [then.blocks, then.bias]
-        if any(t is not None and (t.device != x.device or t.dtype != x.dtype) for t in tensors):
-            return False
-        return torch.compiler.is_compiling() or not x.is_cpu or cpu.ready(*tensors)
+        for t in tensors:
+            if t is not None and (t.device != x.device or t.dtype != x.dtype):
+                return False
+        return compiling or not x.is_cpu or cpu.ready(x, *tensors)
 
     def _is_at_home(self) -> bool:
         for home, name, ref in self._homes:
@@ -145,12 +146,10 @@ class Epilogue:
             return self.fused
         if not self._results:
             return False
-        storage = StorageWeakRef(x.untyped_storage()).cdata
-        place = int(x.storage_offset()), version(x)
-        if any(r[0].cdata == storage and (r[1:] == place or place[1] == -1) for r in self._results):
+        if self._is_result(x):
             _, norm, activation, then, *_ = self.members()
             if module is (then or activation or norm) or (
-                activation is not None and activation_in(module) is activation
+                norm is not None and activation is not None and activation_in(module) is activation
             ):
                 self.fused = False
             return True
@@ -160,6 +159,13 @@ class Epilogue:
                 "result: the model runs otherwise than when it was made compact. Make it compact anew (expand, then "
                 "compact) for the way it runs now, or with fuse=False"
             )
+        return False
+
+    def _is_result(self, x: Tensor) -> bool:
+        storage, offset, written = StorageWeakRef(x.untyped_storage()).cdata, int(x.storage_offset()), version(x)
+        for result in reversed(self._results):
+            if result[0].cdata == storage and (result[1:] == (offset, written) or written == -1):
+                return True
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Epilogue:
@@ -189,7 +195,9 @@ def step_names(norm: nn.Module | None, activation: nn.Module | None, then: nn.Mo
 
 def is_watched(module: nn.Module) -> bool:
     """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
-    return any(getattr(module, name) for name in _HOOKS) or module._compiled_call_impl is not None
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    hooks = before or after or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or module._compiled_call_impl is not None
 
 
 def homes_of(model: nn.Module) -> Homes:

@@ -120,7 +120,7 @@ class Layout:
     def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of `pack`: the values of the blocks in matrices, in the parameter's ``shape``."""
         if self.slots is None:
-            return packed.reshape(shape)
+            return packed if packed.shape == shape else packed.reshape(shape)
         return packed.flatten(0, 2).index_select(0, self.slots).view(shape)
 
     def check(self, x: Tensor, dim: int, bias: Tensor | None) -> None:

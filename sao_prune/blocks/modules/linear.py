@@ -94,7 +94,7 @@ class BlockLinear(BlockModule):
         plain = is_plain(x)
         epilogue = self.epilogue if self.copies == 1 else None
         if epilogue is not None and epilogue.begin(x, plain):
-            return epilogue.done(self._fused(x, epilogue))
+            return epilogue.done(self._fused(x, blocks, bias, epilogue))
         if isinstance(x, Proxy):
             return run_linear(x, blocks, bias, *self.sets, run.backend)
         if run.dense and not plain:
@@ -107,8 +107,8 @@ class BlockLinear(BlockModule):
             return functional.block_linear(x, blocks, bias, self.layout)
         return run_linear(x, blocks, bias, *self.sets, run.backend)
 
-    def _fused(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        own, sets = (x, self.values(), self.bias), self.sets
+    def _fused(self, x: Tensor, blocks: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
+        own, sets = (x, blocks, bias), self.sets
         norm, activation, then = epilogue.parts()
         y: Tensor
         if then is not None:

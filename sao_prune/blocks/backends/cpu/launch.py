@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +49,7 @@ class Forward:
     moments: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Derivative:
+class Derivative(NamedTuple):
     """How a gradient of the result becomes one of the product.
 
     Attributes:
@@ -66,6 +66,7 @@ class Derivative:
 
 # The product alone, and what the kernels are told then.
 PLAIN = Forward()
+PLANS = {(act, keep): Forward(act, keep) for act in ACTS for keep in (False, True)} | {("", False): PLAIN}
 _NOTHING = (0, None, None, None)
 
 Results = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
@@ -176,11 +177,14 @@ class Rows(Call):
 
     def _arguments(self, x: Tensor, weight: Tensor, limits: tuple[int, int, int]) -> tuple[tuple[_Argument, ...], int]:
         """Sizes and tables, and the lines of a panel."""
-        batch, n, *space = x.shape
-        m, (groups, rows, cols, *_), tables = self.layout.channels, weight.shape, self.layout.addresses
+        layout = self.layout
+        m, tables = layout.channels, layout.addresses
         if not self.kernel:
+            batch, n = x.shape
             lines = panel_lines(batch, 1, n + m, limits, torch.get_num_threads())
-            return (1, n, m, batch, *_POINT, groups, rows, cols, *tables), lines
+            return (1, n, m, batch, *_POINT, layout.groups, layout.rows, layout.cols, *tables), lines
+        batch, n, *space = x.shape
+        groups, rows, cols = weight.shape[:3]
         # As many lines as a core's cache holds, at least as many as the kernel is high.
         pitch = space[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
         lines = max(_IMAGE // ((n + m) * pitch), self.kernel[0])

@@ -11,7 +11,7 @@ from ...functional import Geometry
 from ...layout import Layout
 from ...permutation import dense, is_channels_last, is_column_major
 from ..torch import Gradients, is_transposed
-from .launch import PLAIN, Call, Derivative, Forward, Planes, Rows
+from .launch import PLANS, Call, Derivative, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
 _OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
@@ -29,8 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `backends.torch.forward`, of convolutions that `suits`."""
     operand, flat, call = call_for(x, weight, layout, geometry)
-    plan = Forward(activation, keep) if activation or keep else PLAIN
-    y, kept, _ = call.forward(operand, dense(flat), None if bias is None else dense(bias), plan)
+    y, kept, _ = call.forward(operand, dense(flat), None if bias is None else dense(bias), PLANS[activation, keep])
     return shaped(y, x, geometry), None if kept is None else shaped(kept, x, geometry)
 
 

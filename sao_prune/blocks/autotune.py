@@ -78,6 +78,9 @@ def with_steps(plan: Plan, chains: Mapping[str, Steps]) -> Plan:
     for name in native & chains.keys():
         steps = chains[name]
         steps = steps if steps.then in native else replace(steps, between=(), then=None)
+        # Up to the first layer that is none of them.
+        count = next((i for i, layer in enumerate(steps.rest[::2]) if layer not in native), len(steps.rest))
+        steps = replace(steps, rest=steps.rest[: 2 * count])
         new[name] = replace(new[name], steps=steps)
     return replace(plan, choices=new)
 

@@ -139,7 +139,8 @@ def _text(name: str, plan: Plan) -> str:
         return "dense: faster than its blocks"
     steps = choice.steps
     activation = None if steps.activation is None else "activation"
-    fused = [s for s in ("norm" if steps.norm else None, activation, "linear" if steps.then else None) if s]
+    last = f"{len(steps.rest[::2])} layers" if steps.rest else "linear" if steps.then else None
+    fused = [s for s in ("norm" if steps.norm else None, activation, last) if s]
     return "".join([str(choice.execution), *(f" + {step}" for step in fused)])
 
 

@@ -1,4 +1,4 @@
-"""What joins a block layer's kernel: a batch norm and an activation, or an activation and the next linear layer.
+"""What joins a block layer's call: a batch norm and an activation, or an activation and the next linear layers.
 
 The layer that owns an epilogue computes it in its own forward. The modules that it absorbed stay where they are in the
 model, with their parameters, buffers, names and hooks; while their owner computes them they give back what they are
@@ -38,6 +38,8 @@ class Epilogue:
         activation: then an activation.
         between: modules that give back what they are given while they are inactive (dropouts).
         then: last a linear layer.
+        rest: in its place several, each with the activation behind it, the last perhaps without; then nothing may be
+            between.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Epilogue:
         activation: nn.Module | None,
         between: tuple[nn.Module, ...] = (),
         then: nn.Module | None = None,
+        rest: tuple[nn.Module, ...] = (),
     ) -> None:
-        self._present = norm is not None, activation is not None, then is not None
-        self._refer([owner, norm, activation, then, *between], [])
+        self._present = norm is not None, activation is not None, then is not None, len(rest)
+        self._refer([owner, norm, activation, then, *between, *rest], [])
         self.fused = False
         self._results: list[_Result] = []
 
@@ -63,13 +66,28 @@ class Epilogue:
         self._refer(members, [(*home, m) for m in members if m is not None for home in homes.get(id(m), ())])
 
     def members(self) -> list[nn.Module | None]:
-        """Owner, norm, activation, next layer, and what is between; ``None`` for what is not there (any more)."""
+        """Owner, norm, activation, next layer, and what is between or the rest; ``None`` for what is not there (any
+        more)."""
         return [None if ref is None else ref() for ref in self._modules]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether there is a rest."""
+        return self._present[3] > 0
+
+    def stack(self) -> tuple[list[Any], list[str]]:
+        """The layers of a stack, the owner first, and what each has behind it."""
+        owner, _, activation, _, *rest = self.members()
+        behind = [activation_name(activation), *(activation_name(m) for m in rest[1::2])]
+        layers = [owner, *rest[::2]]
+        return layers, behind + [""] * (len(layers) - len(behind))
 
     @property
     def names(self) -> tuple[str, ...]:
         """What is computed, in order."""
-        return step_names(*self.members()[1:4])
+        _, norm, activation, then, *others = self.members()
+        rest = tuple(activation_name(m) or "linear" for m in others) if self.is_stack else ()
+        return (*step_names(norm, activation, then), *rest)
 
     @staticmethod
     def can_absorb(norm: nn.Module | None, activation: nn.Module | None) -> bool:
@@ -91,8 +109,8 @@ class Epilogue:
         return self.fused
 
     def _suits(self, x: Tensor) -> bool:
-        owner, norm, activation, then, *between = members = self.members()
-        if (norm is not None, activation is not None, then is not None) != self._present or owner is None:
+        owner, norm, activation, then, *others = members = self.members()
+        if (norm is not None, activation is not None, then is not None) != self._present[:3] or owner is None:
             return False
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
             return False
@@ -102,10 +120,12 @@ class Epilogue:
         for m in members:
             if m is not None and is_watched(m):
                 return False
-        for m in between:
-            if m is None or (m.training and getattr(m, "p", 1) > 0):
-                return False
         tensors: list[Any] = []
+        for m in others:
+            if m is None or (not self.is_stack and m.training and getattr(m, "p", 1) > 0):
+                return False
+        for layer in others[::2] if self.is_stack else ():
+            tensors += [layer.blocks, layer.bias]  # type: ignore[union-attr]
         if norm is not None:
             if not compiling and not is_norm(norm):
                 return False
@@ -147,10 +167,10 @@ class Epilogue:
         if not self._results:
             return False
         if self._is_result(x):
-            _, norm, activation, then, *_ = self.members()
-            if module is (then or activation or norm) or (
-                norm is not None and activation is not None and activation_in(module) is activation
-            ):
+            _, norm, activation, then = self._modules[:4]
+            last = self._modules[-1] if self.is_stack else then or activation or norm
+            # An activation may be part of the norm, which is given the result in its place.
+            if last is not None and (last() is module or (norm is not None and last() is activation_in(module))):
                 self.fused = False
             return True
         if self.fused:
@@ -212,16 +232,16 @@ def homes_of(model: nn.Module) -> Homes:
 def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
     """Make a layer compute its epilogue from now on, as long as its members stay where they are in the model."""
     epilogue.settle(homes or {})
-    owner, norm, activation, then, *_ = epilogue.members()
+    owner, norm, activation, then, *others = epilogue.members()
     assert owner is not None
     owner.__dict__["epilogue"] = epilogue
     inner = activation_in(norm)
-    for module in (norm, activation):
-        if module is not None and module is not inner:
+    for module in (norm, activation, then, *(others if epilogue.is_stack else ())):
+        if module is None or module is inner:
+            continue
+        if activation_name(module) or is_norm(module):
             module.__class__ = absorbed_class(type(module))
-            module.__dict__["absorbed"] = epilogue
-    if then is not None:
-        then.__dict__["absorbed"] = epilogue
+        module.__dict__["absorbed"] = epilogue
 
 
 def detach(model: nn.Module) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .stacks import MOST
+
 
 @lru_cache(maxsize=1)
 def register_flops() -> None:
@@ -15,6 +17,8 @@ def register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     operators = torch.ops.sao_prune
+    stacks = [getattr(operators, f"block_stack{count}") for count in range(2, MOST + 1)]
+    stacks_backward = [getattr(operators, f"block_stack{count}_backward") for count in range(2, MOST + 1)]
     formulas: dict[Callable[..., int], list[Any]] = {
         _linear: [operators.block_linear],
         _linear_backward: [operators.block_linear_backward],
@@ -22,6 +26,8 @@ def register_flops() -> None:
         _conv_backward: [operators.block_conv_backward, operators.block_conv_norm_backward],
         _mlp: [operators.block_mlp],
         _mlp_backward: [operators.block_mlp_backward],
+        _stack: stacks,
+        _stack_backward: stacks_backward,
     }
     for formula, counted in formulas.items():
         register_flop_formula(counted)(formula)
@@ -54,3 +60,14 @@ def _mlp_backward(
     mask = args[-1]
     first, second = _linear(x, blocks1), _linear(x, blocks2)
     return first * (1 + mask[0] + mask[1]) + second * (any(mask[:3]) + mask[3])
+
+
+def _stack(x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sum(_linear(x, blocks) for blocks in args[: (len(args) - 2) // 2 : 2])
+
+
+def _stack_backward(grad: Any, x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    mask = args[-1]
+    blocks = args[: len(mask) - 1 : 2]
+    inputs = [any(mask[: 2 * i + 1]) for i in range(len(blocks))]
+    return sum(_linear(x, b) * (need + mask[2 * i + 1]) for i, (b, need) in enumerate(zip(blocks, inputs)))

@@ -1,4 +1,4 @@
-"""Which norm, activation and next linear layer may join a block layer: found once, in a run of the model."""
+"""Which norm, activation and next linear layers may join a block layer: found once, in a run of the model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .absorbed import activation_in, is_activation, is_norm
+from .absorbed import activation_in, activation_name, is_activation, is_norm
 from .calls import Calls
 from .epilogue import step_names
 from .following import Flow, Watch
 from .modules import BlockLinear
 from .plan import Steps
+from .stacks import ACTIVATIONS, MOST
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class _Chain:
         activation: the activation that takes that.
         between: dropouts before the next layer.
         then: the linear layer that takes the activation's result.
+        rest: in place of that one, several linear layers and the activations behind them.
     """
 
     owner: nn.Module
@@ -33,6 +35,7 @@ class _Chain:
     activation: nn.Module | None = None
     between: tuple[nn.Module, ...] = ()
     then: nn.Module | None = None
+    rest: tuple[nn.Module, ...] = ()
 
     @classmethod
     def of(cls, flow: Flow) -> _Chain:
@@ -53,7 +56,8 @@ class _Chain:
     def steps(self, paths: Mapping[int, str]) -> Steps:
         """The same by paths."""
         norm, activation, then = (None if m is None else paths[id(m)] for m in (self.norm, self.activation, self.then))
-        return Steps(norm, activation, tuple(paths[id(m)] for m in self.between) if then is not None else (), then)
+        between = tuple(paths[id(m)] for m in self.between) if then is not None else ()
+        return Steps(norm, activation, between, then, tuple(paths[id(m)] for m in self.rest))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,12 +107,35 @@ def chains(
             known = found.get(id(chain.owner))
             if known is None or len(chain.names) > len(known.names):
                 found[id(chain.owner)] = chain
-    # A layer that has an epilogue of its own computes itself, and one belongs to one chain only.
+    stacks = _stacks(found)
+    # Others that have an epilogue of their own compute themselves, and one belongs to one chain only.
     taken: set[int] = set()
     for key, chain in list(found.items()):
         if chain.then is not None and (id(chain.then) in found or id(chain.then) in taken or key in taken):
             found[key] = replace(chain, then=None)
         elif chain.then is not None:
             taken.add(id(chain.then))
+    found |= {key: replace(found[key], rest=rest) for key, rest in stacks.items()}
     paths = {id(module): path for path, module in model.named_modules()}
     return {paths[key]: chain.steps(paths) for key, chain in found.items()}, calls
+
+
+def _stacks(found: Mapping[int, _Chain]) -> dict[int, tuple[nn.Module, ...]]:
+    """The rest of the stack that each of some layers begins: linear layers one behind the other, with activations that
+    a stack can have."""
+    links = {key: c for key, c in found.items() if c.norm is None and not c.between and _is_matrix(c.owner)}
+    links = {key: c for key, c in links.items() if activation_name(c.activation) in ACTIVATIONS}
+    behind = {id(c.then) for c in links.values() if c.then is not None}
+    stacks: dict[int, tuple[nn.Module, ...]] = {}
+    for first in links.keys() - behind:
+        run = [links[first]]
+        while run[-1].then is not None and id(run[-1].then) in links:
+            run.append(links[id(run[-1].then)])
+        for start in range(0, len(run), MOST):
+            rest = [m for c in run[start + 1 : start + MOST] for m in (c.owner, c.activation) if m is not None]
+            last = run[-1].then
+            if rest and last is not None and id(last) not in found and start + len(rest) // 2 + 1 == len(run):
+                rest += [last] if len(rest) // 2 + 2 <= MOST else []
+            if rest:
+                stacks[id(run[start].owner)] = tuple(rest)
+    return stacks

@@ -19,6 +19,7 @@ from .dispatch import Definition, Operator, define
 from .functional import MATRIX, Geometry, keeps_derivative
 from .layout import Layout, layout_of
 from .operands import check_memory, check_results, packed, unpacked
+from .permutation import is_column_major
 
 Found = Sequence[Tensor | None]
 
@@ -30,7 +31,7 @@ def _is_native(backend: str, weight: Tensor, geometry: Geometry, *tensors: Tenso
     return not geometry.stride or cpu.suits(weight.shape[3:], geometry)
 
 
-def _backend(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Any:
+def backend_for(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Any:
     """The backend that serves these operands: one that a user has registered, or one of the library's."""
     own = registry.suited(x, weight, geometry, *others)
     if own is not None:
@@ -56,7 +57,8 @@ def _product(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend, *options) = inputs, attributes
     layout, where = _where(sets, options)
     weight = packed(layout, x, blocks, bias, where)
-    room = _backend(backend, x, weight, where, bias)
+    room = backend_for(backend, x, weight, where, bias)
+    keep = keep and keeps_derivative(activation)
     return room.forward(x, weight, bias, layout, where, activation, keep)  # type: ignore[no-any-return]
 
 
@@ -67,7 +69,7 @@ def _product_backward(
     layout, where = _where(sets, options)
     weight, values = packed(layout, x, blocks, None, where), kept[0] if kept[0] is not None else kept[1]
     check_results(x, layout, weight, where, grad, values)
-    room = _backend(backend, x, weight, where, grad, values)
+    room = backend_for(backend, x, weight, where, grad, values)
     dx, dw, db = room.backward(grad, x, weight, layout, where, mask, activation, values)
     return dx, unpacked(layout, dw, blocks), db
 
@@ -137,7 +139,7 @@ def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     (x, _, bias, gain, offset), (*_, mean, variance) = inputs, constants
     activation, backend, eps, *options = attributes
     layout, where, weight = _normed_operands(inputs, constants, options)
-    room = _backend(backend, x, weight, where, bias, gain, offset, mean, variance)
+    room = backend_for(backend, x, weight, where, bias, gain, offset, mean, variance)
     if mean is not None and not keep:
         # The norm is one more factor of the weight.
         scale, shift, _ = cpu.affine(gain, offset, mean, variance, eps)
@@ -153,6 +155,7 @@ def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
         else:
             mean, variance = mean.clone(), variance.clone()
         y = torch.nn.functional.batch_norm(z, mean, variance, gain, offset, False, 0.0, eps)
+        y = y if y.stride() == z.stride() else torch.empty_like(z).copy_(y)
         found = functional.ACTIVATIONS[activation](y), z, mean, variance
     return found if keep else (found[0], None, *found[2:])
 
@@ -165,7 +168,7 @@ def _norm_backward(
     training = constants[2] is None
     layout, where, weight = _normed_operands(inputs, (*constants[:2], mean, variance), options)
     check_results(x, layout, weight, where, grad, z)
-    room = _backend(backend, x, weight, where, grad, bias, gain, offset, z, mean, variance)
+    room = backend_for(backend, x, weight, where, grad, bias, gain, offset, z, mean, variance)
     if room is cpu:
         dx, dw, *rest = cpu.conv_norm_backward(
             grad, x, weight, gain, offset, z, mean, variance, layout, where, eps, activation, training, mask
@@ -226,7 +229,9 @@ def _two(inputs: Any, sets: Any) -> tuple[Layout, Tensor, Layout, Tensor]:
 
 def _is_fused(backend: str, x: Tensor, w1: Tensor, layout1: Layout, w2: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled kernels serve both layers at once, and no registered backend either of them."""
-    if not _is_native(backend, w1, MATRIX, x, w2, *others):
+    # Its results are rows, or tokens that lie transposed.
+    columns = x.dim() == 2 and is_column_major(x)
+    if columns or not _is_native(backend, w1, MATRIX, x, w2, *others):
         return False
     if not registry.registered():
         return True
@@ -239,9 +244,9 @@ def _mlp(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     layout1, w1, layout2, w2 = _two(inputs, sets)
     if _is_fused(backend, x, w1, layout1, w2, bias1, bias2):
         return (cpu.mlp_forward(x, w1, bias1, layout1, w2, bias2, layout2, activation),)
-    first = _backend(backend, x, w1, MATRIX, bias1)
+    first = backend_for(backend, x, w1, MATRIX, bias1)
     hidden, _ = first.forward(x, w1, bias1, layout1, MATRIX, activation, False)
-    second = _backend(backend, hidden, w2, MATRIX, bias2)
+    second = backend_for(backend, hidden, w2, MATRIX, bias2)
     return (second.forward(hidden, w2, bias2, layout2, MATRIX, "", False)[0],)
 
 
@@ -252,9 +257,9 @@ def _mlp_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: A
     if _is_fused(backend, x, w1, layout1, w2, grad, bias1, bias2):
         dx, dw1, db1, dw2, db2 = cpu.mlp_backward(grad, x, w1, bias1, layout1, w2, layout2, activation, mask)
     else:
-        first = _backend(backend, x, w1, MATRIX, bias1)
+        first = backend_for(backend, x, w1, MATRIX, bias1)
         hidden, values = first.forward(x, w1, bias1, layout1, MATRIX, activation, keeps_derivative(activation))
-        second, needs = _backend(backend, hidden, w2, MATRIX, grad), (any(mask[:3]), *mask[3:])
+        second, needs = backend_for(backend, hidden, w2, MATRIX, grad), (any(mask[:3]), *mask[3:])
         dh, dw2, db2 = second.backward(grad, hidden, w2, layout2, MATRIX, needs, "", None)
         dx = dw1 = db1 = None
         if dh is not None:

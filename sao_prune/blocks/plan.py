@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from .absorbed import activation_name
 from .backends import cpu
 from .calls import to_channels_last
 from .epilogue import Epilogue, Homes, attach, detach, homes_of
 from .modules import BlockLinear, BlockModule, Execution
+from .stacks import ACTIVATIONS, MOST
 
 _VERSION = 1
 
@@ -27,6 +29,7 @@ class Steps:
     activation: str | None = None
     between: tuple[str, ...] = ()
     then: str | None = None
+    rest: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Plan:
 
 def _choice(entry: dict[str, Any]) -> Choice:
     run, steps = entry["execution"], entry["steps"]
-    names = [steps["norm"], steps["activation"], steps["then"], *steps["between"]]
+    rest = steps.get("rest", ())
+    names = [steps["norm"], steps["activation"], steps["then"], *steps["between"], *rest]
     if not all(name is None or isinstance(name, str) for name in names):
         raise ValueError("names of modules are text")
     execution = None
@@ -92,7 +96,7 @@ def _choice(entry: dict[str, Any]) -> Choice:
         execution = Execution(bool(run["dense"]), int(run["merge"]), bool(run["channels_last"]), bool(run["native"]))
         if not 1 <= execution.merge <= 1 << 16:
             raise ValueError(f"merge={execution.merge}")
-    read = Steps(steps["norm"], steps["activation"], tuple(steps["between"]), steps["then"])
+    read = Steps(steps["norm"], steps["activation"], tuple(steps["between"]), steps["then"], tuple(rest))
     return Choice(execution, entry["ratio"], entry["reason"], read)
 
 
@@ -111,8 +115,9 @@ def plan_of(model: nn.Module, machine: str = "") -> Plan:
 def _steps(epilogue: Epilogue | None, paths: dict[int, str]) -> Steps:
     if epilogue is None:
         return Steps()
-    _, norm, activation, then, *between = (None if m is None else paths.get(id(m)) for m in epilogue.members())
-    return Steps(norm, activation, tuple(b for b in between if b is not None), then)
+    _, norm, activation, then, *others = (None if m is None else paths.get(id(m)) for m in epilogue.members())
+    known = tuple(path for path in others if path is not None)
+    return Steps(norm, activation, () if epilogue.is_stack else known, then, known if epilogue.is_stack else ())
 
 
 def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -128,7 +133,8 @@ def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
             layer.run_as(choice.execution)
     taken: set[int] = set()
     homes = homes_of(model)
-    for path, choice in plan.choices.items():
+    # Stacks first: of a layer in one, its own steps are only what it does where there is none.
+    for path, choice in sorted(plan.choices.items(), key=lambda item: not item[1].steps.rest):
         layer = modules.get(path)
         if isinstance(layer, BlockModule) and layer.execution.native and choice.execution == layer.execution:
             _join(layer, choice.steps, modules, homes, taken)
@@ -141,7 +147,8 @@ def fits(layer: BlockModule, execution: Execution) -> bool:
 
 
 def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], homes: Homes, taken: set[int]) -> None:
-    names = [n for n in (steps.norm, steps.activation, steps.then, *steps.between) if n is not None]
+    own = steps.norm, steps.activation, steps.then, *steps.between, *steps.rest
+    names = [n for n in own if n is not None]
     if steps == Steps() or any(n not in modules or id(modules[n]) in taken for n in names):
         return
     norm, activation, then = (None if n is None else modules[n] for n in (steps.norm, steps.activation, steps.then))
@@ -149,9 +156,20 @@ def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], ho
         then = None
     if not Epilogue.can_absorb(norm, activation):
         return
+    rest = tuple(modules[n] for n in steps.rest)
+    if rest and not (norm is None and then is None and _are_stacked(activation, rest)):
+        rest = ()
+        names = [n for n in names if n not in steps.rest]
     between = tuple(modules[n] for n in steps.between) if then is not None else ()
     taken.update(id(modules[n]) for n in names)
-    attach(Epilogue(layer, norm, activation, between, then), homes)
+    attach(Epilogue(layer, norm, activation, between, then, rest), homes)
+
+
+def _are_stacked(activation: nn.Module | None, rest: Sequence[nn.Module]) -> bool:
+    """Whether a layer with such an activation can begin a stack of these."""
+    layers, behind = rest[::2], (activation, *rest[1::2])
+    native = all(isinstance(m, BlockLinear) and m.copies == 1 and m.execution.native for m in layers)
+    return native and len(layers) < MOST and all(m and activation_name(m) in ACTIVATIONS for m in behind)
 
 
 def machine() -> str:

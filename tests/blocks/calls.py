@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sao_prune.blocks import operators
+from sao_prune.blocks import operators, stacks
 from sao_prune.blocks.modules import block_slots, blocks_shape
 from sao_prune.topology import BlockTopology, encode_sets
 
@@ -24,7 +24,15 @@ SPACES = {0: (), 1: (6,), 2: (4, 5), 3: (3, 2, 3)}
 # How an operand lies in memory; of linear layers, and of convolutions.
 TOKENS = ("rows", "column-major", "transposed tokens", "3-D", "sliced")
 IMAGES = ("rows", "channels last", "transposed", "sliced")
-NAMES = ("linear", "mlp", *(f"conv{d}" for d in SPACES), *(f"norm{d}" for d in SPACES), "norm2 eval", "norm0 eval")
+NAMES = (
+    "linear",
+    "mlp",
+    "stack",
+    *(f"conv{d}" for d in SPACES),
+    *(f"norm{d}" for d in SPACES),
+    "norm2 eval",
+    "norm0 eval",
+)
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,29 @@ def _weight(topology: BlockTopology, blocks: Tensor, kernel: tuple[int, ...] = (
     return values.new_zeros(rows * cols, *kernel).index_copy(0, block_slots(topology), values).view(rows, cols, *kernel)
 
 
+def _stack(x: Tensor, topologies: tuple[BlockTopology, ...], act: str, backend: str, bias: bool) -> Call:
+    acts = ["relu" if act == "" else "tanh", act if act in stacks.ACTIVATIONS else "relu", act if act == "tanh" else ""]
+    values: list[Tensor | None] = []
+    sets: list[Tensor] = []
+    for t in topologies:
+        values += [_values(t), torch.randn(t.shape[0], dtype=torch.float64) if bias else None]
+        sets += [encode_sets(t.row_set), encode_sets(t.col_set)]
+
+    def dense(x: Tensor, *values: Tensor | None) -> Tensor:
+        for t, w, b, name in zip(topologies, values[::2], values[1::2], acts):
+            assert w is not None
+            x = ACTS[name](F.linear(x, _weight(t, w), b))
+        return x
+
+    return Call(stacks.OPERATORS[3], (x, *values), (*sets, acts, backend), dense)
+
+
 def make(name: str, layout: str, operand: str, act: str, backend: str, bias: bool = True, stride: int = 1) -> Call:
     """A call in double precision."""
     topology = LAYOUTS[layout](ROWS, COLS, GROUPS)
     sets = encode_sets(topology.row_set), encode_sets(topology.col_set)
     b = torch.randn(ROWS, dtype=torch.float64) if bias else None
-    if name in ("linear", "mlp"):
+    if name in ("linear", "mlp", "stack"):
         x = lay_out(torch.randn(3, 5, COLS, dtype=torch.float64), operand)
         if name == "linear":
 
@@ -103,6 +128,8 @@ def make(name: str, layout: str, operand: str, act: str, backend: str, bias: boo
                 return ACTS[act](F.linear(x, _weight(topology, blocks), b))
 
             return Call(operators.block_linear, (x, _values(topology), b), (*sets, act, backend), linear)
+        if name == "stack":
+            return _stack(x, (topology, LAYOUTS[layout](6, ROWS, 2), LAYOUTS[layout](ROWS, 6, 2)), act, backend, bias)
         second = LAYOUTS[layout](6, ROWS, 2)
         own = x, _values(topology), b, _values(second), torch.randn(6, dtype=torch.float64) if bias else None
         more = encode_sets(second.row_set), encode_sets(second.col_set)

@@ -34,7 +34,12 @@ def _cnn() -> tuple[nn.Module, Tensor]:
     )
 
 
-MODELS = {"mlp": _mlp, "cnn": _cnn}
+def _deep() -> tuple[nn.Module, Tensor]:
+    layers = [m for _ in range(3) for m in (nn.Linear(32, 32), nn.Tanh())]
+    return nn.Sequential(nn.Linear(8, 32), *layers, nn.Linear(32, 5)), torch.randn(6, 8)
+
+
+MODELS = {"mlp": _mlp, "cnn": _cnn, "deep": _deep}
 
 
 def _compact(kind: str, topology: str = "interleaved") -> tuple[nn.Module, Tensor]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sao_prune
-from sao_prune.blocks import BlockConv2d, BlockLinear
+from sao_prune.blocks import BlockConv2d, BlockLinear, Plan
 from sao_prune.blocks.epilogue import detach
+from sao_prune.blocks.plan import carry_out, plan_of
 from sao_prune.topology import interleaved
 
 from .cases import NATIVE, assert_all_close, block_layers, fuse, needs_compiler, randomise
@@ -66,7 +67,14 @@ def _images_of_timm() -> tuple[nn.Module, Tensor]:
     return _made(nn.Sequential(first, norms[0], second, norms[1], nn.ReLU()), torch.randn(4, 16, 9, 9))
 
 
-CASES = pytest.mark.parametrize("make", [_images, _tokens, _images_of_timm])
+def _stack() -> tuple[nn.Module, Tensor]:
+    layers = [
+        BlockLinear(interleaved(m, n, 4), bias=bias) for m, n, bias in ((24, 16, True), (16, 24, False), (8, 16, 1))
+    ]
+    return _made(nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.ReLU(), layers[2]), torch.randn(5, 16))
+
+
+CASES = pytest.mark.parametrize("make", [_images, _tokens, _images_of_timm, _stack])
 
 
 class _Branches(nn.Module):
@@ -96,6 +104,36 @@ def test_chains_are_found_only_where_nobody_else_looks():
     assert_all_close(net(x), plain(x))
     assert _names(_images()[0]) == [("batch_norm", "relu")]
     assert _names(_tokens()[0]) == [("gelu", "linear"), ()]
+
+
+class _Backwards(nn.Module):
+    """Layers that run in the reverse order of their registration, some with another activation."""
+
+    def __init__(self, depth: int, other: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.acts = nn.ModuleList(nn.GELU() if i in other else nn.Tanh() for i in range(depth))
+        self.layers = nn.ModuleList(BlockLinear(interleaved(16, 16, 4)) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in reversed(range(len(self.layers))):
+            x = self.acts[i](self.layers[i](x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("depth", "other", "lengths"),
+    [(1, (), [1]), (2, (), [2]), (9, (), [8, 1]), (19, (), [8, 8, 3]), (7, (3,), [3, 1, 3]), (4, (0,), [3, 1])],
+)
+def test_layers_in_a_row_run_in_one_call(depth, other, lengths):
+    net, x = _made(_Backwards(depth, other), torch.randn(3, 16))
+    found = [(len(names) + 1) // 2 for names in reversed(_names(net)) if names]
+    assert found == lengths
+    plain = _plain(net)
+    for _ in range(2):
+        assert_all_close(_step(net, x), _step(plain, x))
+    names, plan = _names(net), Plan.from_json(plan_of(net).to_json())
+    carry_out(plain, plan)
+    assert _names(plain) == names
 
 
 @CASES

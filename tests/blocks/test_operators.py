@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sao_prune.blocks import operators
+from sao_prune.blocks import operators, stacks
 from sao_prune.blocks.backends import cpu
 from sao_prune.blocks.flops import register_flops
 
@@ -20,7 +21,7 @@ from .cases import LAYOUTS, assert_all_close, needs_compiler
 
 
 def _operands(name: str) -> tuple[str, ...]:
-    return TOKENS if name in ("linear", "mlp") else IMAGES
+    return TOKENS if name in ("linear", "mlp", "stack") else IMAGES
 
 
 def _covering() -> list[tuple[str, str, str, str]]:
@@ -103,7 +104,9 @@ def test_derivatives(name, layout, operand, act):
 
 
 _CHECKED = [(*case, backend) for case, backend in zip(islice(CASES, 0, None, 3), cycle(["", "cpu"]))]
-_CHECKED += [(name, "strided", "rows", "gelu", "cpu") for name in ("linear", "mlp", "conv2", "norm2", "norm2 eval")]
+_CHECKED += [
+    (name, "strided", "rows", "gelu", "cpu") for name in ("linear", "mlp", "stack", "conv2", "norm2", "norm2 eval")
+]
 
 
 @pytest.mark.parametrize(("name", "layout", "operand", "act", "backend"), _CHECKED, ids=map("-".join, _CHECKED))
@@ -113,8 +116,23 @@ def test_registration(name, layout, operand, act, backend):
     torch.library.opcheck(call.operator.overload, (*given, *call.rest))
 
 
+@pytest.mark.parametrize("backend", ["", "cpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_results_lie_in_memory_as_compilers_are_told(name, backend):
+    for operand, act in product(_operands(name), ("", "gelu", "relu")):
+        if name == "mlp" and not act:
+            continue
+        call = make(name, "irregular", operand, act, backend).to(torch.float32 if backend else torch.float64)
+        with FakeTensorMode() as mode:
+            given = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in (*call.inputs, *call.rest)]
+            told = call.operator.overload(*given, True)
+        found = call.operator.overload(*call.inputs, *call.rest, True)
+        pairs = [(found, told)] if isinstance(found, Tensor) else list(zip(found, told))
+        assert [t.stride() for t, _ in pairs] == [t.stride() for _, t in pairs], (operand, act)
+
+
 def test_backward_operators_are_registered_too():
-    for name, act in (("linear", "gelu"), ("conv2", "tanh"), ("norm2", "relu"), ("mlp", "silu")):
+    for name, act in (("linear", "gelu"), ("conv2", "tanh"), ("norm2", "relu"), ("mlp", "silu"), ("stack", "tanh")):
         call = make(name, "irregular", "rows", act, "").to(torch.float32)
         found = call.operator.overload(*call.inputs, *call.rest, True)
         y, *kept = (found,) if isinstance(found, Tensor) else found
@@ -125,7 +143,7 @@ def test_backward_operators_are_registered_too():
         torch.library.opcheck(backward, (torch.randn_like(y), *own), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "conv2", "norm2"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "stack", "conv2", "norm2"])
 def test_second_derivatives_where_the_gradient_depends_on_the_result(name):
     call, found = make(name, "irregular", "rows", "tanh", ""), []
     for how in (None, call.dense):
@@ -135,7 +153,7 @@ def test_second_derivatives_where_the_gradient_depends_on_the_result(name):
     assert_all_close(list(found[0]), list(found[1]), 1e-7)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "conv2", "norm2"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "stack", "conv2", "norm2"])
 def test_only_what_is_asked_for_is_differentiated(name):
     call = make(name, "irregular", "rows", "gelu", "cpu").to(torch.float32)
     leaves = call.leaves()
@@ -153,7 +171,7 @@ def _spoilt(call: Call) -> dict[str, tuple[tuple[Tensor | None, ...], tuple]]:
     """Calls with one operand that is wrong."""
     inputs, rest = list(call.inputs), list(call.rest)
     x, blocks, bias = inputs[:3]
-    dim = 1 if len(rest) > 6 and call.operator is not operators.block_mlp else -1
+    dim = 1 if len(rest) > 6 and call.operator not in (operators.block_mlp, stacks.OPERATORS[3]) else -1
     other = {
         k: list(inputs) for k in ("channels", "blocks", "bias", "ints", "mixed", "mixed blocks", "scalar", "kernel")
     }
@@ -178,7 +196,7 @@ def _spoilt(call: Call) -> dict[str, tuple[tuple[Tensor | None, ...], tuple]]:
 
 
 @pytest.mark.parametrize("backend", ["", "cpu"])
-@pytest.mark.parametrize("name", ["linear", "mlp", "conv0", "conv1", "conv2", "norm2", "norm2 eval"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "stack", "conv0", "conv1", "conv2", "norm2", "norm2 eval"])
 def test_operands_that_do_not_fit_are_refused(name, backend):
     call = make(name, "strided", "rows", "gelu", backend).to(torch.float32)
     for what, (inputs, rest) in _spoilt(call).items():
@@ -187,7 +205,7 @@ def test_operands_that_do_not_fit_are_refused(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["", "cpu"])
-@pytest.mark.parametrize("name", ["linear", "mlp", "conv1", "conv2", "norm2"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "stack", "conv1", "conv2", "norm2"])
 def test_gradients_of_another_shape_are_refused(name, backend):
     call = make(name, "strided", "rows", "relu", backend).to(torch.float32)
     found = call.operator.overload(*call.inputs, *call.rest, True)
@@ -214,7 +232,7 @@ def test_kernels_take_only_what_they_can_read():
     assert cpu.ready(torch.ones(1), None)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2", "norm2", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "conv2", "norm2", "mlp", "stack"])
 def test_costs_are_those_of_the_blocks(name):
     register_flops()
     call = make(name, "strided", "rows", "gelu", "")
@@ -226,6 +244,8 @@ def test_costs_are_those_of_the_blocks(name):
         counts.append(counter.get_total_flops())
     if name == "mlp":  # what is between is computed twice
         assert counts[0] == 2 * 15 * (ROWS * COLS // GROUPS * 4 + 6 * ROWS // 2 * 3)
+    elif name == "stack":
+        assert counts[0] == 2 * 15 * 3 * (ROWS * COLS // GROUPS + 2 * 6 * ROWS // 2)
     else:
         assert counts[0] * GROUPS == counts[1]
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...topology import BlockTopology
 from ...weights import orthogonal_blocks
-from .. import functional, operators
+from .. import functional, operators, stacks
 from ..epilogue import Epilogue
 from .base import BlockModule, Execution, cast, is_batched, is_plain, normed, stack_blocks
 
@@ -109,8 +109,12 @@ class BlockLinear(BlockModule):
 
     def _fused(self, x: Tensor, blocks: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
         own, sets = (x, blocks, bias), self.sets
-        norm, activation, then = epilogue.parts()
         y: Tensor
+        if epilogue.is_stack:
+            layers, behind = epilogue.stack()
+            values = [(layer.values(), layer.bias) for layer in layers]
+            return stacks.block_stack(x, values, [layer.sets for layer in layers], behind, self.execution.backend)
+        norm, activation, then = epilogue.parts()
         if then is not None:
             second = then.values(), then.bias, *sets, *then.sets
             y = operators.block_mlp(*own, *second, activation, self.execution.backend)[0]

@@ -1,0 +1,123 @@
+"""The operators ``block_stack2`` to ``block_stack8``: linear layers one behind the other, each with an activation that
+its result tells the derivative of. A call of one costs little more Python than a call of a single layer.
+
+More than eight do not fit: torch's dispatcher takes 64 arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import functional
+from .backends import torch as plain
+from .dispatch import Definition, Operator, define
+from .functional import MATRIX
+from .layout import Layout, layout_of
+from .operands import check_results, packed, unpacked
+from .operators import Found, backend_for
+
+MOST = 8
+#: Activations that a stack can have; the last layer may have none.
+ACTIVATIONS = ("relu", "tanh")
+
+
+def _layouts(sets: Sequence[Tensor]) -> Iterator[Layout]:
+    for row_set, col_set in zip(sets[::2], sets[1::2]):
+        yield layout_of(row_set, col_set)
+
+
+def _stack(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    (x, *values), (activations, backend) = inputs, attributes
+    results: list[Tensor] = []
+    for layout, blocks, bias, activation in zip(_layouts(sets), values[::2], values[1::2], activations):
+        weight = packed(layout, x, blocks, bias, MATRIX)
+        x = backend_for(backend, x, weight, MATRIX, bias).forward(x, weight, bias, layout, MATRIX, activation, False)[0]
+        results.append(x)
+    inner = results[:-1]
+    return (x, *inner) if keep else (x, *[None] * len(inner))
+
+
+def _stack_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
+    (x, *values), (activations, backend), (y, *inner) = inputs, attributes, kept
+    found: list[Tensor | None] = [None] * len(inputs)
+    operands, results = [x, *inner], [*inner, y]
+    layouts = list(_layouts(sets))
+    for i in reversed(range(len(layouts))):
+        own = 2 * i + 1
+        needs = any(mask[:own]), mask[own], mask[own + 1]
+        if not any(needs):
+            break
+        layout, operand, blocks, activation = layouts[i], operands[i], values[2 * i], activations[i]
+        weight = packed(layout, operand, blocks, None, MATRIX)
+        result = results[i] if activation else None
+        check_results(operand, layout, weight, MATRIX, grad, result)
+        room = backend_for(backend, operand, weight, MATRIX, grad, result)
+        dx, dw, db = room.backward(grad, operand, weight, layout, MATRIX, needs, activation, result)
+        found[own], found[own + 1] = unpacked(layout, dw, blocks), db
+        if dx is None:
+            break
+        grad = dx
+    else:
+        found[0] = grad
+    return found
+
+
+def _fake(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
+    results = [plain.room_for(inputs[0], rows.shape[0], (), MATRIX) for rows in sets[::2]]
+    inner = results[:-1]
+    return results[-1], *(inner if keep else [None] * len(inner))
+
+
+def _reference(inputs: Any, sets: Any, attributes: Any) -> Tensor:
+    x, *values = inputs
+    for layout, blocks, bias, activation in zip(_layouts(sets), values[::2], values[1::2], attributes[0]):
+        x = functional.block_linear(x, blocks, bias, layout, activation)
+    return x  # type: ignore[no-any-return]
+
+
+def _define_stack(count: int) -> Operator:
+    values = [name for i in range(count) for name in (f"Tensor blocks{i}", f"Tensor? bias{i}")]
+    return define(
+        Definition(
+            f"block_stack{count}",
+            ("Tensor x", *values),
+            tuple(name for i in range(count) for name in (f"Tensor row_set{i}", f"Tensor col_set{i}")),
+            ("str[] activations", "str backend"),
+            count - 1,
+            _stack,
+            _stack_backward,
+            _fake,
+            _reference,
+            result=lambda *attributes: True,
+        )
+    )
+
+
+OPERATORS = {count: _define_stack(count) for count in range(2, MOST + 1)}
+
+
+def block_stack(
+    x: Tensor,
+    values: Sequence[tuple[Tensor, Tensor | None]],
+    sets: Sequence[tuple[Tensor, Tensor]],
+    activations: Sequence[str],
+    backend: str,
+) -> Tensor:
+    """Linear layers one behind the other.
+
+    Args:
+        x: shape ``(..., n)``.
+        values: blocks and bias of each layer, two to eight of them.
+        sets: buffers of each.
+        activations: of each; `ACTIVATIONS`, of the last also ``""``.
+        backend: as for the other operators.
+
+    Returns:
+        The last one's result.
+    """
+    given = [t for pair in values for t in pair], [t for pair in sets for t in pair]
+    y: Tensor = OPERATORS[len(values)](x, *given[0], *given[1], list(activations), backend)[0]
+    return y

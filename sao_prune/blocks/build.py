@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from ..algorithms import Draw
+from ..discovery import PrunableWeight
 from ..prune import MaskPruning, attach_all
 from ..replaced import warn_replaced
 from ..seeds import named_generator
+from ..topology import BlockTopology
 from .autotune import run_by_rule
 from .calls import to_channels_last
-from .eligible import read_from_outside
+from .candidates import composites_of
+from .eligible import Eligible, candidates, layers
 from .forms import CompositeForm, Given, Ineligible, LayerForm, form_of, given_by, given_of
-from .modules import BlockComposite, BlockModule
+from .modules import BlockModule
 from .swap import Changes, become, restore
 
 
@@ -63,53 +66,39 @@ def _forms(
     model: nn.Module, modules: Mapping[str, nn.Module], draws: Sequence[Draw], seed: int
 ) -> tuple[list[tuple[nn.Module, nn.Module]], list[Draw]]:
     """The block forms to put in place, outer layers first, and the draws of what has none."""
-    outside = read_from_outside(model)
-    by_module: dict[str, list[Draw]] = {}
-    for draw in draws:
-        by_module.setdefault(draw.weight.module, []).append(draw)
-    several: list[tuple[nn.Module, nn.Module]] = []
-    # Layers that one with several weights reads: that one then becomes compact with them, and calls them.
-    for path, module in modules.items():
-        form = form_of(module)
-        if not isinstance(form, CompositeForm):
-            continue
-        inner = [
-            m for m in form.joins(module) if any(modules[p] is m and by_module[p][0].topologies for p in by_module)
-        ]
-        own = [d for d in by_module.get(path, ()) if d.topologies and not d.weight.aliases]
-        if (own or inner) and id(module) not in outside and _fits(form, module):
-            several.append((module, form.block(module, {d.weight.tensor: _given(module, d) for d in own})))
-            for m in inner:
-                outside.pop(id(m), None)
-    converted = {id(module): block for module, block in several}
+    drawn = {(id(modules[draw.weight.module]), draw.weight.tensor): draw for draw in draws}
+
+    def topologies(module: nn.Module, weight: PrunableWeight) -> tuple[BlockTopology, ...]:
+        draw = drawn.get((id(module), weight.tensor))
+        if draw is None or draw.weight.aliases:
+            raise Ineligible(f"no block form of {weight.kind}.{weight.tensor}")
+        if not draw.topologies:
+            if isinstance(form_of(module), CompositeForm):
+                raise Ineligible("the method chose no blocks")
+            raise ValueError(
+                f"{draw.weight.name}: the method chose no blocks, so there is no compact form; use form='masked'"
+            )
+        return draw.topologies
+
+    def given(e: Eligible) -> Given:
+        assert e.weight is not None
+        return _given(e.module, drawn[id(e.module), e.weight.tensor])
+
+    eligible = candidates(model, list(layers(model)), topologies=topologies, meta=True)
+    several = composites_of(eligible, given)
+    of = {(id(e.module), e.weight.tensor if e.weight is not None else None): e for e in eligible}
     single: list[tuple[nn.Module, nn.Module]] = []
     masked: list[Draw] = []
-    for draw in draws:
-        module = modules[draw.weight.module]
-        form, block = form_of(module), converted.get(id(module))
-        try:
-            if isinstance(block, BlockComposite) and draw.weight.tensor in block.compact_weights:
-                continue
-            if draw.weight.aliases or id(module) in outside or not isinstance(form, LayerForm):
-                kind = f"no block form of {draw.weight.kind}.{draw.weight.tensor}"
-                raise Ineligible(outside.get(id(module), kind))
-            form.check(module, meta=True)
-            single.append((module, _layer(module, form, draw, seed)))
-        except Ineligible as reason:
-            if getattr(module, draw.weight.tensor).is_meta:
-                raise ValueError(f"{draw.weight.name} is on the meta device and cannot be compact: {reason}") from None
+    for (module, tensor), draw in drawn.items():
+        found = of.get((module, tensor)) or of.get((module, None))
+        if found is None or isinstance(found.found, Ineligible):
+            if getattr(modules[draw.weight.module], tensor).is_meta:
+                reason = f"no block form of {draw.weight.kind}.{tensor}" if found is None else found.found
+                raise ValueError(f"{draw.weight.name} is on the meta device and cannot be compact: {reason}")
             masked.append(draw)
-    for _, block in several:
-        run_by_rule(block)
+        elif isinstance(found.form, LayerForm):
+            single.append((found.module, _layer(found.module, found.form, draw, seed)))
     return [*several, *single], masked
-
-
-def _fits(form: CompositeForm, module: nn.Module) -> bool:
-    try:
-        form.check(module, meta=True)
-    except Ineligible:
-        return False
-    return True
 
 
 def _given(module: nn.Module, draw: Draw) -> Given:
@@ -122,10 +111,6 @@ def _given(module: nn.Module, draw: Draw) -> Given:
 
 
 def _layer(module: nn.Module, form: LayerForm, draw: Draw, seed: int) -> nn.Module:
-    if not draw.topologies:
-        raise ValueError(
-            f"{draw.weight.name}: the method chose no blocks, so there is no compact form; use form='masked'"
-        )
     block = form.block(module, {"weight": _given(module, draw)})
     run_by_rule(block)
     bias = block._parameters["bias"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -55,7 +55,16 @@ def records_of(found: list[tuple[str, nn.Module]], eligible: list[Eligible]) -> 
     return records
 
 
-def composites_of(eligible: list[Eligible]) -> list[tuple[nn.Module, BlockComposite]]:
+def _kept(e: Eligible) -> Given:
+    """The values that a weight has, for its block form."""
+    assert e.weight is not None
+    assert not isinstance(e.found, Ineligible)
+    return given_of(e.module, e.weight, e.found)
+
+
+def composites_of(
+    eligible: list[Eligible], given: Callable[[Eligible], Given] = _kept
+) -> list[tuple[nn.Module, BlockComposite]]:
     """The layers with several weights that become compact, for weights of their own or for layers inside that they
     then call, and their block forms, not yet put in place."""
     ready = {id(e.module) for e in eligible if not isinstance(e.found, Ineligible)}
@@ -64,10 +73,10 @@ def composites_of(eligible: list[Eligible]) -> list[tuple[nn.Module, BlockCompos
         if not isinstance(e.form, CompositeForm) or e.weight is None:
             continue
         if id(e.module) in ready or any(id(m) in ready for m in e.form.joins(e.module)):
-            given = own.setdefault(id(e.module), (e.module, e.form, {}))[2]
+            weights = own.setdefault(id(e.module), (e.module, e.form, {}))[2]
             if not isinstance(e.found, Ineligible):
-                given[e.weight.tensor] = given_of(e.module, e.weight, e.found)
-    blocks = [(module, form.block(module, given)) for module, form, given in own.values()]
+                weights[e.weight.tensor] = given(e)
+    blocks = [(module, form.block(module, weights)) for module, form, weights in own.values()]
     for _, block in blocks:
         run_by_rule(block)
     return blocks
@@ -97,9 +106,7 @@ def parts_of(
 
 def candidate_of(e: Eligible) -> Candidate:
     assert e.form is not None
-    assert e.weight is not None
-    assert not isinstance(e.found, Ineligible)
-    block = e.form.block(e.module, {"weight": given_of(e.module, e.weight, e.found)})
+    block = e.form.block(e.module, {"weight": _kept(e)})
     assert isinstance(block, BlockModule)
     return Candidate(e.name, e.module, block)
 

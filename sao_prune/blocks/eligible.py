@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -13,6 +14,9 @@ from ..naming import dotted
 from ..topology import BlockTopology
 from .forms import CompositeForm, Form, Ineligible, LayerForm, form_of, read_topologies, weights_of
 from .modules import BlockModule
+
+# The topologies that a weight of a layer is to have in its block form; raises `Ineligible` if it has none.
+Topologies = Callable[[nn.Module, PrunableWeight], tuple[BlockTopology, ...]]
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -41,16 +45,26 @@ class Eligible:
     found: tuple[BlockTopology, ...] | Ineligible
 
 
-def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set[int] | None = None) -> list[Eligible]:
+def candidates(
+    model: nn.Module,
+    found: list[tuple[str, nn.Module]],
+    called: Set[int] | None = None,
+    *,
+    topologies: Topologies = read_topologies,
+    meta: bool = False,
+) -> list[Eligible]:
     """What can be said of each weight of the dense layers of a model; touches nothing.
 
     Args:
         model: any module.
         found: its `layers`.
         called: ids of the layers that were called in a run of the model, if it was run.
+        topologies: of a weight; by default those of its mask or its zeros.
+        meta: whether weights may be on the meta device.
     """
     dense = [(name, module) for name, module in found if not isinstance(module, BlockModule)]
-    outside, shared = read_from_outside(model), tied(model)
+    outside, shared = _read_from_outside(model), tied(model)
+    look = partial(_weights, topologies=topologies, meta=meta)
     reasons = {id(m): Ineligible(why) for m in model.modules() if (why := outside.get(id(m)))}
     if called is not None:
         why = "the example input does not call it, so its weight is unused or read from outside"
@@ -60,8 +74,8 @@ def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set
     for name, module in first:
         form = form_of(module)
         assert form is not None
-        weights[id(module)] = own = _weights(name, module, form, reasons.get(id(module)))
-        joined = [_weights("", m, f, None) for m in form.joins(module) if (f := form_of(m)) is not None]
+        weights[id(module)] = own = look(name, module, form, reasons.get(id(module)))
+        joined = [look("", m, f, None) for m in form.joins(module) if (f := form_of(m)) is not None]
         fits = not any(isinstance(e.found, Ineligible) and e.weight is None for e in own)
         if fits and any(not isinstance(e.found, Ineligible) for each in (own, *joined) for e in each):
             # In its block form it calls them.
@@ -70,7 +84,7 @@ def candidates(model: nn.Module, found: list[tuple[str, nn.Module]], called: Set
                     reasons.pop(id(inner), None)
     for name, module in dense:
         if id(module) not in weights:
-            weights[id(module)] = _weights(name, module, form_of(module), reasons.get(id(module)))
+            weights[id(module)] = look(name, module, form_of(module), reasons.get(id(module)))
     return [e for _, module in dense for e in weights[id(module)]]
 
 
@@ -97,11 +111,13 @@ def chosen_of(
     return out
 
 
-def _weights(name: str, module: nn.Module, form: Form | None, reason: Ineligible | None) -> list[Eligible]:
+def _weights(
+    name: str, module: nn.Module, form: Form | None, reason: Ineligible | None, *, topologies: Topologies, meta: bool
+) -> list[Eligible]:
     if form is None:
         return [Eligible(name, module, None, None, Ineligible(f"no block form of {type(module).__name__}"))]
     try:
-        form.check(module)
+        form.check(module, meta=meta)
         if reason is not None:
             raise reason
     except Ineligible as why:
@@ -110,13 +126,13 @@ def _weights(name: str, module: nn.Module, form: Form | None, reason: Ineligible
     for weight in weights_of(module):
         path = name if isinstance(form, LayerForm) else dotted(name, weight.tensor)
         try:
-            out.append(Eligible(path, module, form, weight, read_topologies(module, weight)))
+            out.append(Eligible(path, module, form, weight, topologies(module, weight)))
         except Ineligible as why:
             out.append(Eligible(path, module, form, weight, why))
     return out
 
 
-def read_from_outside(model: nn.Module) -> dict[int, str]:
+def _read_from_outside(model: nn.Module) -> dict[int, str]:
     """Layers whose weight others read, by the id of the module, with the reason."""
     reasons: dict[int, str] = {}
     for module in model.modules():

@@ -17,7 +17,7 @@ from torch import nn
 import sao_prune
 import sao_prune.models
 from sao_prune.lab.data import Dataset
-from sao_prune.lab.train import History, TrainSpec, train
+from sao_prune.lab.training import History, TrainSpec, train
 
 FORMS = ("dense", "masked", "compact")
 

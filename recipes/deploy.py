@@ -40,7 +40,7 @@ from sao_prune.lab.cost import multiply_adds
 from sao_prune.lab.data import Dataset, DataSource, DataSpec, load_dataset
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.structured import Structured, structured
-from sao_prune.lab.train import DistillSpec, ScheduleSpec, TrainSpec, evaluate, train
+from sao_prune.lab.training import DistillSpec, ScheduleSpec, TrainSpec, evaluate, train
 
 
 @dataclass(frozen=True)

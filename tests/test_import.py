@@ -50,9 +50,9 @@ def test_timm_is_imported_by_those_who_need_it_and_finds_the_networks_then() -> 
     told = python(
         "import sys, sao_prune.lab.sweep\n"
         "from sao_prune.lab.network import initial_network\n"
-        "from sao_prune.lab.train.optimizer import RateSchedule, make_optimizer\n"
-        "from sao_prune.lab.train.regularization import Objective\n"
-        "from sao_prune.lab.train.spec import TrainSpec\n"
+        "from sao_prune.lab.training.optimizer import RateSchedule, make_optimizer\n"
+        "from sao_prune.lab.training.regularization import Objective\n"
+        "from sao_prune.lab.training.spec import TrainSpec\n"
         "net = initial_network('sao_mlp', {'depth': 1, 'width': 8}, 10, {'in_chans': 1, 'img_size': 8})\n"
         "spec = TrainSpec(epochs=1, batch_size=1)\n"
         "RateSchedule(make_optimizer(net, spec, 0.1), spec, 0.1).step(0), Objective(spec, 10)\n"

@@ -112,15 +112,18 @@ def test_rooms_are_imported_at_the_top_of_a_file() -> None:
 
 
 def offered(path: Path) -> set[str]:
-    """What a package lists in its ``__all__``, without importing it."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    """What a package lists in its ``__all__`` but whole modules, without importing it."""
+    names: set[str] = set()
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return set(ast.literal_eval(node.value))
-    return set()
+            names = set(ast.literal_eval(node.value))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is None:
+            modules |= {alias.name for alias in node.names}
+    return names - modules
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in ROOT.rglob("__init__.py")), ids=lambda p: p.name)
 def test_no_module_has_the_name_of_a_public_function(folder: Path) -> None:
-    inside = {path.stem for path in folder.iterdir()} - {"__init__"}
-    # The room of torch's hooks is offered as a whole, as torch.nn.utils.prune is.
-    assert not inside & (offered(folder / "__init__.py") - {"prune"})
+    modules = {path.stem for path in folder.iterdir()} - {"__init__"}
+    assert not {*modules, folder.name} & offered(folder / "__init__.py")

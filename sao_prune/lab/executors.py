@@ -15,7 +15,7 @@ from typing import Any
 from .errors import FollowerError, LabError
 from .isolate import one_line
 from .server import start_server
-from .train import from_first, rank
+from .training import from_first, rank
 from .trials import Trial
 from .work import OnEpoch, Worker, Workplace
 

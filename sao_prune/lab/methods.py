@@ -18,7 +18,7 @@ from .cost import Cost, multiply_adds
 from .errors import LabError
 from .schema import Scalar, rule, unknown
 from .structured import structured
-from .train.spec import TrainSpec
+from .training.spec import TrainSpec
 
 Examples = tuple[Tensor, Tensor]
 _PRUNINGS = 20

@@ -15,7 +15,7 @@ from .errors import RecipeError
 from .methods import MethodSpec
 from .robustness import RobustnessSpec
 from .schema import Scalar, rule
-from .train.spec import TrainSpec
+from .training.spec import TrainSpec
 from .width import groups_of, widened
 
 _UNITS = ("sparsity", "degree", "groups")

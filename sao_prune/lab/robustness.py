@@ -16,7 +16,7 @@ from .data import Dataset
 from .data.split import stratified_subset
 from .errors import LabError
 from .schema import rule
-from .train.pixels import GREY_LEVELS, OnPixels
+from .training.pixels import GREY_LEVELS, OnPixels
 
 _BATCH = 500
 

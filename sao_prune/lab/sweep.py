@@ -25,8 +25,8 @@ from .network import build_network
 from .recipe import Recipe, read_recipe
 from .results import Record, ResultsLog
 from .robustness import check_bounds
-from .train import History, in_turn, process_group, rank, world
-from .train.holding import check_holdable
+from .training import History, in_turn, process_group, rank, world
+from .training.holding import check_holdable
 from .trials import Trial, choose_lr, count_trials, known_trials
 from .work import OnEpoch, Workplace, denormals_flushed, pick_device
 

@@ -28,7 +28,7 @@ from .methods import Gradual, Pruned, prune_network, schedule_network
 from .network import initial_network
 from .recipe import Configuration
 from .robustness import measure
-from .train import History, TensorBoardWriter, from_first, rank, train, world
+from .training import History, TensorBoardWriter, from_first, rank, train, world
 from .trials import Trial
 from .width import fan_ins, scale_to_density
 

@@ -14,7 +14,7 @@ from sao_prune.lab.errors import LabError
 from sao_prune.lab.methods import check_method
 from sao_prune.lab.network import initial_network
 from sao_prune.lab.recipe import load_recipe
-from sao_prune.lab.train import TrainSpec, train
+from sao_prune.lab.training import TrainSpec, train
 from sao_prune.lab.trials import final_trials
 from sao_prune.lab.work import Worker, Workplace
 

@@ -19,10 +19,10 @@ from sao_prune.lab.report.pages import markdown_text
 from sao_prune.lab.robustness import RobustnessSpec, measure
 from sao_prune.lab.summary import summarise
 from sao_prune.lab.sweep import RunOptions, run_recipe
-from sao_prune.lab.train import TrainSpec, train
-from sao_prune.lab.train.certified import CertifiedLoss
-from sao_prune.lab.train.pixels import OnPixels
-from sao_prune.lab.train.spec import AdversarialSpec, LossSpec
+from sao_prune.lab.training import TrainSpec, train
+from sao_prune.lab.training.certified import CertifiedLoss
+from sao_prune.lab.training.pixels import OnPixels
+from sao_prune.lab.training.spec import AdversarialSpec, LossSpec
 from sao_prune.lab.trials import Trial
 from sao_prune.models import LipConvNet
 

@@ -10,8 +10,8 @@ from torch import nn
 import sao_prune
 from sao_prune.lab.errors import LabError, RecipeError
 from sao_prune.lab.recipe import load_recipe
-from sao_prune.lab.train import TrainSpec
-from sao_prune.lab.train.optimizer import RateSchedule, make_optimizer
+from sao_prune.lab.training import TrainSpec
+from sao_prune.lab.training.optimizer import RateSchedule, make_optimizer
 from sao_prune.lab.trials import final_trials
 from sao_prune.lab.width import fan_ins, groups_of, rate_factors, scale_to_density, widened
 from sao_prune.lab.work import Worker, Workplace
@@ -137,7 +137,7 @@ def test_scale_to_density_leaves_dense_layers() -> None:
 
 def test_a_layer_without_a_base_is_a_lab_error(micro: Micro, tmp_path: Path) -> None:
     from sao_prune.lab.data import load_dataset
-    from sao_prune.lab.train import train
+    from sao_prune.lab.training import train
 
     data = load_dataset("digits")
     spec = TrainSpec(epochs=1, batch_size=512, optimizer="adam", scaling="supar")

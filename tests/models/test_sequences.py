@@ -3,9 +3,9 @@ import torch
 
 import sao_prune
 from sao_prune.lab.data import DataSpec, load_dataset
-from sao_prune.lab.train.evaluation import evaluate
-from sao_prune.lab.train.loop import train
-from sao_prune.lab.train.spec import TrainSpec
+from sao_prune.lab.training.evaluation import evaluate
+from sao_prune.lab.training.loop import train
+from sao_prune.lab.training.spec import TrainSpec
 from sao_prune.models import SaoDecoder, SaoRecurrent, sao_recurrent
 from sao_prune.models.recurrent import CELLS
 

@@ -65,7 +65,7 @@ class RateSchedule:
         lr: the learning rate.
 
     Example:
-        >>> from sao_prune.lab.train import ScheduleSpec
+        >>> from sao_prune.lab.training import ScheduleSpec
         >>> spec = TrainSpec(epochs=4, batch_size=1, schedule=ScheduleSpec("multistep", milestones=(1, 3)))
         >>> schedule = RateSchedule(torch.optim.SGD(nn.Linear(2, 2).parameters()), spec, lr=0.5)
         >>> [round(schedule.rate(epoch), 3) for epoch in range(4)]

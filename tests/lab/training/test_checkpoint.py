@@ -11,7 +11,7 @@ from torch import nn
 
 from sao_prune import Method, Rewire, RigL
 from sao_prune.lab.data import Dataset
-from sao_prune.lab.train import History, ScheduleSpec, TrainSpec, checkpoint, train
+from sao_prune.lab.training import History, ScheduleSpec, TrainSpec, checkpoint, train
 
 Maker = Callable[..., nn.Module]
 

@@ -15,16 +15,16 @@ from torch import nn
 
 import sao_prune
 from sao_prune.lab.data import Dataset
-from sao_prune.lab.train import DistillSpec, History, TrainSpec, train
+from sao_prune.lab.training import DistillSpec, History, TrainSpec, train
 
 PROGRAM = """
 import shutil, sys
 from dataclasses import asdict
 from pathlib import Path
 import torch
-from sao_prune.lab.train import checkpoint, train
-from sao_prune.lab.train.distributed import process_group, rank
-from tests.lab.train.test_distributed import company, task
+from sao_prune.lab.training import checkpoint, train
+from sao_prune.lab.training.distributed import process_group, rank
+from tests.lab.training.test_distributed import company, task
 torch.set_num_threads(1)
 checkpoint.SECONDS_BETWEEN = 0
 folder, device = Path(sys.argv[1]), torch.device("cpu")

@@ -11,8 +11,8 @@ import sao_prune
 from sao_prune.blocks import BlockModule
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.network import initial_network
-from sao_prune.lab.train import TrainSpec, train
-from sao_prune.lab.train.execution import execution_form
+from sao_prune.lab.training import TrainSpec, train
+from sao_prune.lab.training.execution import execution_form
 
 Maker = Callable[..., nn.Module]
 SPEC = TrainSpec(epochs=3, batch_size=8, weight_decay=1e-3, clip=1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sao_prune.lab.data import Dataset
-from sao_prune.lab.train import ScheduleSpec, TrainSpec, evaluate, train
+from sao_prune.lab.training import ScheduleSpec, TrainSpec, evaluate, train
 
 Maker = Callable[..., nn.Module]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sao_prune.lab.train import TrainSpec
-from sao_prune.lab.train.regularization import Objective
+from sao_prune.lab.training import TrainSpec
+from sao_prune.lab.training.regularization import Objective
 
 
 def objective(**options: float) -> Objective:

@@ -6,8 +6,8 @@ import timm.scheduler
 import torch
 from torch import nn
 
-from sao_prune.lab.train import ScheduleSpec, TrainSpec
-from sao_prune.lab.train.optimizer import RateSchedule, make_optimizer
+from sao_prune.lab.training import ScheduleSpec, TrainSpec
+from sao_prune.lab.training.optimizer import RateSchedule, make_optimizer
 
 
 def rates(schedule: ScheduleSpec, epochs: int, lr: float = 1.0) -> list[float]:

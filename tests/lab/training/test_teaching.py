@@ -12,7 +12,7 @@ from torch import nn
 import sao_prune
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.errors import LabError
-from sao_prune.lab.train import DistillSpec, History, TrainSpec, checkpoint, train
+from sao_prune.lab.training import DistillSpec, History, TrainSpec, checkpoint, train
 
 Maker = Callable[..., nn.Module]
 

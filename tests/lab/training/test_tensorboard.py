@@ -7,8 +7,8 @@ import pytest
 
 from sao_prune.analysis import IsometryRecord
 from sao_prune.lab.errors import LabError
-from sao_prune.lab.train import History
-from sao_prune.lab.train.tensorboard import TensorBoardWriter
+from sao_prune.lab.training import History
+from sao_prune.lab.training.tensorboard import TensorBoardWriter
 
 
 def test_scalars_of_every_epoch_are_in_the_folder_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from .analysis import plot
 from .analysis.graph import adjacency_eigenvalues, ramanujan_gap
 from .analysis.reach import model_masks, reachability
 from .analysis.similarity import ks_test
+from .files import replacing
 from .model import apply
 from .seeds import named_generator
 from .topology import ramanujan
@@ -190,7 +191,7 @@ def _rg_mask(width: int, groups: int, seed: int) -> Tensor:
 
 
 def _write_gaps(path: Path, gaps: dict[str, dict[str, dict[int, list[float]]]]) -> Path:
-    with path.open("w", newline="") as file:
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["definition", "method", "width", *(f"{100 * s:g} %" for s in SPARSITIES)])
         for definition, by_method in gaps.items():
@@ -201,7 +202,7 @@ def _write_gaps(path: Path, gaps: dict[str, dict[str, dict[int, list[float]]]]) 
 
 
 def _write_table(path: Path, table: dict[str, dict[str, float]]) -> Path:
-    with path.open("w", newline="") as file:
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["activation", *next(iter(table.values()))])
         for act, by_method in table.items():

@@ -47,6 +47,22 @@ def test_every_kind_of_figure_is_written(tmp_path, theme):
         plot.accuracy_bars({"a": {"b": 1.0}}, theme="sepia")
 
 
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf", ".jpg", ""])
+def test_the_ending_tells_the_format(tmp_path, ending):
+    path = plot.save(plot.accuracy_bars({"a": {"b": 1.0}}), tmp_path / "new" / f"bars{ending}")
+    begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".jpg": b"\xff\xd8"}
+    assert path.read_bytes().startswith(begins[path.suffix])
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "bars.what"
+    path.write_text("before")
+    with pytest.raises(ValueError, match="what"):
+        plot.save(plot.accuracy_bars({"a": {"b": 1.0}}), path)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.slow
 def test_the_command_writes_everything(tmp_path):
     assert CliRunner().invoke(app, ["figures", "--out", str(tmp_path)]).exit_code == 0

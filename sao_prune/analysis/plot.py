@@ -17,6 +17,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..files import replacing
+
 Theme = Literal["light", "dark"]
 
 
@@ -231,18 +233,25 @@ def storage_against_density(
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG; returns the path.
+    """Write a figure; its folder is made if need be.
 
     Args:
         figure: the figure.
-        path: of the file; its ending tells the format.
+        path: of the file; its ending tells the format, PNG where it has none.
 
     Returns:
         What was written.
+
+    Raises:
+        ValueError: an ending that matplotlib writes no format for.
     """
     path = Path(path)
+    path = path if path.suffix else path.with_suffix(".png")
+    kind = path.suffix[1:].lower()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    with replacing(path) as scratch:
+        # Figures that are drawn anew differ only where their numbers do.
+        figure.savefig(scratch, format=kind, dpi=130, metadata={"Software": None} if kind == "png" else None)
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..files import replacing
 from ..seeds import Seed
 from .spectra import Method, jacobian_spectrum
 
@@ -66,7 +67,7 @@ class track_isometry:
     def to_csv(self, path: str | Path) -> Path:
         """Write the records, one a line, to ``path``; returns it."""
         path = Path(path)
-        with path.open("w", newline="") as file:
+        with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(IsometryRecord.__dataclass_fields__))
             writer.writeheader()
             writer.writerows(asdict(record) for record in self.records)

@@ -145,6 +145,10 @@ def test_track_isometry_records_and_writes(tmp_path):
     lines = tracker.to_csv(tmp_path / "track.csv").read_text().splitlines()
     assert lines[0] == "step,mean,smallest,largest,variance"
     assert len(lines) == 4
+    tracker.records.append("no record")
+    with pytest.raises(TypeError):
+        tracker.to_csv(tmp_path / "track.csv")
+    assert [path.read_text().splitlines() for path in tmp_path.iterdir()] == [lines]
     with pytest.raises(ValueError, match="at least 1"):
         analysis.track_isometry(model, torch.randn(1, 24), every=0)
 

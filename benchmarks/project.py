@@ -3,7 +3,7 @@
 The first: how long co-clustering takes, and how much energy it keeps of a Gaussian matrix (random sets keep one in g).
 The second: accuracy on scikit-learn's digits, or with `--fashion FOLDER` on Fashion-MNIST, right after a
 trained network became blocks, with no training after it. With `--shares 0.05 0.1 0.3 1` a third: after training on
-for these shares of the steps before, rates chosen for each arm on held-out images.
+for these shares of the steps before, rates chosen for each method on held-out images.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
     "least squares, clustered": {},
     "without readout": {"readout": False},
 }
-ARMS: dict[str, Callable[[Tensor], Any]] = {
+METHODS: dict[str, Callable[[Tensor], Any]] = {
     "project": lambda x: sao_prune.Project(inputs=x),
     "project-random": lambda x: sao_prune.Project(inputs=x, topology="ramanujan"),
     "rg-t": lambda x: sao_prune.RG(values="keep"),
@@ -216,27 +216,27 @@ class Study:
 
         return self.value(f"{seed} {groups} one-shot {name}", compute)
 
-    def fine_tuned(self, seed: int, groups: int, arm: str, share: float, rate: float, *, held_out: bool) -> float:
+    def fine_tuned(self, seed: int, groups: int, method: str, share: float, rate: float, *, held_out: bool) -> float:
         """Accuracy after a share of the pretraining's steps more; of SAO after as many as these and the pretraining."""
 
         def compute() -> float:
             x, y, *test = self._data(seed)
             steps = round(share * self._steps)
-            if arm == "sao":
+            if method == "sao":
                 model, steps = self.new(seed), self._steps + steps
                 sao_prune.apply(model, groups=groups, seed=seed, exclude=NETWORKS[self.network][1])
             else:
-                model = self.converted(seed, groups, ARMS[arm](x[:512]))
+                model = self.converted(seed, groups, METHODS[method](x[:512]))
             if not held_out:
                 return accuracy(trained(model, x, y, steps, seed, rate), *test)
             cut = len(x) * 7 // 8
             return accuracy(trained(model, x[:cut], y[:cut], steps, seed, rate), x[cut:], y[cut:])
 
-        return self.value(f"{seed} {groups} {arm} {share} {rate} {'held-out' if held_out else 'test'}", compute)
+        return self.value(f"{seed} {groups} {method} {share} {rate} {'held-out' if held_out else 'test'}", compute)
 
-    def rate(self, groups: int, arm: str, share: float) -> float:
+    def rate(self, groups: int, method: str, share: float) -> float:
         """The learning rate with most held-out images right, on seed 0."""
-        return max(RATES, key=lambda rate: self.fine_tuned(0, groups, arm, share, rate, held_out=True))
+        return max(RATES, key=lambda rate: self.fine_tuned(0, groups, method, share, rate, held_out=True))
 
 
 def row(cells: Iterable[Sequence[float]]) -> str:
@@ -252,16 +252,16 @@ def one_shot_table(study: Study, seeds: int, groups: Sequence[int]) -> None:
 
 
 def fine_tuned_table(study: Study, seeds: int, groups: Sequence[int], shares: Sequence[float]) -> None:
-    print("\n| network | g | arm | " + " | ".join(f"{share:.0%} more" for share in shares) + " | rates |")
+    print("\n| network | g | method | " + " | ".join(f"{share:.0%} more" for share in shares) + " | rates |")
     print("|---|---:|---|" + "---:|" * len(shares) + "---|", flush=True)
-    for g, arm in product(groups, (*ARMS, "sao")):
+    for g, method in product(groups, (*METHODS, "sao")):
         # From scratch a rate that is best for the shortest of these trainings is taken for all.
-        rates = [study.rate(g, arm, shares[0] if arm == "sao" else share) for share in shares]
+        rates = [study.rate(g, method, shares[0] if method == "sao" else share) for share in shares]
         cells = [
-            [study.fine_tuned(seed, g, arm, share, rate, held_out=False) for seed in range(seeds)]
+            [study.fine_tuned(seed, g, method, share, rate, held_out=False) for seed in range(seeds)]
             for share, rate in zip(shares, rates)
         ]
-        print(f"| {study.network} | {g} | {arm} | {row(cells)} | {' '.join(map(str, rates))} |", flush=True)
+        print(f"| {study.network} | {g} | {method} | {row(cells)} | {' '.join(map(str, rates))} |", flush=True)
 
 
 def main() -> None:

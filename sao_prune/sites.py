@@ -173,7 +173,7 @@ class CompactSite(Site):
     def listen(self) -> None:
         self.stop()
         super().listen()
-        # A hook also keeps the layer from computing what follows it in its own forward.
+        # A hook also keeps the layer from computing an epilogue in its own forward.
         self._hook = self._layer.register_forward_hook(self._note)
 
     def stop(self) -> None:

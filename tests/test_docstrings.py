@@ -33,6 +33,7 @@ WORDS = {
     r"makers?\b": "generator",
     r"shares? of zeros": "sparsity",
     r"left alone": "skipped",
+    r"what follows (it|them|(a|each) \w+)\b": "epilogue",
 }
 
 

@@ -22,7 +22,7 @@ from .base import Stage
 from .batches import Rows, moments, read_batches
 from .draw import Draw, Fidelity
 from .parts import Given, Part, largest_block, mean_energy
-from .rehearsal import evaluated, progress_bar, readers, trial
+from .rehearsal import consumers, evaluated, progress_bar, trial
 from .saliency import floats_as, seeded
 from .sets import Sets
 from .stations import Use, Visit, run
@@ -85,8 +85,10 @@ def convert(
     dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
     batches = [floats_as(batch, dtype) for batch in batches]
     own = {name for name, _ in model.named_parameters()}
-    read = readers(copied, batches[0], allocations) if options.shared_sets else {}
-    work = _Conversion(options, copied, allocations, Sets(options.topology, allocations, seed, stage, read), seed, own)
+    consumed = consumers(copied, batches[0], allocations) if options.shared_sets else {}
+    work = _Conversion(
+        options, copied, allocations, Sets(options.topology, allocations, seed, stage, consumed), seed, own
+    )
     with torch.no_grad(), seeded(list(work.parameters.values()), seed, name="project"):
         tracer = trial(copied, batches[0], work.weights)
         watched = work.watched(whole, tracer)
@@ -240,7 +242,7 @@ class _Conversion:
             note = f"{rows} rows for blocks of {needed} inputs: the ridge settles the rest"
         shares = (kept / total, after / total) if total > 0 else (0.0, 0.0)
         fidelity = Fidelity(energy, *shares, rows, perf_counter() - start)
-        if index in self._sets.followers:
+        if index in self._sets.taken_over:
             note = "; ".join(filter(None, (note, "its input sets are the output sets of the layer before it")))
         self._draws[index], self._last = replace(draw, fidelity=fidelity, note=note), index
         if biased:

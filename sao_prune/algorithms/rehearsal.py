@@ -54,7 +54,7 @@ def trial(model: nn.Module, batch: object, weights: Iterable[int]) -> Tracer:
     return tracer
 
 
-def readers(model: nn.Module, batch: object, allocations: Sequence[Allocation]) -> dict[int, tuple[int, Tensor]]:
+def consumers(model: nn.Module, batch: object, allocations: Sequence[Allocation]) -> dict[int, tuple[int, Tensor]]:
     """For a weight the one that alone reads its outputs, where both are single matrices, and the energy of that one.
 
     Raises:

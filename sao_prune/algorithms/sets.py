@@ -30,7 +30,7 @@ class Sets:
         allocations: what each weight is asked for.
         seed: base seed.
         stage: of a schedule: sets are split inside those that there are.
-        feeds: for a weight the one that reads its outputs and shall have its sets for them, and that one's energy.
+        feeds: for a weight the one that consumes its outputs and shall have its sets for them, and that one's energy.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Sets:
         self._kind, self._allocations, self._seed, self._stage = kind, allocations, seed, stage
         self._feeds = feeds
         self._given: dict[int, Tensor] = {}
-        self.followers: set[int] = set()
+        self.taken_over: set[int] = set()
 
     def __call__(self, index: int, energies: list[Tensor]) -> tuple[BlockTopology, ...]:
         """One topology for each of a weight's matrices, given the energies of their entries."""
@@ -74,13 +74,13 @@ class Sets:
         if index in self._given:
             found = followed(energy, self._given[index], sizes, now)
             if found is not None:
-                self.followers.add(index)
+                self.taken_over.add(index)
                 return found
         if now is not None:
             return split(energy, now, sizes, generator)
         if index in self._feeds:
-            reader, its_energy = self._feeds[index]
-            rows = self._sizes(reader)[0]
+            consumer, its_energy = self._feeds[index]
+            rows = self._sizes(consumer)[0]
             if len(rows) == len(sizes[0]):
                 return clustered_pair(energy, its_energy, sizes, rows, generator)
         return clustered(energy, sizes=sizes, generator=generator)

@@ -72,7 +72,7 @@ def default_plan(candidates: Sequence[Candidate]) -> Plan:
 
 
 def with_steps(plan: Plan, chains: Mapping[str, Steps]) -> Plan:
-    """The plan, its native layers computing what follows them too."""
+    """The plan, its native layers with their epilogues."""
     native = {name for name, c in plan.choices.items() if c.execution is not None and c.execution.native}
     new = dict(plan.choices)
     for name in native & chains.keys():

@@ -52,8 +52,7 @@ def compact(
     Args:
         model: any module.
         example_input: a tensor, tuple or dict to run once before and once after; if the outputs differ, or a layer's
-            weight turns out to be read without calling it, that is undone. Needed for ``tune``, and for layers to
-            compute what follows them.
+            weight turns out to be read without calling it, that is undone. Needed for ``tune`` and for epilogues.
         tune: choose each layer's execution by timing it on the example input, for ``"train"`` (forward and backward)
             or ``"infer"``, and the memory format of convolutions by timing the whole model so, in eval mode; a layer
             that no block form makes faster is skipped. ``None`` uses fixed rules. Timings are kept between runs. In a

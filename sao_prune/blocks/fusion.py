@@ -19,7 +19,7 @@ from .stacks import ACTIVATIONS, MOST
 
 @dataclass(frozen=True)
 class _Chain:
-    """What follows a layer and nothing else sees.
+    """The modules that may join a layer: its epilogue, which nothing else sees.
 
     Attributes:
         owner: the layer.
@@ -86,7 +86,7 @@ def _follows(flow: Flow, module: nn.Module, x: Tensor) -> bool:
 def chains(
     model: nn.Module, layers: Iterable[nn.Module], example_input: Any, watched: Iterable[nn.Module] = ()
 ) -> tuple[dict[str, Steps], Calls]:
-    """What follows each layer, by paths, in a run of the model in eval mode, and `Calls` of that run.
+    """The epilogue that each layer may have, by paths, found in a run in eval mode, and `Calls` of that run.
 
     Args:
         model: any module, without epilogues.

@@ -37,7 +37,7 @@ def feeds(graph: Graph) -> dict[str, str]:
     times = Counter(name for node in graph.nodes for name in node.held)
     found = {}
     for node in graph.nodes:
-        first, then = _weight(node), _reader(graph, node)
+        first, then = _weight(node), _consumer(graph, node)
         second = None if then is None else _weight(then)
         if first and second and first != second and times[first] == times[second] == 1:
             found[first] = second
@@ -49,13 +49,13 @@ def _weight(node: Node) -> str | None:
     return held.name if isinstance(held, Held) else None
 
 
-def _reader(graph: Graph, node: Node) -> Node | None:
+def _consumer(graph: Graph, node: Node) -> Node | None:
     """The layer of the same kind at the end of a chain of channelwise steps without a fork."""
     kind, steps = node.op, _ELEMENTWISE if node.op == "linear" else _ELEMENTWISE | _SPATIAL
     if kind not in WEIGHTED:
         return None
-    while len(readers := graph.consumers[node.index]) == 1:
-        then = graph.nodes[readers[0]]
+    while len(consumers := graph.consumers[node.index]) == 1:
+        then = graph.nodes[consumers[0]]
         if then.argument(0, "input") != Ref(node.index):
             return None
         if then.op == kind:

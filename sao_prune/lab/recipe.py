@@ -36,8 +36,8 @@ class NetworkSpec:
     shorthand: ClassVar[str] = "name"
 
     name: str
-    depth: tuple[int, ...] | None = rule(None, least=1)
-    width: tuple[int, ...] | None = rule(None, least=1)
+    depth: tuple[int, ...] | None = rule(None, ge=1)
+    width: tuple[int, ...] | None = rule(None, ge=1)
     options: Mapping[str, Scalar | tuple[Scalar, ...]] = field(default_factory=dict)
     widen: Mapping[str, Scalar] = field(default_factory=dict)
 
@@ -78,9 +78,9 @@ class NetworkSpec:
 class PruneSpec:
     """How much goes, in one of three units, and from where."""
 
-    sparsity: tuple[float, ...] | None = rule(None, least=0, below=1)
-    degree: tuple[int, ...] | None = rule(None, least=1)
-    groups: tuple[int, ...] | None = rule(None, least=1)
+    sparsity: tuple[float, ...] | None = rule(None, ge=0, lt=1)
+    degree: tuple[int, ...] | None = rule(None, ge=1)
+    groups: tuple[int, ...] | None = rule(None, ge=1)
     skip_first: bool = True
     skip_last: bool = True
     fit: str = rule("nearest", choices=("nearest", "regular", "exact"))
@@ -116,8 +116,8 @@ class PruneSpec:
 class LearningRates:
     """The grid that every method's learning rate is chosen from, and the seeds it is chosen with."""
 
-    grid: tuple[float, ...] = rule(above=0)
-    seeds: tuple[int, ...] = rule((0,), least=0)
+    grid: tuple[float, ...] = rule(gt=0)
+    seeds: tuple[int, ...] = rule((0,), ge=0)
 
     def problem(self) -> tuple[str, str] | None:
         """No value twice."""
@@ -146,8 +146,8 @@ class Setting:
     methods: tuple[MethodSpec, ...]
     lr: LearningRates
     train: TrainSpec
-    seeds: tuple[int, ...] = rule((0, 1, 2), least=0)
-    gain: float = rule(1.0, above=0)
+    seeds: tuple[int, ...] = rule((0, 1, 2), ge=0)
+    gain: float = rule(1.0, gt=0)
     init: str = rule("delta", choices=INITIALISATIONS)
     robustness: RobustnessSpec | None = None
     label: str | None = None

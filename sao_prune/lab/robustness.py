@@ -36,12 +36,12 @@ class RobustnessSpec:
     """
 
     norm: str = rule(choices=get_args(Norm))
-    eps: float = rule(above=0)
-    steps: int = rule(20, least=1)
-    restarts: int = rule(1, least=1)
-    queries: int = rule(200, least=1)
-    images: int | None = rule(None, least=1)
-    radii: tuple[float, ...] = rule((), above=0)
+    eps: float = rule(gt=0)
+    steps: int = rule(20, ge=1)
+    restarts: int = rule(1, ge=1)
+    queries: int = rule(200, ge=1)
+    images: int | None = rule(None, ge=1)
+    radii: tuple[float, ...] = rule((), gt=0)
     choose: str = rule("robust", choices=("clean", "robust", "certified"))
 
     def problem(self) -> tuple[str, str] | None:

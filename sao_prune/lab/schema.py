@@ -25,7 +25,7 @@ def rule(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
     """A dataclass field with limits on its value (on each value, for a tuple).
 
     Args:
-        limits: ``above``/``below`` (exclusive), ``least``/``most`` (inclusive), ``choices`` (a collection).
+        limits: ``gt``, ``ge``, ``lt``, ``le`` as in Python's operators, ``choices`` (a collection).
     """
     return dataclasses.field(default=default, metadata=limits)
 
@@ -131,14 +131,14 @@ class Reader:
         if choices is not None and value not in choices:
             self.fail(node, key, unknown("value", value, choices))
         wants = []
-        if "above" in limits and not value > limits["above"]:
-            wants.append(f"above {limits['above']}")
-        if "least" in limits and not value >= limits["least"]:
-            wants.append(f"at least {limits['least']}")
-        if "below" in limits and not value < limits["below"]:
-            wants.append(f"below {limits['below']}")
-        if "most" in limits and not value <= limits["most"]:
-            wants.append(f"at most {limits['most']}")
+        if "gt" in limits and not value > limits["gt"]:
+            wants.append(f"above {limits['gt']}")
+        if "ge" in limits and not value >= limits["ge"]:
+            wants.append(f"at least {limits['ge']}")
+        if "lt" in limits and not value < limits["lt"]:
+            wants.append(f"below {limits['lt']}")
+        if "le" in limits and not value <= limits["le"]:
+            wants.append(f"at most {limits['le']}")
         if wants:
             self.fail(node, key, f"must be {' and '.join(wants)}, got {value}")
 

@@ -118,7 +118,7 @@ def assert_same(layer: BlockModule, dense: nn.Module, x: Tensor, tolerance: floa
 
 
 def fuse(model: nn.Module, x: Tensor, execution: Execution = NATIVE) -> nn.Module:
-    """Let the block layers of a model compute what follows them, whatever made them."""
+    """Give the block layers of a model their epilogues, whatever made them."""
     layers = block_layers(model)
     for layer in layers:
         layer.run_as(execution)

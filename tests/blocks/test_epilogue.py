@@ -1,4 +1,4 @@
-"""What follows a layer is found and joins its kernel, and whoever looks gets the right numbers or an error."""
+"""An epilogue is found and joins its layer's kernel, and whoever looks gets the right numbers or an error."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ class DataSpec:
     shorthand: ClassVar[str] = "name"
 
     name: str
-    holdout: float = rule(0.2, above=0, below=1)
-    size: int = rule(32, least=8, most=512)
-    subset: int | None = rule(None, least=1)
-    test_subset: int | None = rule(None, least=1)
+    holdout: float = rule(0.2, gt=0, lt=1)
+    size: int = rule(32, ge=8, le=512)
+    subset: int | None = rule(None, ge=1)
+    test_subset: int | None = rule(None, ge=1)
     augment: tuple[str, ...] = rule((), choices=AUGMENTATIONS)
-    length: int | None = rule(None, least=2, most=4096)
+    length: int | None = rule(None, ge=2, le=4096)
 
     def problem(self) -> tuple[str, str] | None:
         """A name that can be a data set's, and no augmentation twice."""

@@ -29,10 +29,10 @@ class ScheduleSpec:
     shorthand: ClassVar[str] = "name"
 
     name: str = rule("constant", choices=("constant", "multistep", "cosine"))
-    milestones: tuple[int, ...] | None = rule(None, least=1)
-    factor: float = rule(0.1, above=0, below=1)
-    warmup_epochs: int = rule(0, least=0)
-    final_lr: float = rule(0.0, least=0)
+    milestones: tuple[int, ...] | None = rule(None, ge=1)
+    factor: float = rule(0.1, gt=0, lt=1)
+    warmup_epochs: int = rule(0, ge=0)
+    final_lr: float = rule(0.0, ge=0)
 
     def problem(self) -> tuple[str, str] | None:
         """Milestones belong to multistep, which needs them; a floor belongs to cosine."""
@@ -56,10 +56,10 @@ class DistillSpec:
 
     shorthand: ClassVar[str] = "weight"
 
-    weight: float = rule(0.5, least=0, most=1)
-    temperature: float = rule(4.0, above=0)
+    weight: float = rule(0.5, ge=0, le=1)
+    temperature: float = rule(4.0, gt=0)
     blocks: tuple[str, ...] = ()
-    block_weight: float = rule(1.0, least=0)
+    block_weight: float = rule(1.0, ge=0)
 
     def options(self) -> Distillation:
         """The library's options."""
@@ -82,9 +82,9 @@ class AdversarialSpec:
     """
 
     norm: str = rule(choices=get_args(Norm))
-    eps: float = rule(above=0)
-    steps: int = rule(7, least=1)
-    step_size: float | None = rule(None, above=0)
+    eps: float = rule(gt=0)
+    steps: int = rule(7, ge=1)
+    step_size: float | None = rule(None, gt=0)
 
     def threat(self) -> Threat:
         """What it may do to images in [0, 1]."""
@@ -103,8 +103,8 @@ class LossSpec:
     shorthand: ClassVar[str] = "name"
 
     name: str = rule("cross-entropy", choices=("cross-entropy", "emma", "certificate"))
-    eps: float | None = rule(None, above=0)
-    weight: float | None = rule(None, above=0)
+    eps: float | None = rule(None, gt=0)
+    weight: float | None = rule(None, gt=0)
 
     @property
     def is_certified(self) -> bool:
@@ -150,27 +150,27 @@ class TrainSpec:
         'momentum'
     """
 
-    epochs: int = rule(least=1)
-    batch_size: int = rule(least=1)
+    epochs: int = rule(ge=1)
+    batch_size: int = rule(ge=1)
     optimizer: str = rule("momentum", choices=("momentum", "nesterov", "adam", "adamw"))
-    momentum: float = rule(0.9, least=0, below=1)
-    betas: tuple[float, ...] = rule((0.9, 0.999), least=0, below=1)
-    weight_decay: float = rule(0.0, least=0)
+    momentum: float = rule(0.9, ge=0, lt=1)
+    betas: tuple[float, ...] = rule((0.9, 0.999), ge=0, lt=1)
+    weight_decay: float = rule(0.0, ge=0)
     schedule: ScheduleSpec = ScheduleSpec()
-    label_smoothing: float = rule(0.0, least=0, below=1)
-    mixup: float = rule(0.0, least=0)
-    cutmix: float = rule(0.0, least=0, most=1)
-    clip: float = rule(0.0, least=0)
-    ema: float = rule(0.0, least=0, below=1)
+    label_smoothing: float = rule(0.0, ge=0, lt=1)
+    mixup: float = rule(0.0, ge=0)
+    cutmix: float = rule(0.0, ge=0, le=1)
+    clip: float = rule(0.0, ge=0)
+    ema: float = rule(0.0, ge=0, lt=1)
     amp: str = rule("off", choices=("off", "bf16"))
     channels_last: bool = False
     compile: bool = False
     execution: str = rule("auto", choices=("masked", "compact", "auto"))
     scaling: str = rule("none", choices=("none", "supar"))
-    move_every: int = rule(100, least=1)
-    move_until: float = rule(0.75, above=0, most=1)
-    isometry_every: int = rule(0, least=0)
-    further_epochs: int | None = rule(None, least=1)
+    move_every: int = rule(100, ge=1)
+    move_until: float = rule(0.75, gt=0, le=1)
+    isometry_every: int = rule(0, ge=0)
+    further_epochs: int | None = rule(None, ge=1)
     distill: DistillSpec | None = None
     loss: LossSpec = LossSpec()
     adversarial: AdversarialSpec | None = None

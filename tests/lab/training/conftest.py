@@ -9,7 +9,7 @@ from torch import nn
 import sao_prune
 from sao_prune.lab.data import Dataset
 
-Maker = Callable[..., nn.Module]
+Factory = Callable[..., nn.Module]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def blobs() -> Dataset:
 
 
 @pytest.fixture
-def network() -> Maker:
+def network() -> Factory:
     """A small network: ``kind`` is ``mlp``, ``cnn`` or ``dropout``, pruned in ``groups`` by SAO if there are any."""
 
     def make(kind: str = "mlp", groups: int = 0, method: str = "sao", seed: int = 0) -> nn.Module:

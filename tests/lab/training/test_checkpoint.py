@@ -13,7 +13,7 @@ from sao_prune import Method, Rewire, RigL
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.training import History, ScheduleSpec, TrainSpec, checkpoint, train
 
-Maker = Callable[..., nn.Module]
+Factory = Callable[..., nn.Module]
 
 SPEC = TrainSpec(
     epochs=4,
@@ -59,7 +59,7 @@ SLOW = pytest.mark.slow
     ids=["momentum", "adamw", "mixup"],
 )
 def test_resumed_is_bit_for_bit_uninterrupted(
-    blobs: Dataset, network: Maker, tmp_path: Path, kind: str, spec: TrainSpec
+    blobs: Dataset, network: Factory, tmp_path: Path, kind: str, spec: TrainSpec
 ) -> None:
     file = tmp_path / "deep" / "trial.pt"
     whole, resumed = network(kind, groups=4), network(kind, groups=4)
@@ -75,14 +75,14 @@ def test_resumed_is_bit_for_bit_uninterrupted(
     assert [record.step for record in history.isometry] == [0, 2, 4]
 
 
-def test_the_time_before_the_interruption_counts(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
+def test_the_time_before_the_interruption_counts(blobs: Dataset, network: Factory, tmp_path: Path) -> None:
     file = tmp_path / "trial.pt"
     cut_off(network(), blobs, SPEC, file)
     before = torch.load(file, weights_only=True)["history"]["seconds"]
     assert train(network(), blobs, SPEC, 0.05, 0, None, file, key="this").seconds > before > 0
 
 
-def test_at_most_one_file_in_thirty_seconds(blobs: Dataset, network: Maker, tmp_path: Path, monkeypatch) -> None:
+def test_at_most_one_file_in_thirty_seconds(blobs: Dataset, network: Factory, tmp_path: Path, monkeypatch) -> None:
     file, clock, seen = tmp_path / "trial.pt", [0.0], []
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
 
@@ -98,7 +98,9 @@ def test_at_most_one_file_in_thirty_seconds(blobs: Dataset, network: Maker, tmp_
 @pytest.mark.parametrize(
     "damage", [pytest.param("empty", marks=SLOW), "cut", pytest.param("noise", marks=SLOW), "code", "flipped"]
 )
-def test_a_damaged_file_is_ignored_with_a_warning(blobs: Dataset, network: Maker, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_ignored_with_a_warning(
+    blobs: Dataset, network: Factory, tmp_path: Path, damage: str
+) -> None:
     file = tmp_path / "trial.pt"
     cut_off(network(groups=4), blobs, SPEC, file)
     raw = file.read_bytes()
@@ -116,7 +118,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(blobs: Dataset, network: Maker
 
 
 @pytest.mark.parametrize("other", ["seed", "lr", "spec", "key", "augment", "network"])
-def test_a_file_of_another_training_is_ignored(blobs: Dataset, network: Maker, tmp_path: Path, other: str) -> None:
+def test_a_file_of_another_training_is_ignored(blobs: Dataset, network: Factory, tmp_path: Path, other: str) -> None:
     file = tmp_path / "trial.pt"
     cut_off(network("cnn" if other == "network" else "mlp"), blobs, SPEC, file)
     spec = replace(SPEC, clip=2.0) if other == "spec" else SPEC
@@ -134,7 +136,7 @@ def test_a_file_of_another_training_is_ignored(blobs: Dataset, network: Maker, t
         )
 
 
-def test_a_finished_training_is_not_trained_again(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
+def test_a_finished_training_is_not_trained_again(blobs: Dataset, network: Factory, tmp_path: Path) -> None:
     file, done = tmp_path / "trial.pt", network(groups=4)
     with pytest.raises(KeyboardInterrupt):
         train(done, blobs, SPEC, 0.05, 0, until(4), file)
@@ -144,14 +146,14 @@ def test_a_finished_training_is_not_trained_again(blobs: Dataset, network: Maker
     assert history.epochs == 4
 
 
-def test_a_full_disk_costs_the_file_and_not_the_training(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
+def test_a_full_disk_costs_the_file_and_not_the_training(blobs: Dataset, network: Factory, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     target = tmp_path / "file" / "trial.pt"
     with pytest.warns(RuntimeWarning, match="cannot write the checkpoint"), pytest.raises(KeyboardInterrupt):
         train(network(), blobs, SPEC, 0.05, 0, until(2), target)
 
 
-def test_no_file_no_warning(blobs: Dataset, network: Maker, tmp_path: Path) -> None:
+def test_no_file_no_warning(blobs: Dataset, network: Factory, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         train(network(), blobs, replace(SPEC, epochs=1), 0.05, 0, None, tmp_path / "trial.pt")
@@ -161,7 +163,7 @@ def test_no_file_no_warning(blobs: Dataset, network: Maker, tmp_path: Path) -> N
     ("mover", "form"), [pytest.param(Rewire(share=0.5), "compact", marks=SLOW), (RigL(), "masked")], ids=str
 )
 def test_entries_that_move_do_so_alike_when_resumed(
-    blobs: Dataset, network: Maker, tmp_path: Path, mover: Method, form: str
+    blobs: Dataset, network: Factory, tmp_path: Path, mover: Method, form: str
 ) -> None:
     spec = replace(SPEC, ema=0.0, execution=form, move_every=3)
     options = {"key": "this", "mover": mover}

@@ -14,14 +14,14 @@ from sao_prune.lab.network import initial_network
 from sao_prune.lab.training import TrainSpec, train
 from sao_prune.lab.training.execution import execution_form
 
-Maker = Callable[..., nn.Module]
+Factory = Callable[..., nn.Module]
 SPEC = TrainSpec(epochs=3, batch_size=8, weight_decay=1e-3, clip=1.0)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_both_forms_train_to_the_same_weights_within_rounding(
-    blobs: Dataset, network: Maker, kind: str, optimizer: str
+    blobs: Dataset, network: Factory, kind: str, optimizer: str
 ) -> None:
     models = {form: network(kind, groups=4) for form in ("masked", "compact")}
     keys = list(models["masked"].state_dict())
@@ -41,7 +41,7 @@ def test_both_forms_train_to_the_same_weights_within_rounding(
 
 
 @pytest.mark.filterwarnings("error::sao_prune.StaleOptimizerWarning")
-def test_it_trains_in_the_compact_form_and_gives_the_masked_one_back(blobs: Dataset, network: Maker) -> None:
+def test_it_trains_in_the_compact_form_and_gives_the_masked_one_back(blobs: Dataset, network: Factory) -> None:
     model, inside = network(groups=4), []
     history = train(
         model,
@@ -56,7 +56,7 @@ def test_it_trains_in_the_compact_form_and_gives_the_masked_one_back(blobs: Data
     assert not any(isinstance(m, BlockModule) for m in model.modules())
 
 
-def test_what_ends_a_training_early_leaves_the_masked_form(blobs: Dataset, network: Maker) -> None:
+def test_what_ends_a_training_early_leaves_the_masked_form(blobs: Dataset, network: Factory) -> None:
     model = network(groups=4)
     keys = list(model.state_dict())
 
@@ -68,7 +68,7 @@ def test_what_ends_a_training_early_leaves_the_masked_form(blobs: Dataset, netwo
     assert list(model.state_dict()) == keys
 
 
-def test_auto_is_compact_but_for_small_linear_layers(blobs: Dataset, network: Maker) -> None:
+def test_auto_is_compact_but_for_small_linear_layers(blobs: Dataset, network: Factory) -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 2))
     sao_prune.apply(wide, groups=8, seed=0)
     assert train(wide, blobs, SPEC, 0.01, 0).execution == "compact: 1 of 3 layers"
@@ -77,14 +77,14 @@ def test_auto_is_compact_but_for_small_linear_layers(blobs: Dataset, network: Ma
 
 
 @pytest.mark.parametrize("execution", ["auto", "compact"])
-def test_masks_without_blocks_stay_masked(blobs: Dataset, network: Maker, execution: str) -> None:
+def test_masks_without_blocks_stay_masked(blobs: Dataset, network: Factory, execution: str) -> None:
     model = network()
     sao_prune.apply(model, sparsity=0.5, method="lmp", seed=0)
     history = train(model, blobs, replace(SPEC, execution=execution), 0.01, 0)
     assert history.execution.startswith("masked")
 
 
-def test_zeros_without_a_mask_are_trained(blobs: Dataset, network: Maker) -> None:
+def test_zeros_without_a_mask_are_trained(blobs: Dataset, network: Factory) -> None:
     model = network(groups=4)
     sao_prune.remove(model)
     zeros = model[3].weight == 0
@@ -93,7 +93,7 @@ def test_zeros_without_a_mask_are_trained(blobs: Dataset, network: Maker) -> Non
     assert bool((model[3].weight[zeros] != 0).any())
 
 
-def test_a_compact_model_stays_compact(blobs: Dataset, network: Maker) -> None:
+def test_a_compact_model_stays_compact(blobs: Dataset, network: Factory) -> None:
     model = network(groups=4)
     sao_prune.compact(model)
     assert train(model, blobs, SPEC, 0.01, 0).execution == "compact: 2 layers, as given"

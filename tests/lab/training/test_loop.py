@@ -12,7 +12,7 @@ from torch import nn
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.training import ScheduleSpec, TrainSpec, evaluate, train
 
-Maker = Callable[..., nn.Module]
+Factory = Callable[..., nn.Module]
 
 SPEC = TrainSpec(epochs=3, batch_size=8)
 ALL = replace(
@@ -39,14 +39,16 @@ def batches_seen(model: nn.Module, data: Dataset, seed: int, spec: TrainSpec = S
 
 
 @pytest.mark.parametrize("spec", [SPEC, ALL], ids=["plain", "all"])
-def test_every_network_sees_the_same_batches_in_the_same_order(blobs: Dataset, network: Maker, spec: TrainSpec) -> None:
+def test_every_network_sees_the_same_batches_in_the_same_order(
+    blobs: Dataset, network: Factory, spec: TrainSpec
+) -> None:
     one, two = batches_seen(network(), blobs, 5, spec), batches_seen(network("dropout", groups=4), blobs, 5, spec)
     assert len(one) == len(two) == 15
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     assert not torch.equal(one[0], batches_seen(network(), blobs, 6, spec)[0])
 
 
-def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(blobs: Dataset, network: Maker) -> None:
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(blobs: Dataset, network: Factory) -> None:
     seen = torch.stack([torch.cat(batches_seen(network(), blobs, 0)[5 * e : 5 * e + 5]) for e in range(3)])
     everything = sorted(blobs.standardise(blobs.train_x).flatten(1).tolist())
     for epoch in seen:
@@ -56,7 +58,7 @@ def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(blobs: Datase
 
 @pytest.mark.parametrize("spec", [SPEC, ALL], ids=["plain", "all"])
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generators_alone(
-    blobs: Dataset, network: Maker, spec: TrainSpec
+    blobs: Dataset, network: Factory, spec: TrainSpec
 ) -> None:
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     models = [network("dropout", groups=4) for _ in range(2)]
@@ -67,7 +69,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generators_alon
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
 
-def test_it_learns_and_keeps_the_books(blobs: Dataset, network: Maker) -> None:
+def test_it_learns_and_keeps_the_books(blobs: Dataset, network: Factory) -> None:
     history = train(network(), blobs, replace(SPEC, schedule=ScheduleSpec("multistep", milestones=(2,))), 0.05, 0)
     assert history.status == "ok"
     assert history.execution == "dense"
@@ -88,7 +90,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_says_so(blobs: Dataset)
     assert history.accuracy[-1] == evaluate(model, blobs)[0]
 
 
-def test_augmentation_is_drawn_from_the_seed(blobs: Dataset, network: Maker) -> None:
+def test_augmentation_is_drawn_from_the_seed(blobs: Dataset, network: Factory) -> None:
     one, two, other, none = (
         train(network(), blobs, SPEC, 0.05, seed, augment=augment).train_loss
         for seed, augment in ((0, ("crop",)), (0, ("crop",)), (1, ("crop",)), (0, ()))
@@ -98,7 +100,7 @@ def test_augmentation_is_drawn_from_the_seed(blobs: Dataset, network: Maker) -> 
     assert one != none
 
 
-def test_the_network_ends_with_the_averaged_weights_that_were_evaluated(blobs: Dataset, network: Maker) -> None:
+def test_the_network_ends_with_the_averaged_weights_that_were_evaluated(blobs: Dataset, network: Factory) -> None:
     plain, averaged = network("cnn", groups=4), network("cnn", groups=4)
     train(plain, blobs, SPEC, 0.05, 0)
     history = train(averaged, blobs, replace(SPEC, ema=0.9), 0.05, 0)
@@ -108,7 +110,7 @@ def test_the_network_ends_with_the_averaged_weights_that_were_evaluated(blobs: D
     assert not bool(averaged[3].weight[averaged[3].weight_mask == 0].any())
 
 
-def test_clipping_bounds_every_step(blobs: Dataset, network: Maker) -> None:
+def test_clipping_bounds_every_step(blobs: Dataset, network: Factory) -> None:
     spec = TrainSpec(epochs=1, batch_size=40, momentum=0.0, clip=1e-3)
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
@@ -126,7 +128,7 @@ def test_isometry_is_recorded_at_the_start_and_every_so_many_epochs(blobs: Datas
     assert history.isometry[1].mean != pytest.approx(1, abs=1e-3)
 
 
-def test_bf16_computes_in_it_and_keeps_weights_in_float32(blobs: Dataset, network: Maker) -> None:
+def test_bf16_computes_in_it_and_keeps_weights_in_float32(blobs: Dataset, network: Factory) -> None:
     model, seen = network("cnn", groups=4), []
     model[6].register_forward_hook(lambda m, args, out: seen.append((m.training, out.dtype)))
     history = train(model, blobs, replace(SPEC, amp="bf16"), 0.05, 0)
@@ -137,7 +139,7 @@ def test_bf16_computes_in_it_and_keeps_weights_in_float32(blobs: Dataset, networ
 
 @pytest.mark.filterwarnings("ignore::sao_prune.SparsityWarning")
 @pytest.mark.parametrize("groups", [0, 3, 4])
-def test_channels_last_changes_the_layout_and_not_the_result(blobs: Dataset, network: Maker, groups: int) -> None:
+def test_channels_last_changes_the_layout_and_not_the_result(blobs: Dataset, network: Factory, groups: int) -> None:
     models = [network("cnn", groups=groups) for _ in range(2)]
     seen: list[bool] = []
     models[1][3].register_forward_hook(
@@ -153,7 +155,7 @@ def test_channels_last_changes_the_layout_and_not_the_result(blobs: Dataset, net
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("method", ["sao", "lmp"])
 def test_a_compiled_training_is_the_same_within_rounding(
-    blobs: Dataset, network: Maker, kind: str, method: str
+    blobs: Dataset, network: Factory, kind: str, method: str
 ) -> None:
     models = [network(kind, groups=4, method=method) for _ in range(2)]
     spec = replace(SPEC, execution="compact")

@@ -14,7 +14,7 @@ from sao_prune.lab.data import Dataset
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.training import DistillSpec, History, TrainSpec, checkpoint, train
 
-Maker = Callable[..., nn.Module]
+Factory = Callable[..., nn.Module]
 
 SPEC = TrainSpec(epochs=4, batch_size=8, ema=0.9)
 OVER = sao_prune.Schedule(start=0, end=15, steps=8)
@@ -25,7 +25,7 @@ def scheduled(model: nn.Module) -> tuple[nn.Module, sao_prune.Pruner]:
 
 
 def test_masks_shrink_while_it_trains_and_averages_have_them(
-    blobs: Dataset, network: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blobs: Dataset, network: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0)
     sparsities: list[float] = []
@@ -55,7 +55,7 @@ def test_masks_shrink_while_it_trains_and_averages_have_them(
         train(masked(network()), blobs, SPEC, 0.05, 0, checkpoint=file)
 
 
-def test_masks_that_shrink_are_not_made_compact(blobs: Dataset, network: Maker) -> None:
+def test_masks_that_shrink_are_not_made_compact(blobs: Dataset, network: Factory) -> None:
     model, pruner = scheduled(network())
     spec = replace(SPEC, epochs=1, execution="compact")
     assert train(model, blobs, spec, 0.05, 0, pruner=pruner).execution == "masked"
@@ -66,7 +66,7 @@ def masked(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_a_teacher_is_listened_to_and_left_alone(blobs: Dataset, network: Maker) -> None:
+def test_a_teacher_is_listened_to_and_left_alone(blobs: Dataset, network: Factory) -> None:
     teacher = network()
     train(teacher, blobs, replace(SPEC, epochs=2), 0.05, 0)
     before = copy.deepcopy(teacher.state_dict())
@@ -90,7 +90,7 @@ def test_a_teacher_is_listened_to_and_left_alone(blobs: Dataset, network: Maker)
         weights(replace(spec, distill=DistillSpec(blocks=("layers",))), teacher)
 
 
-def test_from_its_own_outputs_a_network_learns_nothing(blobs: Dataset, network: Maker) -> None:
+def test_from_its_own_outputs_a_network_learns_nothing(blobs: Dataset, network: Factory) -> None:
     spec = replace(SPEC, ema=0.0, distill=DistillSpec(1.0, blocks=("*",)))
     model = network()
     before = copy.deepcopy(model.state_dict())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .launch import Epilogue, Source, Window, launch_product, launch_weight_gradient
-from .rest import bias_gradient, fill_missing, pointwise
+from .launch import Window
+from .products import backward, forward
+from .rest import pointwise
 from .tables import side_of
 
 _Pair = tuple[int, int]
@@ -50,12 +50,7 @@ def conv_forward(
         raise ValueError(f"an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than {window}")
     ins, outs = side_of(inputs, weight.shape[0], x.shape[1]), side_of(outputs, weight.shape[0], out_channels)
     y = _image(x, (x.shape[0], out_channels, height, width))
-    saved = torch.empty_like(y) if keep and activation in ("gelu", "silu") else None
-    if y.numel():
-        after = Epilogue(bias, activation, saved)
-        launch_product(Source(_last(x)), weight, y, ins, outs, window, after)
-        fill_missing(y, saved, bias, outs.missing, activation)
-    return y, saved
+    return forward(_last(x), weight, bias, y, ins, outs, window, activation, keep)
 
 
 def conv_backward(
@@ -75,22 +70,7 @@ def conv_backward(
     window = Window((weight.shape[3], weight.shape[4]), stride, padding, dilation)
     ins, outs = side_of(inputs, weight.shape[0], x.shape[1]), side_of(outputs, weight.shape[0], grad.shape[1])
     source = pointwise(_last(grad), saved, activation, _dense)
-    dx = dw = db = None
-    if needs[0]:
-        dx = _image(x, tuple(x.shape))
-        if ins.missing is not None:
-            dx.zero_()
-        if dx.numel():
-            launch_product(source, weight, dx, outs, ins, window, Epilogue(), transposed=True)
-    if needs[1]:
-        dw = torch.zeros_like(weight) if not len(grad) else torch.empty_like(weight)
-    if needs[2]:
-        db = grad.new_zeros(grad.shape[1])
-    if dw is not None and len(grad):
-        launch_weight_gradient(Source(_last(x)), source, dw, db, ins, outs, window)
-    if db is not None and len(grad):
-        bias_gradient(db, source, outs.missing if dw is not None else None, everything=dw is None)
-    return dx, dw, db
+    return backward(source, x, weight, ins, outs, window, needs, lambda x: _image(x, tuple(x.shape)), _last)
 
 
 def _image(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -65,7 +65,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows a product: a bias, an activation, and where its derivative is kept."""
+    """What joins a product: a bias, an activation, and where its derivative is kept."""
 
     bias: Tensor | None = None
     activation: str = ""
@@ -76,7 +76,14 @@ Arguments = tuple[dict[str, object], dict[str, object], Work]
 
 
 def product_arguments(
-    source: Source, weight: Tensor, y: Tensor, ins: Side, outs: Side, window: Window, after: Epilogue, transposed: bool
+    source: Source,
+    weight: Tensor,
+    y: Tensor,
+    ins: Side,
+    outs: Side,
+    window: Window,
+    epilogue: Epilogue,
+    transposed: bool,
 ) -> Arguments:
     """Run-time arguments, constants and work of `kernels.product`; ``transposed`` for the gradient of an input."""
     x, conv = source.values, y.dim() == 4
@@ -95,9 +102,9 @@ def product_arguments(
         "x": x,
         "x_saved": x if saved is None else saved,
         "weight": weight,
-        "bias": weight if after.bias is None else after.bias,
+        "bias": weight if epilogue.bias is None else epilogue.bias,
         "y": y,
-        "y_saved": y if after.keep is None else after.keep,
+        "y_saved": y if epilogue.keep is None else epilogue.keep,
         "inputs": ins.table,
         "outputs": outs.table,
         "rows": rows,
@@ -118,11 +125,11 @@ def product_arguments(
     constants = {
         **{"GROUPS": ins.groups, "R": outs.size, "C": ins.size},
         **window.constants(conv),
-        **{"TRANSPOSED": transposed, "IN": ins.kind, "OUT": outs.kind, "BIAS": after.bias is not None},
-        **{"ACTIVATION": after.activation, "KEEP": after.keep is not None, "DERIVATIVE": source.derivative},
+        **{"TRANSPOSED": transposed, "IN": ins.kind, "OUT": outs.kind, "BIAS": epilogue.bias is not None},
+        **{"ACTIVATION": epilogue.activation, "KEEP": epilogue.keep is not None, "DERIVATIVE": source.derivative},
         "PRECISION": precision(x.dtype, conv),
     }
-    plain = not after.activation and not source.derivative
+    plain = not epilogue.activation and not source.derivative
     return run_time, constants, _work(x, rows, ins, outs, taps, plain)
 
 
@@ -133,13 +140,13 @@ def launch_product(
     ins: Side,
     outs: Side,
     window: Window,
-    after: Epilogue,
+    epilogue: Epilogue,
     transposed: bool = False,
 ) -> None:
     """Write every channel of ``y`` that a position of ``outs`` is."""
     from . import kernels
 
-    run_time, constants, work = product_arguments(source, weight, y, ins, outs, window, after, transposed)
+    run_time, constants, work = product_arguments(source, weight, y, ins, outs, window, epilogue, transposed)
 
     def run(tile: Tile) -> int:
         grid = (_product_programs(tile, work),)

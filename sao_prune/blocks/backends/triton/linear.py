@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .launch import Epilogue, Source, Window, launch_product, launch_weight_gradient
-from .rest import bias_gradient, fill_missing, pointwise
+from .launch import Window
+from .products import backward, forward
+from .rest import pointwise
 from .tables import side_of
 
 _WINDOW = Window()
@@ -43,12 +43,7 @@ def linear_forward(
     """
     ins, outs = side_of(inputs, weight.shape[0], x.shape[1]), side_of(outputs, weight.shape[0], out_features)
     y = x.new_empty(x.shape[0], out_features)
-    saved = torch.empty_like(y) if keep and activation in ("gelu", "silu") else None
-    if y.numel():
-        after = Epilogue(bias, activation, saved)
-        launch_product(Source(_rows(x)), weight, y, ins, outs, _WINDOW, after)
-        fill_missing(y, saved, bias, outs.missing, activation)
-    return y, saved
+    return forward(_rows(x), weight, bias, y, ins, outs, _WINDOW, activation, keep)
 
 
 def linear_backward(
@@ -76,22 +71,7 @@ def linear_backward(
     """
     ins, outs = side_of(inputs, weight.shape[0], x.shape[1]), side_of(outputs, weight.shape[0], grad.shape[1])
     source = pointwise(_rows(grad), saved, activation, _rows)
-    dx = dw = db = None
-    if needs[0]:
-        dx = x.new_empty(x.shape)
-        if ins.missing is not None:
-            dx.zero_()
-        if dx.numel():
-            launch_product(source, weight, dx, outs, ins, _WINDOW, Epilogue(), transposed=True)
-    if needs[1]:
-        dw = torch.zeros_like(weight) if not len(grad) else torch.empty_like(weight)
-    if needs[2]:
-        db = grad.new_zeros(grad.shape[1])
-    if dw is not None and len(grad):
-        launch_weight_gradient(Source(_rows(x)), source, dw, db, ins, outs, _WINDOW)
-    if db is not None and len(grad):
-        bias_gradient(db, source, outs.missing if dw is not None else None, everything=dw is None)
-    return dx, dw, db
+    return backward(source, x, weight, ins, outs, _WINDOW, needs, lambda x: x.new_empty(x.shape), _rows)
 
 
 def _rows(x: Tensor) -> Tensor:

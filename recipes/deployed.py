@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +30,8 @@ class Row:
         accuracy: of the file, on the test images; ``agreement`` with the dense file's top-1.
         error: squared error of its logits relative to the variance of the dense file's.
         multiply_adds: as a share of the dense model's.
-        runtime: milliseconds a call in ONNX Runtime, by batch size; ``eager`` in torch.
+        runtime: milliseconds a call in ONNX Runtime, by batch size; ``eager`` in torch, models without blocks in the
+            faster one of the two memory formats.
     """
 
     name: str
@@ -91,15 +94,23 @@ def measure(
         rows[name].accuracy = float((found.argmax(1) == data.test_y).float().mean())
         rows[name].agreement = float((found.argmax(1) == outputs["dense"].argmax(1)).float().mean())
         rows[name].error = output_error(found, outputs["dense"])
-    torch.set_num_threads(threads)
+    last = {name: channels_last(model) for name, model in models.items() if not name.startswith("project")}
     for size in batches if repeats else ():
         batch = x[:1].repeat(size, 1, 1, 1).contiguous()
         calls: dict[tuple[str, str], Callable[[], Any]] = {}
         for name, model in models.items():
             calls[name, "runtime"] = partial(run[name], batch.numpy())
             calls[name, "eager"] = partial(logits, model, batch)
-        for (name, form), milliseconds in timed(calls, repeats).items():
-            getattr(rows[name], form)[size] = milliseconds
+            if name in last:
+                calls[name, "last"] = partial(logits, last[name], batch.contiguous(memory_format=torch.channels_last))
+        found = timed(calls, repeats)
+        for name, row in rows.items():
+            row.runtime[size] = found[name, "runtime"]
+            row.eager[size] = min(found[name, "eager"], found.get((name, "last"), inf))
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def runner(session: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -117,23 +128,3 @@ def timed(calls: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, flo
             if repeat >= 3:
                 found[key].append(1e3 * (time.perf_counter() - start))
     return {key: median(values) for key, values in found.items()}
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown, and which thinned file to compare each converted one with at equal accuracy."""
-    sizes = list(rows[0].runtime)
-    times = [f"{form}, batch {size}, ms" for size in sizes for form in ("ONNX Runtime", "torch")]
-    head = ["file", "one-shot", "accuracy", "agreement", "output error (one-shot)", "multiply-adds", "MB", *times]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in rows:
-        cells = [row.name, f"{row.one_shot:.2%}", f"{row.accuracy:.2%}", f"{row.agreement:.2%}"]
-        cells += [f"{row.error:.3f} ({row.one_shot_error:.3f})", f"{row.multiply_adds:.1%}", f"{row.megabytes:.2f}"]
-        cells += [f"{t[size]:.2f}" for size in sizes for t in (row.runtime, row.eager)]
-        lines.append(cells)
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    thinned = [row for row in rows if row.name.startswith("structured")]
-    for row in [row for row in rows if row.name.startswith("project") and thinned]:
-        equal = min((r for r in thinned if r.accuracy >= row.accuracy), key=lambda r: r.multiply_adds, default=None)
-        found = "none" if equal is None else f"{equal.name} ({equal.multiply_adds:.1%} of the multiply-adds)"
-        text += f"\nthe smallest thinned file that is no less accurate than {row.name}: {found}"
-    return text

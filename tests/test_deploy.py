@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def deploy():
-    names = ("deploy", "deployed", "kept", "photographs")
+    names = ("comparison", "deploy", "deployed", "kept", "options", "photographs")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "recipes"))
         import deploy
@@ -63,32 +63,64 @@ def test_the_photographs_are_on_the_machine(deploy) -> None:
     assert all(i.dtype == torch.uint8 and i.shape[0] == 3 and min(i.shape[1:]) >= 300 for i in images)
 
 
-def test_the_table_names_the_thinned_file_of_equal_accuracy(deploy) -> None:
+def row(name, accuracy, cost, megabytes, milliseconds):
     import deployed
 
-    rows = [deployed.Row("dense", 0.9, 0.0, 1.0, 100, 0.9, 1.0)]
-    rows += [deployed.Row("project-g8", 0.7, 0.4, 0.2, 20, 0.85, 0.9, 0.1, 0.5)]
-    rows += [deployed.Row(f"structured-{s}", 0.1, 2.0, s, 30, a) for s, a in ((0.2, 0.8), (0.3, 0.85), (0.5, 0.9))]
-    text = deployed.table(rows)
-    assert "| project-g8 | 70.00% | 85.00% | 90.00% | 0.100 (0.400) | 20.0% | 0.50 |" in text
-    assert text.endswith("no less accurate than project-g8: structured-0.3 (30.0% of the multiply-adds)")
-    assert deployed.table(rows[:3]).endswith("project-g8: none")
-    assert "thinned" not in deployed.table(rows[:2])
+    times = {1: milliseconds, 8: 2 * milliseconds}
+    return deployed.Row(name, 0.5, 0.4, cost, 100, accuracy, 0.9, 0.1, megabytes, times, {1: 3.0, 8: 6.0})
+
+
+def test_the_tables_compare_with_the_dense_file_and_at_equal_accuracy(deploy) -> None:
+    import comparison
+    import deployed
+
+    rows = [row("dense", 0.90, 1.0, 8.0, 8.0), row("project-g8", 0.85, 0.2, 2.0, 4.0)]
+    assert "| project-g8 | 50.00% | 85.00% | 90.00% | 0.100 (0.400) | 20.0% | 100 | 2.00 (4.00x) | 4.00 (2.00x) |" in (
+        comparison.table(rows)
+    )
+    thinned = [row("structured-0.5", 0.88, 0.5, 4.0, 6.0), row("structured-0.2", 0.80, 0.2, 2.0, 2.0)]
+    # Costs more and is less accurate: nobody would take it.
+    thinned += [row("structured-0.3", 0.79, 0.3, 3.0, 5.0)]
+    assert [r.name for r in comparison.front(rows + thinned)] == ["structured-0.2", "structured-0.5", "dense"]
+
+    def compared(accuracy, thinned):
+        text = comparison.equal([rows[0], row("project-g8", accuracy, 0.2, 2.0, 4.0), *thinned])
+        return text.splitlines()[-1].strip("| ").split(" | ")[2:]
+
+    assert compared(0.85, thinned)[:3] == ["structured-0.2 and structured-0.5", "1.62x", "1.12x"]
+    assert compared(0.88, thinned)[:3] == ["structured-0.2 and structured-0.5", "2.00x", "1.50x"]
+    assert compared(0.89, thinned)[:3] == ["structured-0.5 and dense", "3.00x", "1.75x"]
+    assert compared(0.70, thinned)[:3] == ["structured-0.2, which is more accurate", "1.00x", "0.50x"]
+    assert compared(0.91, thinned) == ["none is as accurate"]
     error = deployed.output_error(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [5.0]]))
     assert error == pytest.approx(4 / 8)
 
 
 def test_documented_commands_are_understood(deploy) -> None:
+    import options
+
     text = (ROOT / "docs" / "deploy.md").read_text() + deploy.__doc__
     commands = re.findall(r"python recipes/deploy\.py (.*)", text)
     assert len(commands) > 4
     for command in commands:
-        deploy.parse(command.replace("$model", "mixer").split())
+        options.parse(None, command.replace("$model", "mixer").split())
 
 
 def test_bad_input_is_one_line(deploy, tmp_path, capsys) -> None:
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "file").touch()
+    output = ["mixer", "--output", str(tmp_path)]
     for options, message in (
+        ([*output, "--groups", "4", "1"], "--groups: must be an integer of at least 2, got '1'"),
+        ([*output, "--structured", "30"], "--structured: must be a number above 0 and at most 1, got '30'"),
+        ([*output, "--structured", "0"], "--structured: must be a number above 0 and at most 1, got '0'"),
+        ([*output, "--distill", "nan"], "--distill: must be a number of at least 0 and at most 1, got 'nan'"),
+        ([*output, "--lr", "inf"], "--lr: must be a number above 0, got 'inf'"),
+        ([*output, "--epochs", "1.5"], "--epochs: must be an integer of at least 0, got '1.5'"),
+        ([*output, "--batches", "0"], "--batches: must be an integer of at least 1, got '0'"),
+        ([*output, "--topology", "shard"], "invalid choice: 'shard'"),
+        ([*output, "--dense", str(tmp_path)], "--dense is a file of weights, but"),
+        (["mixer", "--output", str(tmp_path / "file")], "--output is a folder, but"),
         (["resnet", "--output", "x"], "invalid choice: 'resnet'"),
         (["mixer", "--data", "fashion", "--output", str(tmp_path)], "unknown data set 'fashion'"),
         (["mixer", "--data", f"folder:{tmp_path}/nothing", "--output", str(tmp_path)], "deploy: "),

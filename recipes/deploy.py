@@ -9,11 +9,12 @@ any other data of the laboratory, an image folder say (``--data folder:PATH``); 
 'sao-prune[lite0]'`) and sees crops of photographs without labels: its accuracy is the agreement with the dense model.
 
 For every number of groups and every topology a copy of the model is converted by `Project`, trained on (``--distill``
-is the teacher's share of the loss), made compact and exported. ``--structured`` does the same with Torch-Pruning at the
-same multiply-adds, and at any other shares that it is given, and compares at equal accuracy. All is measured in the
-exported files, in ONNX Runtime; times are medians of interleaved calls, beside those of the same model in torch. Results
-go to the folder of ``--output``; models that are there already, from a run with the same options, are not trained again,
-so that ``--repeats 0`` can train now and the same command without it take the times when the machine is idle.
+is the teacher's share of the loss), made compact and exported. ``--structured`` does the same with Torch-Pruning at
+the same multiply-adds, and at any other shares that it is given, and compares at equal accuracy. All is measured in
+the exported files, in ONNX Runtime; times are medians of interleaved calls, beside those of the same model in torch.
+Results go to the folder of ``--output``; models that are there already, from a run with the same options, are not
+trained again, so that ``--repeats 0`` can train now and the same command without it take the times when the machine
+is idle.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ def fit(
         return
     distill = DistillSpec(args.distill, args.temperature) if teacher is not None else None
     schedule = ScheduleSpec("cosine", warmup_epochs=int(epochs > 1))
+    if teacher is not None:
+        # Few epochs: a cosine would end at half the rate after two of them, and a warm-up would be one of them.
+        schedule = ScheduleSpec("multistep", milestones=(epochs - 1,)) if epochs > 1 else ScheduleSpec()
     spec = TrainSpec(epochs, args.batch_size, "adamw", weight_decay=0.05, clip=1.0, schedule=schedule, distill=distill)
     augment = ("flip",) if args.data != "digits" or data.name == "photographs" else ()
 

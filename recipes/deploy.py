@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {"arguments": options, "multiply_adds": cost.total, "rows": [asdict(row) for row in rows.values()]}
     (args.output / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
     text = page(args, list(rows.values()))
-    (args.output / "results.md").write_text(text)
+    (args.output / "report.md").write_text(text)
     print(text)
 
 

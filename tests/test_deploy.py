@@ -167,6 +167,7 @@ def test_from_the_command_line_to_the_files(deploy, tmp_path, model) -> None:
     deploy.main([model, "--smoke", "--structured", "--dense", str(dense), "--output", str(tmp_path)])
     rows = {row["name"].split("-")[0]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert set(rows) == {"dense", "project", "structured"}
+    assert "| structured-" in (tmp_path / "report.md").read_text().partition("at equal accuracy")[0]
     assert rows["dense"]["accuracy"] == pytest.approx(rows["dense"]["one_shot"], abs=0.01)
     assert rows["dense"]["agreement"] == 1
     for row in rows.values():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..seeds import named_generator
 
@@ -56,7 +59,7 @@ def depth_spectrum(model: nn.Module, image: Tensor) -> DepthSpectrum:
     directions = _directions(image, SUBSPACE if any(not isinstance(m, nn.Linear) for m in layers) else image.numel())
     try:
         # torch compiles forward-mode rules with a tool that it has itself declared out of date, and says so.
-        with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
+        with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level(), _unfused_attention():
             warnings.simplefilter("ignore", FutureWarning)
             batch = image.double().expand_as(directions).contiguous()
             model(forward_ad.make_dual(batch, directions))
@@ -72,6 +75,18 @@ def depth_spectrum(model: nn.Module, image: Tensor) -> DepthSpectrum:
         tuple(float(v.max()) for v in values),
         len(directions) if len(directions) < image.numel() else None,
     )
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Attention as products and a softmax: torch's fused kernels have no forward-mode rule."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _directions(image: Tensor, count: int) -> Tensor:

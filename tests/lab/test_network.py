@@ -1,7 +1,9 @@
 """The networks that every method of a seed starts from, and how isometric they are over depth."""
 
 import pytest
+import timm
 import torch
+from torch import Tensor, nn
 
 import sao_prune
 from sao_prune.lab.depth import depth_spectrum
@@ -51,4 +53,32 @@ def test_the_jacobian_of_a_nonlinear_network_is_that_of_automatic_differentiatio
     image = torch.randn(1, 4, 4)
     spectrum = depth_spectrum(model, image)
     jacobian = torch.func.jacrev(model.forward_features)(image.double().unsqueeze(0)).reshape(100, 16).detach()
+    assert spectrum.mean[-1] == pytest.approx(float(torch.linalg.svdvals(jacobian).mean()), rel=1e-9)
+
+
+class _Attention(nn.Module):
+    """A layer, an encoder of torch's or its attention alone, a layer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=kind == "pre-norm")
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True) if kind == "attention" else encoder
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1, 2))
+        return self.mix(x, x, x)[0] if isinstance(self.mix, nn.MultiheadAttention) else self.mix(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.forward_features(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["timm", "attention", "pre-norm", "post-norm"])
+def test_the_jacobian_of_attention_is_that_of_automatic_differentiation(kind: str) -> None:
+    torch.manual_seed(0)
+    small = {"img_size": 4, "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2, "in_chans": 1}
+    model = timm.create_model("vit_tiny_patch16_224", global_pool="", **small) if kind == "timm" else _Attention(kind)
+    image = torch.randn(1, 4, 4)
+    spectrum = depth_spectrum(model, image)
+    jacobian = torch.autograd.functional.jacobian(model.forward_features, image.double().unsqueeze(0)).reshape(-1, 16)
     assert spectrum.mean[-1] == pytest.approx(float(torch.linalg.svdvals(jacobian).mean()), rel=1e-9)

@@ -123,8 +123,10 @@ def draw_swatch(index: int, place: str) -> str:
 
 
 def _draw(figure: Figure, axes: Axes, chart: Chart, panel: Panel, style: Styles) -> None:
+    # Many bands over one another would hide the lines.
+    shade = min(0.12, 0.5 / max(1, len(panel.lines)))
     for order, line in enumerate(panel.lines):
-        _line(axes, line, style[line.method], order)
+        _line(axes, line, style[line.method], order, shade)
     axes.set(xlabel=panel.label or chart.labels[0], ylabel=chart.labels[1], ylim=chart.limits)
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
@@ -157,12 +159,12 @@ def _draw(figure: Figure, axes: Axes, chart: Chart, panel: Panel, style: Styles)
         spine.set_linewidth(0.7)
 
 
-def _line(axes: Axes, line: Line, index: int, order: int) -> None:
+def _line(axes: Axes, line: Line, index: int, order: int, shade: float) -> None:
     """Draw a line; its parts are named after their order, so that `_svg` can say whose they are."""
     look, name = _look(index), f"line-{order}"
     colour = look["color"]
     if line.form == "level":
-        axes.axhspan(line.low[0], line.high[0], color=colour, alpha=0.12, linewidth=0, zorder=1)
+        axes.axhspan(line.low[0], line.high[0], color=colour, alpha=shade, linewidth=0, zorder=1)
         axes.axhline(line.y[0], color=colour, linewidth=1.4, zorder=2, gid=name)
         return
     if line.form == "bars":
@@ -174,7 +176,7 @@ def _line(axes: Axes, line: Line, index: int, order: int) -> None:
     # Lines that lie on one another still show: their markers stand at different places.
     gap = max(1, len(line.x) // 40)
     marks = (order % 5 * gap, 5 * gap) if len(line.x) > 5 else 1
-    axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, linewidth=0, zorder=2)
+    axes.fill_between(line.x, line.low, line.high, color=colour, alpha=shade, linewidth=0, zorder=2)
     axes.plot(line.x, line.y, **look, markevery=marks, markersize=4, linewidth=1.5, zorder=3, gid=name)
 
 

@@ -24,7 +24,10 @@ _ENOUGH = 3
 
 
 def cost_chart(summary: Summary) -> Chart | None:
-    """Final accuracy against multiply-adds, seconds (of the processor where no other device took part) and bytes."""
+    """Final accuracy against multiply-adds, seconds (of the processor where no other device took part) and bytes.
+
+    Networks that were trained in a single way are in the table only.
+    """
     # A machine that does other work beside it makes a training last longer, not take more of the processor.
     seconds, time = ("cpu_seconds", "processor time") if summary.on_cpu else ("seconds", "time")
     costs = (
@@ -36,7 +39,8 @@ def cost_chart(summary: Summary) -> Chart | None:
     for group in groups(summary):
         for cost in costs:
             rows = [row for row in group.rows if row.accuracies and cost.of(row)]
-            if rows:
+            # A single point has nothing beside it to be compared with.
+            if len(rows) > 1:
                 panels.append(_panel(group.title, cost, rows))
     if not panels:
         return None

@@ -123,3 +123,20 @@ def test_the_lookup_keeps_nothing_alive():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_replaced(model.parameters(), "test", 2)
+
+
+@pytest.mark.parametrize("category", [StaleOptimizerWarning, UserWarning])
+def test_who_ignores_the_warning_pays_no_lookup(category, monkeypatch):
+    model = pruned()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    looked: list[None] = []
+    monkeypatch.setattr("sao_prune.replaced._optimizers_of", lambda _: looked.append(None) or [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category)
+        warn_replaced(model.parameters(), "test", 2)
+        assert not looked
+        # Filters that look at the text or the place, or for others, are left to Python.
+        warnings.filterwarnings("ignore", "another text", category)
+        warn_replaced(model.parameters(), "test", 2)
+        assert len(looked) == 1
+    assert optimizer

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
 import sao_prune
+
+from .processes import in_two_processes
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.optim")
@@ -279,7 +280,7 @@ def test_from_a_trained_model_to_blocks():
 
 
 def test_every_rank_has_the_same_zeros(tmp_path):
-    mp.spawn(_one_rank, (str(tmp_path),), nprocs=2)
+    in_two_processes(_one_rank, str(tmp_path))
     masks = [torch.load(tmp_path / f"mask{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert torch.equal(*masks)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,16 +57,14 @@ def run(script, images, output, *options):
     return json.loads(output.with_suffix(".json").read_text())
 
 
-def test_end_to_end(script, images, tmp_path):
+def test_end_to_end(script, images, tmp_path, capsys, caplog):
     output, teacher = tmp_path / "runs" / "sao.safetensors", tmp_path / "runs" / "dense.safetensors"
     options = ["--teacher", str(teacher), "--epochs", "4", "--teacher-epochs", "4"]
-    command = [sys.executable, str(SCRIPT), *SMALL, "--data", str(images), "--output", str(output), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "no network is used" in done.stderr
-    assert "so that it has something to teach" in done.stderr
-    results = json.loads(output.with_suffix(".json").read_text())
-    assert results == json.loads(done.stdout)
+    with caplog.at_level("INFO", "timm_finetune"):
+        results = run(script, images, output, *options)
+    assert "no network is used" in caplog.text
+    assert "so that it has something to teach" in caplog.text
+    assert results == json.loads(capsys.readouterr().out)
     assert results["dense_accuracy"] > 0.2
     assert results["accuracy"] > results["pruned_accuracy"]
     assert results["sparsity"] == 0.875

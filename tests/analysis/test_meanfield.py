@@ -31,7 +31,7 @@ def test_relu_halves_and_its_correlation_is_the_arc_cosine_kernel():
 @pytest.mark.parametrize("groups", [None, 16])
 def test_wide_networks_do_as_predicted(gain, groups):
     torch.manual_seed(0)
-    depth, width = 12, 1024
+    depth, width = 12, 512
     layers = []
     for _ in range(depth):
         linear = nn.Linear(width, width, bias=False)

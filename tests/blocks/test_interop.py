@@ -9,11 +9,12 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import sao_prune
 from sao_prune.blocks import BlockModule
+
+from ..processes import in_two_processes
 
 GROUPS = 4
 
@@ -159,7 +160,7 @@ def _train_one_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
-    mp.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
+    in_two_processes(_train_one_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for key, value in first.items():
         if "running" not in key and "num_batches" not in key:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from sao_prune.blocks import BlockConv2d, BlockLinear
 from sao_prune.blocks.layout import layout_of_topology
 from sao_prune.topology import decode_sets, encode_sets, interleaved
 
+from ..processes import in_two_processes
 from .cases import block_layers, irregular, topologies, uneven
 
 
@@ -220,7 +220,7 @@ def _rank(rank: int, folder: str, held: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("held", [False, True])
 def test_ranks_of_other_topologies_agree_once_their_buffers_are_broadcast(held, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), held), nprocs=2)
+    in_two_processes(_rank, str(tmp_path), held)
     (before, y0, state0), (other, y1, state1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.allclose(before, other)
     _close(y0, before)

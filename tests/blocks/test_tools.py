@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import sao_prune
 from sao_prune.blocks import BlockLinear, BlockModule
+
+from ..processes import in_two_processes
 
 
 def _convolutions(dims: int) -> tuple[nn.Module, Tensor]:
@@ -132,7 +133,7 @@ def _shard(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_sharded_training_is_that_of_one_process(tmp_path: Path) -> None:
-    mp.spawn(_shard, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    in_two_processes(_shard, str(tmp_path))
     for rank in (0, 1):
         alone = torch.load(tmp_path / f"Sequential-{rank}.pt")
         sharded = torch.load(tmp_path / f"FullyShardedDataParallel-{rank}.pt")
@@ -158,7 +159,7 @@ def _tune(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_all_ranks_run_as_the_first_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "0")
-    mp.spawn(_tune, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    in_two_processes(_tune, str(tmp_path))
     first, second = ((tmp_path / f"plan-{rank}.json").read_text() for rank in (0, 1))
     assert first == second
 

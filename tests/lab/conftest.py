@@ -11,7 +11,7 @@ from sao_prune.lab.display import MethodProgress
 MICRO = """\
 name: micro
 data: digits
-network: {name: sao_mlp, depth: 2, options: {activation: tanh}}
+network: {name: sao_mlp, depth: 2, width: 64, options: {activation: tanh}}
 prune: {groups: 4, skip_first: false}
 methods: [dense, sao, rg-s, gmp-s]
 seeds: [0, 1]

@@ -10,6 +10,7 @@ import pytest
 from sao_prune import cli
 
 Micro = Callable[..., Path]
+FEW = (("[dense, sao, rg-s, gmp-s]", "[dense, lrp-s]"), ("[0.1, 0.01]", "0.1"))
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -28,7 +29,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_run_and_report(call: Call, micro: Micro, tmp_path: Path) -> None:
-    status, out, err = call("run", micro(("gmp-s]", "lrp-s]")), "--out", tmp_path, "--device", "cpu")
+    status, out, err = call("run", micro(*FEW), "--out", tmp_path, "--device", "cpu")
     assert (status, err) == (0, "")
     assert "LRP-S: " in out
     assert "non-zero" in out

@@ -126,7 +126,7 @@ def test_cells_keep_their_keys_when_options_with_defaults_are_spelled_out(micro:
 
 
 def test_isometric_residual_blocks_are_counted_in_the_note_and_plain_sao_is_untouched(micro: Micro) -> None:
-    mlp = "{name: sao_mlp, depth: 2, options: {activation: tanh}}"
+    mlp = "{name: sao_mlp, depth: 2, width: 64, options: {activation: tanh}}"
     path = micro((METHODS, "[sao, sao-iso]"), (mlp, "{name: sao_resnet, depth: 8, options: {norm: none}}"))
     plain, isometric = load_recipe(path).configurations()
     worker = Worker(Workplace(path.parent))

@@ -35,7 +35,7 @@ def test_entries_move_at_one_budget(name: str, micro: Micro, tmp_path: Path, mon
         ("[0.1, 0.01]", "0.1"),
         ("batch_size: 256", "batch_size: 64, move_every: 1, execution: compact"),
         ("data: digits", "data: {name: digits, subset: 128, test_subset: 32}"),
-        ("depth: 2", "depth: 2, width: 32"),
+        ("width: 64", "width: 32"),
     )
     configuration = next(load_recipe(path).configurations())
     check_method(initial_network("sao_mlp", configuration.options, 10, {"in_chans": 1, "img_size": 32}), configuration)

@@ -228,7 +228,7 @@ def test_certificates_of_a_network_without_bounds_are_refused_before_anything_is
 def test_a_network_in_which_nothing_can_be_held_is_refused_before_anything_is_trained(
     micro: Micro, display: object, tmp_path: Path
 ) -> None:
-    changes = [("sao_mlp, depth: 2, options: {activation: tanh}", "sao_resnet, depth: 8"), (", gmp-s", "")]
+    changes = [("sao_mlp, depth: 2, width: 64, options: {activation: tanh}", "sao_resnet, depth: 8"), (", gmp-s", "")]
     path = micro(*changes, ("epochs: 2", "epochs: 2, hold: true"))
     with pytest.raises(LabError, match="hold: SaoResNet has no layer but its classifier"):
         run_recipe(path, RunOptions(out=tmp_path / "out"), display)

@@ -18,7 +18,7 @@ from sao_prune.lab.work import Worker, Workplace
 
 Micro = Callable[..., Path]
 METHODS = "[dense, sao, rg-s, gmp-s]"
-WIDE = ("depth: 2", "depth: 3, widen: {width: 64}")
+WIDE = ("depth: 2, width: 64", "depth: 3, widen: {width: 64}")
 ALL = {"skip_first": False, "skip_last": False}
 
 
@@ -57,8 +57,8 @@ def _rate(configuration) -> dict:
     [
         ((WIDE, ("groups: 4", "degree: 4")), "widen follows groups or sparsity, not degree"),
         ((WIDE, (METHODS, "[lmp-t]")), "widen makes networks for an amount"),
-        ((("depth: 2", "depth: 2, width: 8, widen: {width: 64}"),), "width is given twice"),
-        ((("depth: 2", "depth: 2, widen: {width: 0.5}"),), "width is a width: a whole number"),
+        ((("depth: 2, width: 64", "depth: 2, width: 8, widen: {width: 64}"),), "width is given twice"),
+        ((("depth: 2, width: 64", "depth: 2, widen: {width: 0.5}"),), "width is a width: a whole number"),
         (
             (("batch_size: 256", "batch_size: 256, scaling: supar"),),
             "supar is derived for adam and adamw, got momentum",

@@ -6,11 +6,12 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
 import sao_prune
+
+from ..processes import in_two_processes
 
 
 class Reads(nn.Module):
@@ -101,5 +102,5 @@ def test_masked_models_train_alike_under_sharding(tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)
+    in_two_processes(_worker, port, str(tmp_path))
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [[], []]

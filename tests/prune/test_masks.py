@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -15,6 +14,7 @@ import sao_prune
 from sao_prune import SAO
 
 from ..networks import Net, ReadsDeeply, image, masks_hold
+from ..processes import in_two_processes
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_ddp_ranks_draw_the_same_topology_and_stay_equal(tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    mp.spawn(_ddp_worker, args=(port, str(tmp_path)), nprocs=2)
+    in_two_processes(_ddp_worker, port, str(tmp_path))
     masks = [torch.load(tmp_path / f"before{rank}.pt") for rank in (0, 1)]
     assert torch.equal(*masks)
     states = [torch.load(tmp_path / f"after{rank}.pt") for rank in (0, 1)]

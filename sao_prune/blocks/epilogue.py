@@ -182,7 +182,12 @@ class Epilogue:
         return False
 
     def _is_result(self, x: Tensor) -> bool:
-        storage, offset, written = StorageWeakRef(x.untyped_storage()).cdata, int(x.storage_offset()), version(x)
+        try:
+            storage = StorageWeakRef(x.untyped_storage()).cdata
+        except NotImplementedError:
+            # Within a function transform, where owners run alone: no result of theirs.
+            return False
+        offset, written = int(x.storage_offset()), version(x)
         for result in reversed(self._results):
             if result[0].cdata == storage and (result[1:] == (offset, written) or written == -1):
                 return True

@@ -244,9 +244,11 @@ def layout_of(row_set: Tensor, col_set: Tensor, merge: int = 1) -> Layout:
     known = _KNOWN.get(key)
     if known is not None and known.holds(row_set, col_set):
         return known.layout
-    topology = BlockTopology(decode_sets(row_set), decode_sets(col_set))
-    layout = layout_of_topology(topology, merge).to(row_set.device)
-    if len(_KNOWN) >= _MOST_KNOWN:
-        _KNOWN.clear()
-    _KNOWN[key] = _Known(row_set, col_set, layout)
+    # Ordinary tensors, also where the first pass of a model is within a function transform.
+    with without_transforms():
+        topology = BlockTopology(decode_sets(row_set), decode_sets(col_set))
+        layout = layout_of_topology(topology, merge).to(row_set.device)
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = _Known(row_set, col_set, layout)
     return layout

@@ -129,8 +129,10 @@ def topology_of(row_set: Tensor, col_set: Tensor) -> BlockTopology:
     if known is None or not known.holds(row_set, col_set):
         if len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.clear()
-        topology = BlockTopology(decode_sets(row_set), decode_sets(col_set))
-        known = _KNOWN[key] = _Known(row_set, col_set, topology)
+        # Ordinary tensors, also within a function transform.
+        with without_transforms():
+            topology = BlockTopology(decode_sets(row_set), decode_sets(col_set))
+            known = _KNOWN[key] = _Known(row_set, col_set, topology)
     return known.topology
 
 

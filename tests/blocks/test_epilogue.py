@@ -9,6 +9,8 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d, HardSwish
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import sao_prune
@@ -164,6 +166,33 @@ def test_second_derivatives(make):
     for one, other in zip(*found):
         if other is not None:
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * scale)
+
+
+def _dual(net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(net(forward_ad.make_dual(x, x + 1))))
+
+
+TRANSFORMS = {
+    "vmap": lambda net, x: torch.func.vmap(net)(x[:, None])[:, 0],
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (x + 1,)),
+    "grad": lambda net, x: torch.func.grad(lambda x: net(x).square().sum())(x),
+    "gradients of samples": lambda net, x: torch.func.vmap(torch.func.grad(lambda x: net(x[None]).square().sum()))(x),
+    "hessian": lambda net, x: torch.func.jvp(torch.func.grad(lambda x: net(x).square().sum()), (x,), (x + 1,)),
+    "dual numbers": _dual,
+}
+
+
+@CASES
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms_after_ordinary_passes(make, transform):
+    """Owners run alone there, and what they absorbed computes itself, whatever was computed together before."""
+    net, x = make()
+    net.eval()
+    expected = TRANSFORMS[transform](_plain(net), x)
+    net(x)
+    assert_all_close(tree_leaves(TRANSFORMS[transform](net, x)), tree_leaves(expected))
+    torch.testing.assert_close(net(x), _plain(net)(x))
 
 
 @CASES

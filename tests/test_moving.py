@@ -12,6 +12,7 @@ from sao_prune import RG, SAO, SET, BlockTopology, Moves, Rewire, RigL, Schedule
 
 from .algorithms.cases import ALL, mlp
 from .algorithms.test_untouched import same, snapshot
+from .patience import PATIENCE
 from .test_scheduling import X, Y, adam, masks, network, train
 
 OVER = Moves(steps=12, every=2)
@@ -368,5 +369,5 @@ def test_all_ranks_move_alike(tmp_path):
     command = [sys.executable, "-c", _WORKER]
     runs = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stderr=subprocess.PIPE) for rank in (0, 1)]
     for run in runs:
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=PATIENCE)
         assert run.returncode == 0, errors.decode()

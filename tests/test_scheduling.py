@@ -15,6 +15,7 @@ from sao_prune import RG, SAO, Project, Schedule
 from .algorithms.cases import ALL, mlp
 from .algorithms.test_untouched import same, snapshot
 from .networks import masks_hold
+from .patience import PATIENCE
 
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(64) % 4
@@ -317,5 +318,5 @@ def test_all_ranks_have_the_same_masks_and_values_and_errors(tmp_path):
     command = [sys.executable, "-c", _WORKER]
     runs = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stderr=subprocess.PIPE) for rank in (0, 1)]
     for run in runs:
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=PATIENCE)
         assert run.returncode == 0, errors.decode()

@@ -23,6 +23,7 @@ from sao_prune.lab.sweep import TRIES, RunOptions, Sweep, run_recipe
 from sao_prune.lab.trials import Trial
 from sao_prune.lab.work import Workplace
 from tests.lab.test_sweep import lines, without_clock
+from tests.patience import PATIENCE
 
 Micro = Callable[..., Path]
 FEW = ("[dense, sao, rg-s, gmp-s]", "[dense, sao]")
@@ -53,8 +54,8 @@ def descendants(root: int) -> set[int]:
     return found - {root}
 
 
-def until(condition: Callable[[], object], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -94,7 +95,7 @@ def driver(path: Path, out: Path, records: int) -> Iterator[tuple[subprocess.Pop
             yield process, below
         finally:
             process.kill()
-    until(lambda: not any(map(alive, below)), 30)
+    until(lambda: not any(map(alive, below)))
 
 
 def test_two_jobs_give_the_records_of_one(micro: Micro, tmp_path: Path, display, one_thread: None) -> None:
@@ -136,7 +137,7 @@ def test_a_killed_driver_leaves_no_worker(micro: Micro, tmp_path: Path, display)
     with driver(path, out, 2) as (process, below):
         process.send_signal(signal.SIGKILL)
         process.wait()
-        until(lambda: not any(map(alive, below)), 30)
+        until(lambda: not any(map(alive, below)))
     assert len(below) >= 2
     survived = len((out / "micro" / "results.jsonl").read_text().splitlines())
     assert survived >= 2
@@ -149,9 +150,9 @@ def test_an_interrupt_ends_all_at_once(micro: Micro, tmp_path: Path) -> None:
     # Long enough that it cannot be over before the interrupt, however busy the machine is.
     with driver(micro(DENSE, ("epochs: 2", "epochs: 5000")), tmp_path / "runs", 1) as (process, below):
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
-        until(lambda: not any(map(alive, below)), 5)
+        until(lambda: not any(map(alive, below)))
     assert err == "interrupted: finished trials are on the disk, the same command goes on from there\n"
 
 

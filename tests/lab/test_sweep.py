@@ -21,6 +21,7 @@ from sao_prune.lab.summary import summarise
 from sao_prune.lab.sweep import RunOptions, run_recipe
 from sao_prune.lab.trials import Trial, choose_lr, final_trials, selection_trials
 from sao_prune.lab.work import Worker, Workplace
+from tests.patience import PATIENCE
 
 Micro = Callable[..., Path]
 TRIALS = 4 * (1 + 2 + 2)
@@ -135,7 +136,7 @@ def test_kill_9_loses_at_most_the_trial_in_flight(micro: Micro, tmp_path: Path, 
     with subprocess.Popen(
         [*command, str(folder.parent)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not (folder / "results.jsonl").exists() or (folder / "results.jsonl").read_bytes().count(b"\n") < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -11,13 +11,14 @@ import pytest
 
 from sao_prune.lab.sweep import RunOptions, run_recipe
 from tests.lab.test_sweep import lines
+from tests.patience import PATIENCE
 
 Micro = Callable[..., Path]
 
 pytestmark = pytest.mark.slow
 
 
-def torchrun(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: object, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     return subprocess.run(
         [*command, "--nproc-per-node", "2", "-m", "sao_prune", "run", *map(str, arguments), "--device", "cpu"],

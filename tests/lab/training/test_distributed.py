@@ -16,6 +16,7 @@ from torch import nn
 import sao_prune
 from sao_prune.lab.data import Dataset
 from sao_prune.lab.training import DistillSpec, History, TrainSpec, train
+from tests.patience import PATIENCE
 
 PROGRAM = """
 import shutil, sys
@@ -85,7 +86,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

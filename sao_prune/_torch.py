@@ -6,6 +6,7 @@ this version of torch lacks. Written against torch 2.8 to 2.14.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -191,6 +192,38 @@ is_alias: Callable[[Tensor, Tensor], bool] = private("_C._is_alias_of", "masked 
 
 
 # ---- Export -------------------------------------------------------------------------------------------------------
+
+
+def _unchecked(condition: Tensor, message: str) -> None:
+    """Older versions of torch capture no checks."""
+
+
+_check_of_programs: Callable[[Tensor, str], None] = private("_assert_async", "captured programs", _unchecked)
+
+
+def _raise_unless(condition: Tensor, message: str) -> Tensor:
+    if not bool(condition):
+        raise RuntimeError(message)
+    return condition
+
+
+@cache
+def _check_of_traces() -> Callable[[Tensor, str], Any]:
+    """Scripted: of operators without a result, `torch.jit` keeps none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checking: Callable[[Tensor, str], Any] = torch.jit.script(_raise_unless)
+    return checking
+
+
+def check_later(condition: Tensor, message: str) -> None:
+    """Make a check part of the program that is being captured, by `torch.export` or `torch.jit.trace`.
+
+    Args:
+        condition: one truth value.
+        message: of the error where it is none.
+    """
+    (_check_of_programs if tracing_state() is None else _check_of_traces())(condition, message)
 
 
 def is_draft(program: Any) -> bool:

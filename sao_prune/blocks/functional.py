@@ -80,7 +80,7 @@ def block_linear(x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Layout,
         y = y if bias is None else y + bias[:, None]
         return ACTIVATIONS[activation](y).reshape(*lead[:-1], layout.channels, lead[-1]).mT
     operand = _split(x.reshape(-1, layout.sources), 1, layout).transpose(0, 1)
-    y = _join(torch.matmul(operand, weight.mT), 0, 2, layout).reshape(*lead, layout.channels)
+    y = _join(torch.matmul(operand, weight.transpose(-1, -2)), 0, 2, layout).reshape(*lead, layout.channels)
     return ACTIVATIONS[activation](y if bias is None else y + bias)
 
 

@@ -8,10 +8,14 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from .._torch import without_transforms
-from ..topology import BlockTopology, Seen, decode_sets
+from .._torch import check_later, without_transforms
+from ..topology import BlockTopology, Seen, decode_sets, encode_sets
 from .permutation import Permutation
 
+_CAPTURED = (
+    "this program was captured with other row_set and col_set than were loaded into it: capture it again from the model "
+    "that has loaded them"
+)
 # More slices than this cost more than one gather.
 _MOST_RUNS = 4
 
@@ -33,6 +37,7 @@ class Layout:
         own: shape of the ``blocks`` parameter without a kernel.
         channels: of the result.
         sources: channels of the input.
+        codes: the encoded sets.
         runs: where the outputs lie matrix after matrix, but not all rows are some: ``(matrices, rows)`` of equal ones.
     """
 
@@ -49,6 +54,7 @@ class Layout:
     own: torch.Size = field(init=False)
     channels: int = field(init=False)
     sources: int = field(init=False)
+    codes: tuple[Tensor, Tensor] = field(init=False)
     _on: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
     @property
@@ -63,6 +69,9 @@ class Layout:
         object.__setattr__(self, "own", own)
         object.__setattr__(self, "channels", len(self.outputs.index))
         object.__setattr__(self, "sources", len(self.inputs.inverse))
+        sets = self.topology.row_set, self.topology.col_set
+        device = self.inputs.index.device
+        object.__setattr__(self, "codes", tuple(encode_sets(each).int().to(device) for each in sets))
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -100,6 +109,12 @@ class Layout:
 
     def __reduce__(self) -> tuple[object, ...]:
         return layout_of_topology, (self.topology, self.merge)
+
+    def check_captured(self, row_set: Tensor, col_set: Tensor) -> None:
+        """Let a program that is being captured say so if other sets are loaded into it: it holds these for good."""
+        for buffer, codes in zip((row_set, col_set), self.codes):
+            # An average may be one less.
+            check_later(((buffer.int() - codes).abs() <= 1).all(), _CAPTURED)
 
     def pack(self, blocks: Tensor) -> Tensor:
         """The matrices ``(groups, rows, cols, *kernel)`` of a ``blocks`` parameter; differentiable.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import sao_prune
-from sao_prune.blocks import BlockConv2d, BlockLinear
+from sao_prune.blocks import BlockConv2d, BlockLinear, Execution
 from sao_prune.blocks.layout import layout_of_topology
 from sao_prune.topology import decode_sets, encode_sets, interleaved
 
@@ -95,6 +95,45 @@ def test_graphs_follow_what_is_loaded_into_them(topology):
     _close(graph(x), one(x))
     graph.load_state_dict(other.state_dict())
     _close(graph(x), expected)
+
+
+CAPTURES = {
+    "export": lambda net, x: torch.export.export(net, (x,)).module(),
+    "strict export": lambda net, x: torch.export.export(net, (x,), strict=True).module(),
+    "trace": torch.jit.trace,
+}
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("how", CAPTURES)
+def test_captured_programs_refuse_other_sets(how, images):
+    """They hold permutations as constants."""
+    one, other, x = _net(0, images=images), _net(1, images=images), _input(images)
+    program = CAPTURES[how](copy.deepcopy(one), x)
+    _close(program(x), one(x))
+    known = program.state_dict()
+    assert any(name.endswith("row_set") for name in known)
+    program.load_state_dict({name: value for name, value in one.state_dict().items() if name in known})
+    _close(program(x), one(x))
+    program.load_state_dict({name: value for name, value in other.state_dict().items() if name in known})
+    with pytest.raises(Exception, match="captured with other row_set and col_set"):
+        program(x)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_compiled_layers_that_run_dense_refuse_other_sets_or_follow_them(images):
+    one, other, x = _net(0, images=images), _net(1, images=images), _input(images)
+    for layer in block_layers(one):
+        layer.epilogue = None
+        layer.run_as(Execution(dense=True))
+    compiled = torch.compile(one, backend="aot_eager", fullgraph=True)
+    _close(compiled(x), one(x))
+    for mine, theirs in zip(_state(one).values(), _state(other).values()):
+        mine.data.copy_(theirs)
+    with pytest.raises(RuntimeError, match="captured with other row_set and col_set"):
+        compiled(x)
+    one.load_state_dict(other.state_dict())
+    _close(compiled(x), other(x))
 
 
 @pytest.mark.parametrize("images", [False, True])

@@ -140,6 +140,15 @@ class BlockModule(Packed):
             self.__dict__["_layout"] = layout
         return layout
 
+    @property
+    def captured_layout(self) -> Layout:
+        """The layout for ordinary operations; a program that is captured from them knows these sets only, and checks it."""
+        layout = self.layout
+        captured = torch.compiler.is_compiling() or tracing_state() is not None
+        if captured and not torch.onnx.is_in_onnx_export():
+            layout.check_captured(self.row_set, self.col_set)
+        return layout
+
     def run_as(self, execution: Execution) -> None:
         """Change how the layer runs; its values stay."""
         topology = self._layout.topology
@@ -175,7 +184,7 @@ class BlockModule(Packed):
     def dense(self, blocks: Tensor) -> Tensor:
         """Values shaped as the blocks in a dense weight, zeros elsewhere."""
         shape = self.weight_shape
-        slots = block_slots(self.topology, self.parts).to(blocks.device)
+        slots = block_slots(self.captured_layout.topology, self.parts).to(blocks.device)
         values = blocks.reshape(-1, *shape[2:])
         zeros = values.new_zeros(shape[0] * shape[1], *shape[2:])
         if transforms_active():

@@ -153,7 +153,7 @@ class BlockConv(BlockModule):
         if plain and not isinstance(x, Proxy):
             if is_batched(self.row_set) and blocks.dim() == 3 + len(self.kernel_size):
                 return functional.block_conv_by_sets(x, blocks, bias, self.row_set, self.col_set, geometry)
-            return functional.block_conv(x, blocks, bias, self.layout, geometry)
+            return functional.block_conv(x, blocks, bias, self.captured_layout, geometry)
         stride, padding, dilation, merge = self._options(geometry)
         sets = self.row_set, self.col_set
         return run_conv(x, blocks, bias, *sets, run.backend, run.channels_last, stride, padding, dilation, merge)

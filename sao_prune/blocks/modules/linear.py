@@ -104,7 +104,7 @@ class BlockLinear(BlockModule):
         if plain:
             if is_batched(self.row_set) and blocks.dim() == 3:
                 return functional.block_conv_by_sets(x, blocks, bias, self.row_set, self.col_set)
-            return functional.block_linear(x, blocks, bias, self.layout)
+            return functional.block_linear(x, blocks, bias, self.captured_layout)
         return run_linear(x, blocks, bias, *self.sets, run.backend)
 
     def _fused(self, x: Tensor, blocks: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from ..naming import dotted
 from .adapters import adapter_reason
 from .endpoints import is_positional
 from .kinds import Packed, parameter_of
@@ -88,4 +89,4 @@ def _reason(module: nn.Module, path: str, tensor: str, parameter: nn.Parameter, 
         return meaning
     if parameter.numel() == max(parameter.shape):
         return "a vector: only one of its dimensions is longer than one"
-    return "in no layer of a known kind: name it in include= to prune it"
+    return f"in no layer of a known kind: include=[{dotted(path, tensor)!r}] prunes it"

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,8 @@ class WeightView(Tensor):
                 for view, version in views:
                     if view._version != version and view._source is not None:
                         view._source.note_write()
+            if isinstance(result, np.ndarray):
+                return sealed(result, views[0][0]) if views else result
             if not isinstance(result, (Tensor, tuple, list)):
                 return result
             for view, _ in views:
@@ -96,6 +99,26 @@ def lend(source: Source, origin: Tensor, result: Any) -> Any:
     return wrap(result) if isinstance(result, Tensor) else tree_map(wrap, result)
 
 
+def sealed(array: Any, origin: Tensor) -> Any:
+    """The array of a tensor, read-only where it shares the tensor's memory: torch would know nothing of a write to it.
+
+    Args:
+        array: what ``numpy()`` gave.
+        origin: the tensor.
+
+    Returns:
+        The same array.
+
+    Example:
+        >>> t = torch.ones(2)
+        >>> sealed(t.numpy(), t).flags.writeable
+        False
+    """
+    if array.ctypes.data == origin.data_ptr():
+        array.flags.writeable = False
+    return array
+
+
 def lends(cls: type[Tensor]) -> type[Tensor]:
     """Class decorator: what a masked weight gives away of its memory are `WeightView`."""
 
@@ -109,10 +132,22 @@ def lends(cls: type[Tensor]) -> type[Tensor]:
 
     for name in _BY_VIEW:
         setattr(cls, name, lending(getattr(Tensor, name), name))
+    cls.numpy, cls.__array__ = _numpy, _array  # type: ignore[assignment, method-assign]
     # Not torch's own properties, which compilers cannot trace from here; weights are real, so that H is T.
     for name in ("T", "mT", "H", "mH"):
         setattr(cls, name, property(_reversed if name == "T" else _transposed))
     return cls
+
+
+def _numpy(weight: Any, *, force: bool = False) -> Any:
+    """As `torch.Tensor.numpy`; the array is read-only."""
+    return sealed(Tensor.numpy(weight, force=force), weight)
+
+
+def _array(weight: Any, dtype: Any = None) -> Any:
+    """As `torch.Tensor.__array__`; an array that shares memory is read-only."""
+    array = _numpy(weight)
+    return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def _reversed(weight: Any) -> Any:

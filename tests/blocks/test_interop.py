@@ -62,6 +62,33 @@ def case(request):
     return model, x, expected
 
 
+WRITES = {
+    "initialiser": lambda layer: nn.init.zeros_(layer.weight),
+    "in place": lambda layer: layer.weight.mul_(2),
+    "data": lambda layer: layer.weight.data.mul_(2),
+    "view": lambda layer: layer.weight.detach()[:2].mul_(2),
+    "new data": lambda layer: setattr(layer.weight, "data", torch.zeros(layer.weight_shape)),
+    "parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(layer.weight_shape))),
+    "tensor": lambda layer: setattr(layer, "weight", torch.zeros(layer.weight_shape)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_the_weight_of_a_layer_raises(case, write):
+    """It is computed for those who read it; the reader has a tensor like others."""
+    model, x, expected = case
+    for layer in (m for m in model.modules() if isinstance(m, BlockModule)):
+        with pytest.raises((RuntimeError, AttributeError), match="computed from blocks|has no setter|can't set"):
+            WRITES[write](layer)
+        weight = layer.weight
+        assert type(copy.deepcopy(weight.detach())) is type(weight + 1) is torch.Tensor
+        weight.square().sum().backward()
+        torch.testing.assert_close(layer.blocks.grad, 2 * layer.blocks.detach())
+        weight.detach().clone().zero_()
+        pickle.loads(pickle.dumps(weight.detach()))
+    torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_autocast(case):
     model, x, expected = case
     model.train()

@@ -49,8 +49,8 @@ def test_what_each_parameter_is():
         "layer_scale": "scale",
         "norm.weight": "norm",
         "norm.bias": "norm",
-        "mixes.0": "in no layer of a known kind: name it in include= to prune it",
-        "pair.weight": "in no layer of a known kind: name it in include= to prune it",
+        "mixes.0": "in no layer of a known kind: include=['mixes.0'] prunes it",
+        "pair.weight": "in no layer of a known kind: include=['pair.weight'] prunes it",
         "table": "not a floating-point weight (torch.int32)",
         "vector": "a vector: only one of its dimensions is longer than one",
     }

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -331,6 +332,35 @@ def test_initialising_all_layers_initialises_pruned_ones():
     model = layers().apply(init)
     model(torch.randn(2, 16))
     assert torch.equal(model[1].weight, 0.5 * model[1].weight_mask)
+
+
+ARRAYS = [
+    lambda w: w.detach().numpy(),
+    lambda w: w.data.numpy(),
+    lambda w: w[2:].detach().numpy(),
+    lambda w: w.detach().t().numpy(),
+    lambda w: w.numpy(force=True),
+    lambda w: np.asarray(w.detach()),
+    lambda w: np.asarray(w.data[1]),
+]
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_arrays_that_share_its_memory_are_read_only(array):
+    """torch would know nothing of a write; what is copied can be written to."""
+    for frozen in (False, True):
+        model = layers()
+        model.requires_grad_(not frozen)
+        model(torch.ones(1, 16))
+        weight = model[1].weight
+        found = array(weight)
+        assert np.array_equal(found, array(weight.detach().clone()))
+        with pytest.raises(ValueError, match="read-only"):
+            found[:] = 1
+        found.copy()[:] = 1
+        np.array(weight.detach())[:] = 1
+        weight.detach().clone().numpy()[:] = 1
+        assert weight.detach().numpy().astype("float64").flags.writeable
 
 
 def test_a_dense_write_says_what_of_it_was_dropped():

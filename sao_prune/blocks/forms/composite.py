@@ -84,7 +84,7 @@ class CompositeForm(Form):
             del new._modules[child_name(tensor)]
             layers = module.layers_of(tensor)
             with torch.no_grad():
-                weight = self._stored(module, [layer.weight for layer in layers])
+                weight = self._stored(module, [layer.dense(layer.stored()) for layer in layers])
                 mask = self._stored(module, [layer.dense(torch.ones_like(layer.stored())) for layer in layers])
             grad = any(layer.blocks.requires_grad for layer in layers)
             new._parameters[tensor] = nn.Parameter(weight, requires_grad=grad)

@@ -78,7 +78,7 @@ class LayerForm(Form):
 
     def _weight(self, module: BlockModule) -> torch.Tensor:
         """What the dense layer is to hold."""
-        return module.weight
+        return module.dense(module.stored())
 
     def _prepare(self, new: BlockModule, module: nn.Module) -> None:
         """Attributes that the block layer has besides the dense one's."""
@@ -143,7 +143,7 @@ class StandardisedForm(LayerForm):
     def _weight(self, module: BlockModule) -> torch.Tensor:
         made = "_dense_class" in module.__dict__
         # One that was never dense becomes an ordinary convolution.
-        return module.weight if made or not isinstance(module, BlockStdConv2d) else module.dense(module.values())
+        return super()._weight(module) if made or not isinstance(module, BlockStdConv2d) else module.dense(module.values())
 
     @staticmethod
     def _known(module: nn.Module) -> type[nn.Module]:

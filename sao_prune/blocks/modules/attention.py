@@ -55,7 +55,7 @@ class BlockAttention(BlockComposite):
         """The dense weight of the three projections, zeros included; ``None`` where they are separate."""
         children = self._modules.get("in_proj")
         if children is not None:
-            weight = torch.cat([layer.weight for layer in children])  # type: ignore[attr-defined,misc]
+            weight = torch.cat([layer.dense(layer.stored()) for layer in children])  # type: ignore[attr-defined,misc]
         else:
             weight = self.dense_weight("in_proj_weight")  # type: ignore[assignment]
         return weight if weight is None or torch.compiler.is_compiling() else weight.as_subclass(DenseView)

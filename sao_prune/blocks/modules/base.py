@@ -19,6 +19,7 @@ from .. import operators
 from ..epilogue import Epilogue
 from ..flops import register_flops
 from ..layout import Layout, layout_of, layout_of_topology
+from .computed import computed, refusal
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,12 @@ class BlockModule(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, zeros included; computed anew each time, differentiable, not a parameter."""
-        return self.dense(self.stored())
+        """The dense weight, zeros included; computed anew each time, differentiable, not a parameter.
+
+        Raises:
+            RuntimeError: once somebody writes to it.
+        """
+        return computed(self.dense(self.stored()), type(self).__name__)
 
     def dense(self, blocks: Tensor) -> Tensor:
         """Values shaped as the blocks in a dense weight, zeros elsewhere."""
@@ -204,6 +209,16 @@ class BlockModule(Packed):
     def parts(self) -> int:
         """Groups of the dense layer."""
         return 1
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module.
+
+        Raises:
+            AttributeError: for ``weight``, which is no parameter.
+        """
+        if name == "weight":
+            raise AttributeError(refusal(type(self).__name__))
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """The dense layer's own line, and the blocks."""

@@ -98,7 +98,7 @@ class BlockLinear(BlockModule):
         if isinstance(x, Proxy):
             return run_linear(x, blocks, bias, *self.sets, run.backend)
         if run.dense and not plain:
-            return F.linear(x, self.weight, bias)
+            return F.linear(x, self.dense(blocks), bias)
         if self.copies > 1:
             x = torch.cat([x] * self.copies, -1)
         if plain:

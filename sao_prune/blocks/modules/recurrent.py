@@ -83,7 +83,7 @@ class BlockRNNBase(BlockComposite):
         """The dense layer, its weights computed from the blocks."""
         kind: type[nn.Module] = self.__dict__["_dense_class"]
         view = kind.__new__(kind)
-        weights = {m.tensor: m.layer.weight for m in self.matrices()}
+        weights = {m.tensor: m.layer.dense(m.layer.stored()) for m in self.matrices()}
         names: list[str] = self._flat_weights_names  # type: ignore[assignment]
         flat = [weights[name] if name in weights else getattr(self, name, None) for name in names]
         own = {**self.__dict__, "_modules": {}, "_forward_hooks": {}, "_forward_pre_hooks": {}}

@@ -13,8 +13,8 @@ from ..topology import BlockTopology, Seen, decode_sets, encode_sets
 from .permutation import Permutation
 
 _CAPTURED = (
-    "this program was captured with other row_set and col_set than were loaded into it: capture it again from the model "
-    "that has loaded them"
+    "this program was captured with other row_set and col_set than were loaded into it: capture it again from the "
+    "model that has loaded them"
 )
 # More slices than this cost more than one gather.
 _MOST_RUNS = 4

@@ -78,7 +78,7 @@ def test_a_write_to_the_weight_of_a_layer_raises(case, write):
     """It is computed for those who read it; the reader has a tensor like others."""
     model, x, expected = case
     for layer in (m for m in model.modules() if isinstance(m, BlockModule)):
-        with pytest.raises((RuntimeError, AttributeError), match="computed from blocks|has no setter|can't set"):
+        with pytest.raises((RuntimeError, AttributeError), match=r"computed from blocks|has no setter|can't set"):
             WRITES[write](layer)
         weight = layer.weight
         assert type(copy.deepcopy(weight.detach())) is type(weight + 1) is torch.Tensor

@@ -143,7 +143,8 @@ class StandardisedForm(LayerForm):
     def _weight(self, module: BlockModule) -> torch.Tensor:
         made = "_dense_class" in module.__dict__
         # One that was never dense becomes an ordinary convolution.
-        return super()._weight(module) if made or not isinstance(module, BlockStdConv2d) else module.dense(module.values())
+        standardised = isinstance(module, BlockStdConv2d) and not made
+        return module.dense(module.values()) if standardised else super()._weight(module)
 
     @staticmethod
     def _known(module: nn.Module) -> type[nn.Module]:

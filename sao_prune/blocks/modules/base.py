@@ -143,7 +143,7 @@ class BlockModule(Packed):
 
     @property
     def captured_layout(self) -> Layout:
-        """The layout for ordinary operations; a program that is captured from them knows these sets only, and checks it."""
+        """The layout for ordinary operations; a program that is captured knows these sets only, and checks it."""
         layout = self.layout
         captured = torch.compiler.is_compiling() or tracing_state() is not None
         if captured and not torch.onnx.is_in_onnx_export():

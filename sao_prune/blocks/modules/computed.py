@@ -1,4 +1,4 @@
-"""The dense weight of a block layer, computed for those who read it: what is written to it would be lost, so it raises."""
+"""The dense weight of a block layer, computed for those who read it: what is written to it would be lost; it raises."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _DATA: Any = Tensor.data
 def refusal(kind: str) -> str:
     """What is said to those who write to the weight of such a layer, or replace it."""
     return (
-        f"{kind}.weight is computed from blocks, nothing was written: write to blocks, or make the layer masked or dense "
-        "first (sao_prune.expand(model), then remove)"
+        f"{kind}.weight is computed from blocks, nothing was written: write to blocks, or make the layer masked or "
+        "dense first (sao_prune.expand(model), then remove)"
     )
 
 

@@ -52,7 +52,7 @@ class WeightView(Tensor):
                     if view._version != version and view._source is not None:
                         view._source.note_write()
             if isinstance(result, np.ndarray):
-                return sealed(result, views[0][0]) if views else result
+                return _sealed(result, views[0][0]) if views else result
             if not isinstance(result, (Tensor, tuple, list)):
                 return result
             for view, _ in views:
@@ -99,21 +99,8 @@ def lend(source: Source, origin: Tensor, result: Any) -> Any:
     return wrap(result) if isinstance(result, Tensor) else tree_map(wrap, result)
 
 
-def sealed(array: Any, origin: Tensor) -> Any:
-    """The array of a tensor, read-only where it shares the tensor's memory: torch would know nothing of a write to it.
-
-    Args:
-        array: what ``numpy()`` gave.
-        origin: the tensor.
-
-    Returns:
-        The same array.
-
-    Example:
-        >>> t = torch.ones(2)
-        >>> sealed(t.numpy(), t).flags.writeable
-        False
-    """
+def _sealed(array: Any, origin: Tensor) -> Any:
+    """The array of a tensor, read-only where it shares memory with it: torch would know nothing of a write to that."""
     if array.ctypes.data == origin.data_ptr():
         array.flags.writeable = False
     return array
@@ -141,7 +128,7 @@ def lends(cls: type[Tensor]) -> type[Tensor]:
 
 def _numpy(weight: Any, *, force: bool = False) -> Any:
     """As `torch.Tensor.numpy`; the array is read-only."""
-    return sealed(Tensor.numpy(weight, force=force), weight)
+    return _sealed(Tensor.numpy(weight, force=force), weight)
 
 
 def _array(weight: Any, dtype: Any = None) -> Any:

@@ -375,7 +375,7 @@ def text_pairs() -> Iterator[tuple[str, str, float]]:
         yield ink, "--ground", 4.5
         yield ink, "--raised", 4.5
     yield "--warn", "--warn-ground", 4.5
-    for index in range(1, 7):
+    for index in range(1, 9):
         yield f"--c{index}", "--ground", 3.0
 
 

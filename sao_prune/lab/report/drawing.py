@@ -25,9 +25,11 @@ from .chart import Chart, Line, Panel, Tick
 
 # Any colour vision tells these apart, each on its ground; dashes and markers help without colour. The first is dense's.
 LIGHT = {"ink": "#1b1f24", "faint": "#d8dce1"}
-LIGHT |= {f"c{i}": c for i, c in enumerate(("#0072b2", "#c2410c", "#00805a", "#b0488a", "#8c6d00", "#6a51a3"), 1)}
+_ON_LIGHT = ("#0072b2", "#c2410c", "#00805a", "#b0488a", "#8c6d00", "#6a51a3", "#5c4033", "#4d7c0f")
+LIGHT |= {f"c{i}": c for i, c in enumerate(_ON_LIGHT, 1)}
 DARK = {"ink": "#e6e8eb", "faint": "#3a3f47"}
-DARK |= {f"c{i}": c for i, c in enumerate(("#56b4e9", "#ff8a3d", "#2fcb9e", "#e79cc5", "#f0e442", "#a99bff"), 1)}
+_ON_DARK = ("#56b4e9", "#ff8a3d", "#2fcb9e", "#e79cc5", "#f0e442", "#a99bff", "#d6a77a", "#a3d65c")
+DARK |= {f"c{i}": c for i, c in enumerate(_ON_DARK, 1)}
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 
@@ -185,7 +187,7 @@ def _look(index: int) -> dict[str, Any]:
         return {"color": LIGHT["ink"], "linestyle": "-", "marker": "o"}
     turn = index - 1
     return {
-        "color": LIGHT[f"c{turn % 6 + 1}"],
+        "color": LIGHT[f"c{turn % len(_ON_LIGHT) + 1}"],
         "linestyle": _DASHES[turn % len(_DASHES)],
         "marker": _MARKERS[(turn + 1) % len(_MARKERS)],
     }

@@ -155,7 +155,8 @@ def page(args: argparse.Namespace, rows: list[Row]) -> str:
     training = f"{args.epochs} epochs, {args.further_epochs} after the conversion, seed {args.seed}"
     times = f"; median of {args.repeats} calls in turn, {args.threads} threads" if args.repeats else ""
     about = f"{images}; {training}{times}; {processor_name()}; {versions}."
-    text = f"# {args.model}, {args.data}\n\n{about}\n\n{table(rows)}\n"
+    seen = "crops of photographs" if args.model == "efficientnet_lite0" else args.data
+    text = f"# {args.model}, {seen}\n\n{about}\n\n{table(rows)}\n"
     if any(row.name.startswith("structured") for row in rows):
         text += f"\nTorch-Pruning at equal accuracy, relative to the converted files:\n\n{equal(rows)}\n"
     return text

@@ -131,10 +131,9 @@ def _numpy(weight: Any, *, force: bool = False) -> Any:
     return _sealed(Tensor.numpy(weight, force=force), weight)
 
 
-def _array(weight: Any, dtype: Any = None) -> Any:
-    """As `torch.Tensor.__array__`; an array that shares memory is read-only."""
-    array = _numpy(weight)
-    return array if dtype is None else array.astype(dtype, copy=False)
+def _array(weight: Any, dtype: Any = None, copy: bool | None = None) -> Any:
+    """As `torch.Tensor.__array__`, by numpy's protocol; an array that shares memory is read-only."""
+    return np.array(_numpy(weight), dtype=dtype, copy=copy)
 
 
 def _reversed(weight: Any) -> Any:

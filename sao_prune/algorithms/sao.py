@@ -59,9 +59,9 @@ class SAO(Method):
             ``"keep"`` leaves them, so that blocks with norms are only nearly orthogonal.
         measure: with ``residual``: whether the report has the extreme singular values of every block and of the network
             before and after, for the first example of ``example_input``; ``None`` measures small models.
-        values: ``"exact"``, orthogonal blocks; ``"approximate"``, the most isometric values on the mask that an
-            optimizer finds; ``"auto"``, exact where the topology allows it. They are new in any case: what a trained
-            weight holds is lost, for which there is `Project`.
+        values: ``"orthogonal"`` blocks; ``"nearly_orthogonal"``, the most isometric values on the mask that an
+            optimizer finds; ``"auto"``, orthogonal where the topology allows it. They are new in any case: what a
+            trained weight holds is lost, for which there is `Project`.
 
     Raises:
         ValueError: for an option out of range.
@@ -84,7 +84,7 @@ class SAO(Method):
     gain: float = 1.0
     nonlinearity: Literal["relu"] | None = None
     conv: Literal["delta", "eco"] = "delta"
-    values: Literal["auto", "exact", "approximate"] = "auto"
+    values: Literal["auto", "orthogonal", "nearly_orthogonal"] = "auto"
     residual: Literal["isometric"] | None = None
     norm: Literal["identity", "keep"] = "keep"
     measure: bool | None = None
@@ -95,7 +95,7 @@ class SAO(Method):
         choice("topology", self.topology, (*GENERATORS, *SUPPORTS))
         choice("nonlinearity", self.nonlinearity, (None, "relu"))
         choice("conv", self.conv, ("delta", "eco"))
-        choice("values", self.values, ("auto", "exact", "approximate"))
+        choice("values", self.values, ("auto", "orthogonal", "nearly_orthogonal"))
         choice("residual", self.residual, (None, "isometric"))
         choice("norm", self.norm, ("identity", "keep"))
         choice("topology_sharing", self.topology_sharing, (None, *get_args(TopologySharing)))
@@ -106,15 +106,15 @@ class SAO(Method):
             )
         check_gain(self.gain)
         self._check_residual()
-        if self.values == "exact" and not self.structured:
+        if self.values == "orthogonal" and not self.structured:
             raise ValueError(
-                f"no values on topology={self.topology!r} are exactly orthogonal; use values='approximate' or a "
+                f"no values on topology={self.topology!r} are exactly orthogonal; use values='nearly_orthogonal' or a "
                 f"block topology ({', '.join(GENERATORS)})"
             )
         if self._approximate and (self.variant == 2 or self.nonlinearity is not None or self.conv != "delta"):
             raise ValueError(
-                "approximate values are found for each matrix on its own: they go with variant 1 or 3, conv='delta' "
-                "and nonlinearity=None"
+                "nearly orthogonal values are found for each matrix on its own: they go with variant 1 or 3, "
+                "conv='delta' and nonlinearity=None"
             )
 
     def _check_residual(self) -> None:
@@ -124,7 +124,7 @@ class SAO(Method):
         elif (
             (self.conv, self.nonlinearity, self.gain) != ("delta", None, 1)
             or self.variant == 2
-            or self.values == "approximate"
+            or self.values == "nearly_orthogonal"
             or not self.structured
         ):
             raise ValueError(
@@ -164,7 +164,7 @@ class SAO(Method):
 
     @property
     def _approximate(self) -> bool:
-        return self.values == "approximate" or not self.structured
+        return self.values == "nearly_orthogonal" or not self.structured
 
     def preview(self, allocations: Sequence[Allocation]) -> list[tuple[int | None, int]]:
         """Mirrored weights have the edges of their halves, doubled along every mirrored side."""

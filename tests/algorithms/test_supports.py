@@ -62,7 +62,7 @@ def test_eoi_is_orthogonal_at_any_density():
 
 def test_approximate_values_on_blocks():
     model = mlp()
-    sao_prune.apply(model, groups=4, method=SAO(values="approximate"), **ALL)
+    sao_prune.apply(model, groups=4, method=SAO(values="nearly_orthogonal"), **ALL)
     assert (analysis.singular_values(model[0]) - 1).abs().max() < 1e-3
 
 
@@ -105,7 +105,7 @@ def test_seeds_decide():
 
 def test_options_that_contradict_each_other():
     with pytest.raises(ValueError, match="exactly orthogonal"):
-        SAO(topology="expander", values="exact")
+        SAO(topology="expander", values="orthogonal")
     with pytest.raises(ValueError, match="variant 1 or 3"):
         SAO(topology="expander", conv="eco")
     with pytest.raises(ValueError, match="'delta', 'eco'"):

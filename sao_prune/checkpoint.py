@@ -98,7 +98,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
     Where a compact checkpoint makes layers compact, their parameters are new ones: make the optimizer afterwards.
 
     Args:
-        model: the architecture that the checkpoint is of, dense or pruned.
+        model: the architecture that the checkpoint is of, dense or pruned; the plan of a compact checkpoint has layers
+            compute those that followed them in the model that was saved.
         path: ``*.safetensors``, torch's format (``*.pt``, ``*.ckpt``, ..; read with ``weights_only=True``), the
             ``*.index.json`` of a sharded checkpoint, or the folder of one as ``save_pretrained`` writes it.
         strict: refuse missing and unexpected entries; wrong shapes are refused in any case.

@@ -57,7 +57,8 @@ def compact(
             or ``"infer"``, and the memory format of convolutions by timing the whole model so, in eval mode; a layer
             that no block form makes faster is skipped. ``None`` uses fixed rules. Timings are kept between runs. In a
             distributed run, where all ranks must call, rank 0 chooses for all.
-        plan: how the layers are to run, from the report of an earlier call; in place of ``tune``.
+        plan: how the layers are to run, from the report of an earlier call; in place of ``tune``. Without an
+            ``example_input`` its epilogues are left out: nothing tells that the layers follow each other as they did.
         fuse: whether layers may compute the batch norm, activation or linear layer behind them in one kernel.
         include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
             layers. Block layers that are there already count as chosen.
@@ -176,6 +177,9 @@ def _chosen(
     kept = {name: Choice(choice.execution) for name, choice in before.choices.items()}
     if plan is not None:
         known = default_plan(candidates)
+        if calls is None:
+            # That its layers follow each other as they did where it was made, only a run tells.
+            plan = replace(plan, choices={name: replace(c, steps=Steps()) for name, c in plan.choices.items()})
         return replace(plan, choices={**kept, **known.choices, **plan.choices})
 
     def complete(own: Plan) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -42,6 +43,41 @@ def test_a_plan_is_carried_out_again(tune):
     epilogues = [[m.epilogue and m.epilogue.names for m in block_layers(n)] for n in (net, again)]
     assert epilogues[0] == epilogues[1]
     torch.testing.assert_close(again(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+class _Ordered(nn.Module):
+    """Layers of the same names and shapes, called in any order."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.order = nn.Linear(16, 16), nn.Linear(16, 4), order
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.acts = nn.ModuleList([nn.Tanh(), nn.GELU(), nn.Tanh()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for i in self.order:
+            x = self.acts[i](self.layers[i](x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("made", [(0, 2, 1), (0, 1, 2)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1), (0, 2)])
+def test_a_plan_gives_no_wrong_number_where_layers_follow_otherwise(made, order):
+    x = torch.randn(3, 16)
+    source, target = (_Ordered(each) for each in (made, order))
+    for model in (source, target):
+        sao_prune.apply(model, groups=4, seed=0)
+    expected = target(x)
+    plan = sao_prune.compact(source, example_input=x).plan
+    checked = copy.deepcopy(target)
+    sao_prune.compact(target, plan=plan)
+    for _ in range(2):
+        torch.testing.assert_close(target(x), expected, rtol=1e-4, atol=1e-5)
+    with contextlib.suppress(ValueError):
+        sao_prune.compact(checked, plan=plan, example_input=x)
+    torch.testing.assert_close(checked(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -38,11 +38,32 @@ def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where
     if not fits:
         given = f"an input of shape {tuple(x.shape)}, blocks of shape {tuple(blocks.shape)}, {where}"
         raise RuntimeError(f"expected as many dimensions of space everywhere, got {given}")
+    _check_types(x, blocks, bias)
+    layout.check(x, 1 if where.stride else -1, bias)
+    return weight
+
+
+def packed_behind(before: Layout, layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of a linear layer behind another one, whose input is ``x``.
+
+    Raises:
+        RuntimeError: telling what was given.
+    """
+    if before.channels != layout.sources:
+        raise RuntimeError(f"{layout.topology} does not take the {before.channels} results of {before.topology}")
+    check_memory(blocks, bias)
+    layout.check_bias(bias)
+    weight = layout.pack(blocks)
+    if weight.dim() != 3:
+        raise RuntimeError(f"expected blocks of a linear layer, got shape {tuple(blocks.shape)}")
+    _check_types(x, blocks, bias)
+    return weight
+
+
+def _check_types(x: Tensor, blocks: Tensor, bias: Tensor | None) -> None:
     if blocks.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         types = [str(t.dtype) for t in (x, blocks, bias) if t is not None]
         raise RuntimeError(f"expected operands of one type, got {', '.join(types)}")
-    layout.check(x, 1 if where.stride else -1, bias)
-    return weight
 
 
 def check_results(x: Tensor, layout: Layout, weight: Tensor, where: Geometry, *like: Tensor | None) -> None:

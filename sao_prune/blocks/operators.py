@@ -18,7 +18,7 @@ from .backends import torch as plain
 from .dispatch import Definition, Operator, define
 from .functional import MATRIX, Geometry, keeps_derivative
 from .layout import Layout, layout_of
-from .operands import check_memory, check_results, packed, unpacked
+from .operands import check_memory, check_results, packed, packed_behind, unpacked
 from .permutation import is_column_major
 
 Found = Sequence[Tensor | None]
@@ -217,14 +217,8 @@ def _two(inputs: Any, sets: Any) -> tuple[Layout, Tensor, Layout, Tensor]:
     """Layouts and matrices of both layers."""
     x, blocks1, bias1, blocks2, bias2 = inputs
     layout1, layout2 = layout_of(*sets[:2]), layout_of(*sets[2:])
-    if layout1.channels != layout2.sources:
-        raise RuntimeError(f"{layout2.topology} does not take the {layout1.channels} results of {layout1.topology}")
-    check_memory(blocks2, bias2)
-    layout2.check_bias(bias2)
-    w2 = layout2.pack(blocks2)
-    if w2.dim() != 3:
-        raise RuntimeError(f"expected blocks of a linear layer, got shape {tuple(blocks2.shape)}")
-    return layout1, packed(layout1, x, blocks1, bias1, MATRIX), layout2, w2
+    w1 = packed(layout1, x, blocks1, bias1, MATRIX)
+    return layout1, w1, layout2, packed_behind(layout1, layout2, x, blocks2, bias2)
 
 
 def _is_fused(backend: str, x: Tensor, w1: Tensor, layout1: Layout, w2: Tensor, *others: Tensor | None) -> bool:

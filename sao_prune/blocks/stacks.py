@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from . import functional
+from .backends import cpu, registry
 from .backends import torch as plain
 from .dispatch import Definition, Operator, define
 from .functional import MATRIX
 from .layout import Layout, layout_of
-from .operands import check_results, packed, unpacked
+from .operands import check_results, packed, packed_behind, unpacked
 from .operators import Found, backend_for
 
 MOST = 8
@@ -29,12 +30,31 @@ def _layouts(sets: Sequence[Tensor]) -> Iterator[Layout]:
         yield layout_of(row_set, col_set)
 
 
+def _packed(x: Tensor, values: Sequence[Any], layouts: Sequence[Layout]) -> list[Tensor]:
+    """The matrices of every layer, once it is sure that the layers belong together."""
+    first, *rest = layouts
+    weights = [packed(first, x, values[0], values[1], MATRIX)]
+    for before, layout, blocks, bias in zip(layouts, rest, values[2::2], values[3::2]):
+        weights.append(packed_behind(before, layout, x, blocks, bias))
+    return weights
+
+
+def _is_native(backend: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled kernels take the whole stack, and no registered backend a part of it."""
+    return backend == "cpu" and not registry.registered() and cpu.stack_suits(x) and cpu.ready(x, *others)
+
+
 def _stack(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, *values), (activations, backend) = inputs, attributes
+    layouts = list(_layouts(sets))
+    weights = _packed(x, values, layouts)
+    if _is_native(backend, x, *weights, *values[1::2]):
+        *others, y = cpu.stack_forward(x, weights, values[1::2], layouts, activations, keep)
+        return y, *others
     results: list[Tensor] = []
-    for layout, blocks, bias, activation in zip(_layouts(sets), values[::2], values[1::2], activations):
-        weight = packed(layout, x, blocks, bias, MATRIX)
-        x = backend_for(backend, x, weight, MATRIX, bias).forward(x, weight, bias, layout, MATRIX, activation, False)[0]
+    for layout, weight, bias, activation in zip(layouts, weights, values[1::2], activations):
+        room = backend_for(backend, x, weight, MATRIX, bias)
+        x = room.forward(x, weight, bias, layout, MATRIX, activation, False)[0]
         results.append(x)
     inner = results[:-1]
     return (x, *inner) if keep else (x, *[None] * len(inner))
@@ -42,21 +62,27 @@ def _stack(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
 
 def _stack_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
     (x, *values), (activations, backend), (y, *inner) = inputs, attributes, kept
+    layouts, results = list(_layouts(sets)), [*inner, y]
+    weights = _packed(x, values, layouts)
+    for layout, weight, result in zip(layouts, weights, results):
+        check_results(x, layout, weight, MATRIX, result)
+    check_results(x, layouts[-1], weights[-1], MATRIX, grad)
     found: list[Tensor | None] = [None] * len(inputs)
-    operands, results = [x, *inner], [*inner, y]
-    layouts = list(_layouts(sets))
+    if _is_native(backend, x, *weights, grad, *results):
+        found[0], dw, found[2::2] = cpu.stack_backward(grad, x, weights, results, layouts, activations, mask)
+        found[1::2] = [unpacked(*each) for each in zip(layouts, dw, values[::2])]
+        return found
+    operands = [x, *inner]
     for i in reversed(range(len(layouts))):
         own = 2 * i + 1
         needs = any(mask[:own]), mask[own], mask[own + 1]
         if not any(needs):
             break
-        layout, operand, blocks, activation = layouts[i], operands[i], values[2 * i], activations[i]
-        weight = packed(layout, operand, blocks, None, MATRIX)
+        layout, operand, weight, activation = layouts[i], operands[i], weights[i], activations[i]
         result = results[i] if activation else None
-        check_results(operand, layout, weight, MATRIX, grad, result)
         room = backend_for(backend, operand, weight, MATRIX, grad, result)
         dx, dw, db = room.backward(grad, operand, weight, layout, MATRIX, needs, activation, result)
-        found[own], found[own + 1] = unpacked(layout, dw, blocks), db
+        found[own], found[own + 1] = unpacked(layout, dw, values[2 * i]), db
         if dx is None:
             break
         grad = dx

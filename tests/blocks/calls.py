@@ -85,7 +85,7 @@ def lay_out(x: Tensor, kind: str) -> Tensor:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if kind == "sliced":
         return torch.cat([x, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
-    return x.flatten(0, -2) if kind == "rows" and x.dim() == 3 and x.shape[1] == 5 else x
+    return x.flatten(0, -2) if kind == "rows" and x.dim() == 3 and x.shape[1] in (5, 6) else x
 
 
 def _values(topology: BlockTopology, kernel: tuple[int, ...] = ()) -> Tensor:
@@ -121,7 +121,8 @@ def make(name: str, layout: str, operand: str, act: str, backend: str, bias: boo
     sets = encode_sets(topology.row_set), encode_sets(topology.col_set)
     b = torch.randn(ROWS, dtype=torch.float64) if bias else None
     if name in ("linear", "mlp", "stack"):
-        x = lay_out(torch.randn(3, 5, COLS, dtype=torch.float64), operand)
+        # Of stacks as many rows as the kernels ask for.
+        x = lay_out(torch.randn(3, 6 if name == "stack" else 5, COLS, dtype=torch.float64), operand)
         if name == "linear":
 
             def linear(x: Tensor, blocks: Tensor, b: Tensor | None) -> Tensor:

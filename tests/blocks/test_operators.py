@@ -245,7 +245,7 @@ def test_costs_are_those_of_the_blocks(name):
     if name == "mlp":  # what is between is computed twice
         assert counts[0] == 2 * 15 * (ROWS * COLS // GROUPS * 4 + 6 * ROWS // 2 * 3)
     elif name == "stack":
-        assert counts[0] == 2 * 15 * 3 * (ROWS * COLS // GROUPS + 2 * 6 * ROWS // 2)
+        assert counts[0] == 2 * 18 * 3 * (ROWS * COLS // GROUPS + 2 * 6 * ROWS // 2)
     else:
         assert counts[0] * GROUPS == counts[1]
 

@@ -8,6 +8,7 @@ from .linear import backward, forward, suits
 from .memory import release_memory
 from .mlp import mlp_backward, mlp_forward
 from .norm import affine, conv_norm_backward, conv_norm_forward
+from .stack import stack_backward, stack_forward, stack_suits
 
 __all__ = [
     "SWITCH",
@@ -25,6 +26,9 @@ __all__ = [
     "processor",
     "ready",
     "release_memory",
+    "stack_backward",
+    "stack_forward",
+    "stack_suits",
     "suits",
     "why_unavailable",
 ]

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("rows.c", "planes.c", "mlp.c", "norm.c")
+_SOURCES = ("rows.c", "planes.c", "mlp.c", "stack.c", "norm.c")
 _HEADERS = ("panel.h", "inner.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "SAO_PRUNE_NATIVE"
@@ -32,6 +32,8 @@ _SIGNATURES = {
     "planes_backward": [_pointer] * 6 + _GEOMETRY + [_int] + [_pointer, _int, _pointer],
     "mlp_forward": [_pointer] * 6 + _MLP,
     "mlp_backward": [_pointer] * 10 + _MLP,
+    "stack_forward": [_pointer, _long] + [_pointer] * 4 + [_long, _int, _long, _int],
+    "stack_backward": [_pointer, _long] + [_pointer] * 7 + [_long, _int, _long, _int, _long],
     "norm_forward": [_pointer] * 4 + [_int] + [_long] * 3 + [_int] * 2,
     "norm_sums": [_pointer] * 5 + [_int, _pointer] + [_long] * 3 + [_int] * 2,
 }

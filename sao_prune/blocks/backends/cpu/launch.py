@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,7 +132,12 @@ def call(name: str, *arguments: _Argument) -> None:
     Raises:
         MemoryError: if there is none for its buffers.
     """
-    if getattr(library(), name)(*[a if type(a) in _NUMBERS else a.data_ptr() for a in arguments]):  # type: ignore
+    call_with(name, *[a if type(a) in _NUMBERS else a.data_ptr() for a in arguments])  # type: ignore[union-attr]
+
+
+def call_with(name: str, *arguments: Any) -> None:
+    """The same with addresses in place of tensors, which the caller holds."""
+    if getattr(library(), name)(*arguments):
         raise MemoryError(f"{name}: no memory for its buffers")
 
 

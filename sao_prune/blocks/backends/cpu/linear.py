@@ -14,7 +14,7 @@ from ..torch import Gradients, is_transposed
 from .launch import PLANS, Call, Derivative, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
-_OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
+OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
 
 
 def suits(kernel: Sequence[int], geometry: Geometry) -> bool:
@@ -47,7 +47,7 @@ def backward(
     operand, flat, call = call_for(x, weight, layout, geometry)
     derivative = None
     if activation and values is not None:
-        act = _OF_RESULT.get(activation, "known derivative")
+        act = OF_RESULT.get(activation, "known derivative")
         derivative = Derivative(act, as_operand(values, x, geometry, call))
     dx, dw, db = call.backward(as_operand(grad, x, geometry, call), operand, dense(flat), needs, derivative)
     dw = dw if dw is None or flat is weight else dw.view(weight.shape)
@@ -59,22 +59,22 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
     if not geometry.stride:
         if is_transposed(x):
             return x.mT.flatten(0, -3), weight, Planes(layout, (1,), (1,))
-        flat = _rows(x)
+        flat = rows_of(x)
         return flat, weight, Rows(layout, is_column_major(flat))
     kernel = tuple(weight.shape[3:])
     if x.dim() != 4 or not is_channels_last(x):
         return dense(x), weight, Planes(layout, kernel, geometry.dilation)
     if any(k > 1 for k in kernel):
         return x.contiguous(memory_format=torch.channels_last), weight, Rows(layout, False, kernel, geometry.dilation)
-    return _rows(x.movedim(1, -1)), weight.flatten(2), Rows(layout, False)
+    return rows_of(x.movedim(1, -1)), weight.flatten(2), Rows(layout, False)
 
 
 def as_operand(t: Tensor, x: Tensor, geometry: Geometry, call: Call) -> Tensor:
     """A tensor like the result, as the kernel takes it."""
     if not geometry.stride:
-        return dense(t.mT).flatten(0, -3) if is_transposed(x) else _rows(t)
+        return dense(t.mT).flatten(0, -3) if is_transposed(x) else rows_of(t)
     if isinstance(call, Rows):
-        return t.contiguous(memory_format=torch.channels_last) if call.kernel else _rows(dense(t.movedim(1, -1)))
+        return t.contiguous(memory_format=torch.channels_last) if call.kernel else rows_of(dense(t.movedim(1, -1)))
     return dense(t)
 
 
@@ -87,6 +87,6 @@ def shaped(flat: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     return flat if x.dim() == 2 else flat.view(*x.shape[:-1], flat.shape[1])
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows_of(t: Tensor) -> Tensor:
     flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return flat if flat.is_contiguous() or is_column_major(flat) else flat.contiguous()

@@ -4,7 +4,7 @@
 
 #include "inner.h"
 
-#define LARGE (1L << 19) /* floats of a result that no cache keeps until it is read */
+#define LARGE (1L << 22) /* floats of a result that no cache keeps until it is read */
 
 /* Past the caches, to an aligned address: what is written need not be read first. */
 #if defined(__AVX512F__)
@@ -66,12 +66,16 @@ static void gather(float *const *pixels, long count, long channels, float *const
     for (long i = 0; i < count; i += V) gather_some(pixels + i, MIN(V, count - i), channels, planes, i);
 }
 
+#define AHEAD 32 /* floats of a row that are asked for before they are written */
+
 /* pixels[i][c] = act(planes[c][i]), and derivatives[i][c] its derivative, if `derivatives` is not NULL. */
 static void scatter(float *const *planes, long channels, float *const *pixels, float *const *derivatives, long count,
                     int stream, int act) {
     square_fn *whole = squares[act][derivatives != NULL][stream != 0];
     for (long i = 0; i < count; i += V)
         for (long c = 0; c < channels; c += V) {
+            if (!stream && i + V <= count && c + AHEAD < channels)
+                UNROLL for (int k = 0; k < V; k++) __builtin_prefetch(pixels[i + k] + c + AHEAD, 1, 2);
             if (i + V <= count && c + V <= channels)
                 whole(planes + c, i, pixels + i, derivatives ? derivatives + i : NULL, c);
             else

@@ -265,7 +265,8 @@ class Pruner:
         if isinstance(over, Schedule):
             return Stage([self._now(a, over) for a in self._final], self._final, units, self.count)
         gradients = self._gradients() if self._method.hears else ()
-        return Stage(self._final, self._final, units, self.count, over.decay(self.count), gradients)
+        topologies = [site.topologies() for site in self._sites]
+        return Stage(self._final, self._final, units, self.count, over.decay(self.count), gradients, topologies)
 
     def _gradients(self) -> list[Tensor | None]:
         """The dense gradients of the last optimizer step, the mean over all ranks.

@@ -44,6 +44,10 @@ class Site:
         """What stays now, on the CPU: ``(parts, m, n)``, with the kernel's taps where those come and go singly."""
         raise NotImplementedError
 
+    def topologies(self) -> tuple[BlockTopology, ...] | None:
+        """The topology of every part, where it is known without looking for one in the mask."""
+        return None
+
     def values(self) -> Tensor:
         """The weight, zeros included."""
         raise NotImplementedError
@@ -152,6 +156,9 @@ class CompactSite(Site):
 
     def units(self) -> Tensor:
         return self._layer.topology.mask()[None]
+
+    def topologies(self) -> tuple[BlockTopology, ...]:
+        return (self._layer.topology,)
 
     def values(self) -> Tensor:
         return self._layer.weight.detach()

@@ -73,6 +73,8 @@ class Stage:
         decay: of methods that move, the factor on how much moves now, from 1 to 0.
         gradients: for a method that `Method.hears`, of the loss by each weight as if it were dense, from the last
             optimizer step, averaged over all ranks; ``None`` for a weight that none reached.
+        topologies: of methods that move, the block topology of every part of a weight, ``None`` where it is yet to be
+            found in the mask.
     """
 
     allocations: Sequence[Allocation]
@@ -81,6 +83,7 @@ class Stage:
     step: int = 0
     decay: float = 1.0
     gradients: Sequence[Tensor | None] = ()
+    topologies: Sequence[tuple[BlockTopology, ...] | None] = ()
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,12 @@ class Rewire(Method):
         """Swap inputs, matrix by matrix."""
         draws = []
         gradients = stage.gradients or [None] * len(weights)
-        for allocation, units, weight, gradient in zip(stage.allocations, stage.units, weights, gradients):
+        known = stage.topologies or [None] * len(weights)
+        for allocation, units, there, weight, gradient in zip(
+            stage.allocations, stage.units, known, weights, gradients
+        ):
             item = allocation.weight
-            before = tuple(BlockTopology.from_mask(part) for part in units)
+            before = there or tuple(BlockTopology.from_mask(part) for part in units)
             if self.hears and (gradient is None or not bool(gradient.isfinite().all())):
                 draws.append(Draw(item, before, note="no finite gradient reached it, so nothing moved"))
                 continue

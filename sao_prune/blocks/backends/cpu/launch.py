@@ -136,7 +136,11 @@ def call(name: str, *arguments: _Argument) -> None:
 
 
 def call_with(name: str, *arguments: Any) -> None:
-    """The same with addresses in place of tensors, which the caller holds."""
+    """The same with addresses in place of tensors, which the caller holds.
+
+    Raises:
+        MemoryError: if there is none for its buffers.
+    """
     if getattr(library(), name)(*arguments):
         raise MemoryError(f"{name}: no memory for its buffers")
 

@@ -89,7 +89,8 @@ def thousand() -> Iterator[Row]:
                 nn.init.orthogonal_(layer.weight, 1.1)
         if name != "dense":
             method = sao_prune.SAO(topology=name, gain=1.1)
-            sao_prune.apply(model, degree=4, method=method, skip_first=False, seed=0, form="compact")
+            sao_prune.apply(model, degree=4, method=method, skip_first=False, seed=0)
+            sao_prune.compact(model, example_input=x[:128])
         steps = [_train(model, a, b) for a, b in zip(x.split(128), labels.split(128))]
         steps[0]()
         start = clock()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
 from time import perf_counter, thread_time
 from typing import Any, Literal
 
@@ -78,11 +79,21 @@ def with_steps(plan: Plan, chains: Mapping[str, Steps]) -> Plan:
     for name in native & chains.keys():
         steps = chains[name]
         steps = steps if steps.then in native else replace(steps, between=(), then=None)
-        # Up to the first layer that is none of them.
-        count = next((i for i, layer in enumerate(steps.rest[::2]) if layer not in native), len(steps.rest))
-        steps = replace(steps, rest=steps.rest[: 2 * count])
-        new[name] = replace(new[name], steps=steps)
+        new[name] = replace(new[name], steps=replace(steps, rest=()))
+    for name, steps in chains.items():
+        for first, stack in _native_stacks(name, steps, native):
+            new[first] = replace(new[first], steps=stack)
     return replace(plan, choices=new)
+
+
+def _native_stacks(name: str, steps: Steps, native: Set[str]) -> Iterator[tuple[str, Steps]]:
+    """What is left of a stack where some of its layers do not run natively: several, or one that begins later."""
+    layers, behind = (name, *steps.rest[::2]), (steps.activation, *steps.rest[1::2])
+    for is_native, run in groupby(zip_longest(layers, behind), key=lambda pair: pair[0] in native):
+        (first, activation), *rest = run
+        if is_native and rest:
+            members = tuple(member for pair in rest for member in pair if member is not None)
+            yield str(first), Steps(activation=activation, rest=members)
 
 
 def time_model(model: nn.Module, example_input: Any, mode: _Mode, best: float) -> float:

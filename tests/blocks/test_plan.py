@@ -182,3 +182,20 @@ def test_layers_inside_others_are_timed_too(tune, monkeypatch, tmp_path):
         monkeypatch.setattr(tuning if name == "time_layer" else sequences, name, lambda *_: pytest.fail("timed again"))
     assert sao_prune.compact(other, example_input=x, tune=tune).plan == report.plan
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("dense", "lengths"),
+    [((), [6]), ((0,), [5]), ((0, 5), [4]), ((2,), [2, 3]), ((1, 3), [1, 1, 2]), ((0, 1, 4), [2, 1])],
+)
+def test_dense_layers_in_a_row_leave_the_others_together(dense, lengths):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(16, 16), nn.Tanh())))
+    exclude = [str(2 * i) for i in dense]
+    sao_prune.apply(net, groups=4, seed=0, skip_first=False, skip_last=False, exclude=exclude)
+    x = torch.randn(3, 16)
+    y = net(x)
+    sao_prune.compact(net, example_input=x)
+    found = [(len(m.epilogue.names) + 1) // 2 for m in block_layers(net) if m.epilogue]
+    assert found == (lengths if cpu.library() is not None else [])
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from .blocks import BlockModule
 from .blocks.adopt import adopt
 from .blocks.build import settle
-from .blocks.plan import Plan, carry_out, machine, plan_of
+from .blocks.calls import to_contiguous
+from .blocks.plan import carry_out, machine, plan_of
+from .blocks.resume import resume
 from .blocks.swap import Changes, restore
 from .discovery.trace import evaluating
 from .files import replacing
@@ -42,7 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Args:
         model: dense, pruned, baked or compact.
         path: ``*.safetensors``, or ``*.pt``, ``*.pth``, ``*.bin`` for torch's format. Masks take one byte an entry.
-            The first holds the plan of a compact model too, by which `load` runs it again on such a machine.
+            The first holds the plan of a compact model too, by which `load` runs it again on such a machine, with the
+            shapes, types and ranges (no values) of the example input that `compact` was given.
 
     Returns:
         The path.
@@ -85,7 +90,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, prefix: str | None = None) -> Report:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    prefix: str | None = None,
+    example_input: Any = None,
+) -> Report:
     """Fill a model from a dense, pruned or baked checkpoint, in place; if it does not fit, nothing changes.
 
     A pruned checkpoint prunes a dense model with the checkpoint's masks, or replaces the masks of a pruned one. A
@@ -95,15 +107,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
     recognised, a state dict among other things in a checkpoint is found, and weights that the model ties need be
     there once.
 
-    Where a compact checkpoint makes layers compact, their parameters are new ones: make the optimizer afterwards.
+    Where a compact checkpoint makes layers compact, their parameters are new ones: make the optimizer afterwards. That
+    layers compute the norm, activation or linear layer behind them depends on how the model calls them, so then the
+    model is run twice in eval mode, on ``example_input`` or on random values of the shapes that the checkpoint names;
+    what a run does not show to follow a layer is left to itself, and the report's title and a warning say so.
 
     Args:
-        model: the architecture that the checkpoint is of, dense or pruned; the plan of a compact checkpoint has layers
-            compute those that followed them in the model that was saved.
+        model: the architecture that the checkpoint is of, dense or pruned.
         path: ``*.safetensors``, torch's format (``*.pt``, ``*.ckpt``, ..; read with ``weights_only=True``), the
             ``*.index.json`` of a sharded checkpoint, or the folder of one as ``save_pretrained`` writes it.
         strict: refuse missing and unexpected entries; wrong shapes are refused in any case.
         prefix: of the model's entries, where the checkpoint holds others too, which are then left out.
+        example_input: a tensor, tuple or dict to run a compact model on. Needed for epilogues where the checkpoint is
+            in torch's format, of a model that was made compact without one or of an older version, or where several
+            processes share the model, all of which must then load.
 
     Returns:
         `report` of the loaded model.
@@ -111,8 +128,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it cannot be read, or names what does not fit.
+        ValueError: if a compact model fails on the example input; it is then as it was.
 
     Warns:
+        RuntimeWarning: if layers have less of their epilogues than in the model that was saved.
         StaleOptimizerWarning: if an optimizer that was made before holds parameters that are replaced.
 
     Example:
@@ -132,35 +151,26 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True,
     complete_tied(model, state)
     check_held(model, state)
     check_block_layers(model, state)
+    before = plan_of(model)
     try:
         changes = adopt(model, state)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint does not fit the model, which is unchanged: {error}") from None
-    try:
+    title = "model"
+    with ExitStack() as undo:
+        undo.callback(carry_out, model, before)
+        undo.callback(restore, changes)
         warn_replaced(_replaced(changes), "load")
-        _fill(model, state, strict)
-    except BaseException:
-        restore(changes)
-        raise
-    if any(isinstance(module, BlockModule) for module in model.modules()):
-        settle(model)
-        return replace(report(model), title=_carry_out(model, Path(path)))
-    return report(model)
-
-
-def _carry_out(model: nn.Module, path: Path) -> str:
-    """Run the block layers as the checkpoint says, where that was found on such a machine; tells in a title."""
-    text = read_metadata(path).get("plan")
-    if text is None:
-        return "model"
-    try:
-        plan = Plan.from_json(text)
-    except ValueError:
-        return "model; layers run by default: the plan in the checkpoint cannot be read"
-    if plan.machine != machine():
-        return f"model; layers run by default: the plan in the checkpoint is for {plan.machine or 'no machine'}"
-    carry_out(model, plan)
-    return "model; layers run as the checkpoint's plan says"
+        undo.callback(_fill(model, state, strict))
+        if any(isinstance(module, BlockModule) for module in model.modules()):
+            undo.callback(to_contiguous, settle(model))
+            text = read_metadata(Path(path)).get("plan")
+            formats, title, reason = resume(model, text, example_input)
+            undo.callback(to_contiguous, formats)
+            if reason:
+                warnings.warn(f"sao_prune.load: {reason}", RuntimeWarning, stacklevel=2)
+        undo.pop_all()
+    return replace(report(model), title=title)
 
 
 def _replaced(changes: Changes) -> list[nn.Parameter | None]:
@@ -173,8 +183,9 @@ def _replaced(changes: Changes) -> list[nn.Parameter | None]:
     ]
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
-    """Load a state whose block layers are the model's; changes nothing if it does not fit."""
+def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> Callable[[], None]:
+    """Load a state whose block layers are the model's; returns what undoes it, and changes nothing if it does not
+    fit."""
     # A module that is used twice has its entries under both paths, as state_dict has them.
     modules = dict(model.named_modules(remove_duplicate=False))
     computed = _computed_names(modules)
@@ -192,16 +203,27 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
         check_writable(name, parameter)
     backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     snapshot = _prune_like(modules, state, to_prune)
+    undo = partial(_undo_fill, model, snapshot, backup)
     try:
         model.load_state_dict(_versioned(state, model), strict=False)
     except BaseException as error:
-        snapshot.restore()
-        _put_back(model, backup)
+        undo()
         if isinstance(error, Exception):
             raise CheckpointError(f"the model refused the checkpoint and is unchanged: {first_line(error)}") from error
         raise
+    _refresh_all(model)
+    return undo
+
+
+def _undo_fill(model: nn.Module, snapshot: Snapshot, backup: Mapping[str, Tensor]) -> None:
+    snapshot.restore()
+    _put_back(model, backup)
+    _refresh_all(model)
+
+
+def _refresh_all(model: nn.Module) -> None:
     with evaluating(model):  # in train mode some parametrizations change what they have just loaded
-        for module in modules.values():
+        for module in model.modules():
             refresh(module)
 
 

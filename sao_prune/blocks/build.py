@@ -56,10 +56,10 @@ def install(model: nn.Module, draws: Sequence[Draw], hook: type[MaskPruning], se
     settle(model)
 
 
-def settle(model: nn.Module) -> None:
-    """Give the dense convolutions the memory format of the block ones."""
-    if any(isinstance(m, BlockModule) and m.execution.channels_last for m in model.modules()):
-        to_channels_last(model)
+def settle(model: nn.Module) -> list[nn.Module]:
+    """Give the dense convolutions the memory format of the block ones; returns those that had another."""
+    last = any(isinstance(m, BlockModule) and m.execution.channels_last for m in model.modules())
+    return to_channels_last(model) if last else []
 
 
 def _forms(

@@ -9,9 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._torch import tree_leaves
 from ..discovery import Selector
 from ..prune import pruning_hooks, settle_all, unwatch
 from ..replaced import warn_replaced
@@ -19,8 +18,10 @@ from .autotune import Candidate, Tune, default_plan, with_steps
 from .backends import cpu
 from .calls import Calls, record_calls, to_contiguous
 from .candidates import called_in, candidate_of, composites_of, first_of, parts_of, records_of, single_of
+from .confirm import confirmed, difference
 from .eligible import candidates, chosen_of, layers
 from .epilogue import detach
+from .example import Example, keep_example
 from .forms import Ineligible, LayerForm, parameter_of
 from .fusion import chains
 from .modules import BlockComposite, BlockModule
@@ -28,8 +29,6 @@ from .plan import Choice, Plan, Steps, carry_out, plan_of
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, restore
 from .tuning import of_first_rank, tuned
-
-_SMALL = 1e-30
 
 
 def compact(
@@ -57,8 +56,9 @@ def compact(
             or ``"infer"``, and the memory format of convolutions by timing the whole model so, in eval mode; a layer
             that no block form makes faster is skipped. ``None`` uses fixed rules. Timings are kept between runs. In a
             distributed run, where all ranks must call, rank 0 chooses for all.
-        plan: how the layers are to run, from the report of an earlier call; in place of ``tune``. Without an
-            ``example_input`` its epilogues are left out: nothing tells that the layers follow each other as they did.
+        plan: how the layers are to run, from the report of an earlier call; in place of ``tune``. Of its epilogues
+            those are taken that a run on ``example_input`` shows, without one none: nothing else tells that the layers
+            follow each other as they did.
         fuse: whether layers may compute the batch norm, activation or linear layer behind them in one kernel.
         include: glob patterns on module or parameter names, or a predicate ``(name, module) -> bool``; only these
             layers. Block layers that are there already count as chosen.
@@ -91,7 +91,7 @@ def compact(
     try:
         calls: Calls | None = None
         follow: dict[str, Steps] = {}
-        if example_input is not None and fuse and plan is None and cpu.library() is not None:
+        if example_input is not None and fuse and cpu.library() is not None:
             follow, calls = chains(model, single_of(found), example_input, watched)
         elif example_input is not None:
             calls = record_calls(model, watched, example_input)
@@ -119,6 +119,8 @@ def compact(
     if not any(True for module in model.modules() for _ in pruning_hooks(module)):
         for module in model.modules():
             unwatch(module)
+    if example_input is not None:
+        keep_example(model, Example.of(example_input))
     done = plan_of(model, chosen.machine)
     left = {name: choice for name, choice in chosen.choices.items() if choice.execution is None}
     done = replace(done, choices={**left, **done.choices})
@@ -177,10 +179,8 @@ def _chosen(
     kept = {name: Choice(choice.execution) for name, choice in before.choices.items()}
     if plan is not None:
         known = default_plan(candidates)
-        if calls is None:
-            # That its layers follow each other as they did where it was made, only a run tells.
-            plan = replace(plan, choices={name: replace(c, steps=Steps()) for name, c in plan.choices.items()})
-        return replace(plan, choices={**kept, **known.choices, **plan.choices})
+        # That its layers follow each other as they did where it was made, only a run tells.
+        return replace(plan, choices={**kept, **known.choices, **confirmed(plan, follow)})
 
     def complete(own: Plan) -> Plan:
         last = own.channels_last or before.channels_last
@@ -254,27 +254,9 @@ def _nothing(model: nn.Module, records: dict[str, CompactRecord]) -> str:
 
 def _verify(model: nn.Module, example_input: Any, expected: Any) -> None:
     """Refuse a conversion after which the model's outputs differ by more than rounding, relative to their size."""
-    after = record_calls(model, [], example_input).output
-    for number, (new, old) in enumerate(zip(tree_leaves(after), tree_leaves(expected))):
-        if not isinstance(old, Tensor) or not old.is_floating_point():
-            continue
-        tolerance = 1e-3 * (1 if old.dtype in (torch.float32, torch.float64) else 30)
-        error = _relative_error(new, old)
-        if not error <= tolerance:
-            raise ValueError(
-                f"output {number} of the compact model differs from the original's on the example input "
-                f"(by {error:.3g} of its norm, {tolerance:.0e} is allowed); the model was left as it was"
-            )
-
-
-def _relative_error(new: Any, old: Tensor) -> float:
-    """Norm of the difference over that of ``old``; NaN must stand where it stood, and infinities too."""
-    if not isinstance(new, Tensor) or new.shape != old.shape:
-        return float("inf")
-    finite = torch.isfinite(old)
-    if not torch.equal(finite, torch.isfinite(new)):
-        return float("inf")
-    reference = torch.where(finite, old, 0).double()
-    difference = torch.where(finite, new, 0).double() - reference
-    scale = float(reference.norm())
-    return float(difference.norm()) / max(scale, _SMALL)
+    differs = difference(record_calls(model, [], example_input).output, expected)
+    if differs:
+        raise ValueError(
+            f"the compact model's {differs} differs from the original's on the example input; the model was left as "
+            "it was"
+        )

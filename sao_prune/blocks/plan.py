@@ -15,6 +15,7 @@ from .absorbed import activation_name
 from .backends import cpu
 from .calls import to_channels_last
 from .epilogue import Epilogue, Homes, attach, detach, homes_of
+from .example import Example, examples_in
 from .modules import BlockLinear, BlockModule, Execution
 from .stacks import ACTIVATIONS, MOST
 
@@ -50,11 +51,14 @@ class Plan:
         choices: one a layer.
         channels_last: memory format of the dense convolutions.
         machine: where it was timed; ``""`` if it was not.
+        examples: what the model was run on when it was found which modules follow which layers, or a module in it, by
+            path; shapes, types and ranges, no values.
     """
 
     choices: Mapping[str, Choice]
     channels_last: bool = False
     machine: str = ""
+    examples: Mapping[str, Example] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The plan as text.
@@ -65,8 +69,9 @@ class Plan:
             True
         """
         layers = {name: asdict(choice) for name, choice in self.choices.items()}
-        whole = {"version": _VERSION, "machine": self.machine, "channels_last": self.channels_last, "layers": layers}
-        return json.dumps(whole)
+        examples = {path: example.data for path, example in self.examples.items()}
+        whole = {"version": _VERSION, "machine": self.machine, "channels_last": self.channels_last}
+        return json.dumps({**whole, "examples": examples, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -80,7 +85,8 @@ class Plan:
             if whole["version"] != _VERSION:
                 raise ValueError(f"version {whole['version']!r} is not {_VERSION}")
             choices = {str(name): _choice(entry) for name, entry in whole["layers"].items()}
-            return cls(choices, bool(whole["channels_last"]), str(whole["machine"]))
+            examples = {str(path): Example.from_data(data) for path, data in whole.get("examples", {}).items()}
+            return cls(choices, bool(whole["channels_last"]), str(whole["machine"]), examples)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a plan of block layers: {error}") from None
 
@@ -109,7 +115,7 @@ def plan_of(model: nn.Module, machine: str = "") -> Plan:
         if isinstance(module, BlockModule):
             channels_last |= module.execution.channels_last
             choices[path] = Choice(module.execution, steps=_steps(module.epilogue, paths))
-    return Plan(choices, channels_last, machine)
+    return Plan(choices, channels_last, machine, examples_in(model))
 
 
 def _steps(epilogue: Epilogue | None, paths: dict[int, str]) -> Steps:

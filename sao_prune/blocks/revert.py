@@ -13,6 +13,7 @@ from ..prune import RefreshAll, RefreshChildren, pruning_hooks, settle_all, watc
 from ..replaced import warn_replaced
 from .calls import to_contiguous
 from .epilogue import detach
+from .example import keep_example
 from .forms import dense_form
 from .modules import BlockComposite, BlockModule
 from .report import EXPANDED, CompactRecord, CompactReport
@@ -80,6 +81,9 @@ def expand(
             if name:
                 watch(model.get_submodule(name.rpartition(".")[0]), RefreshChildren)
     to_contiguous(model.modules())
+    if not kept:
+        for part in model.modules():
+            keep_example(part, None)
     return CompactReport(tuple(records), EXPANDED)
 
 

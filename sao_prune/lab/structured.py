@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..discovery import ALREADY_PRUNED, Selection, walk
 from .errors import LabError
+from .thinning import Group, Network, torch_pruning_package
 
 
 @dataclass(frozen=True)
@@ -66,24 +64,23 @@ def structured(
         >>> structured(net, torch.zeros(1, 8), flops=0.25).widths  # doctest: +SKIP
         {'0': (32, 8)}
     """
-    pruning = _torch_pruning()
+    pruning = torch_pruning_package()
     if isinstance(flops, bool) or not isinstance(flops, int | float) or not 0 < flops <= 1:
         raise LabError(f"flops is the share of multiply-adds that stays, in (0, 1], got {flops!r}")
     if scope not in ("global", "layer"):
         raise LabError(f"scope must be 'global' or 'layer', got {scope!r}")
-    work = _Network(pruning, model, tuple(example_input.shape[1:]))
+    work = Network(pruning, model, tuple(example_input.shape[1:]))
     groups, fragile = work.groups()
     order = _order(groups, scope == "global")
-    removed = _fewest(lambda count: work.cost_without(_chosen(groups, order[:count])), len(order), flops * work.dense)
+    removed, cost = _search(work, groups, order, flops * work.dense)
     if removed is None:
-        least = work.cost_without(_chosen(groups, order)) / work.dense
+        least = cost / work.dense
         why = f"; its code counts on the channels of {', '.join(fragile[:4])}{', ..' if len(fragile) > 4 else ''}"
         raise LabError(
             f"{type(model).__name__} cannot do with {flops:.2%} of its multiply-adds: with one channel a layer it "
             f"still needs {least:.2%}{why if fragile else ''}; ask for more"
         )
     chosen = _chosen(groups, order[:removed])
-    cost = work.cost_without(chosen)
     smaller = copy.deepcopy(model)
     work.remove(smaller, chosen)
     before, after = _widths(model), _widths(smaller)
@@ -93,142 +90,31 @@ def structured(
     return result
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Channels that go together: ``importance`` of each, at the outputs of the layer ``root``.
+def _search(
+    work: Network, groups: Sequence[Group], order: Sequence[tuple[int, int]], target: float
+) -> tuple[int | None, int]:
+    """How many entries have to go at least, ``None`` if all are too few, and the multiply-adds without so many."""
 
-    Where channels come in equal sets (grouped convolutions, group norm), entry ``i`` stands for channel ``i`` of
-    each of the ``sets``.
-    """
+    def estimated(count: int) -> int:
+        return work.cost({group: len(entries) for group, entries in _chosen(groups, order[:count])})
 
-    root: str
-    importance: Tensor
-    sets: int
+    def exact(count: int) -> int:
+        return work.cost_without(_chosen(groups, order[:count]))
 
-    def channels(self, chosen: Sequence[int]) -> list[int]:
-        """Output channels of the root behind some of the entries."""
-        return sorted(i + s * len(self.importance) for i in chosen for s in range(self.sets))
-
-
-class _Network:
-    """A network, what can be removed from it, and what it would cost then."""
-
-    def __init__(self, pruning: Any, model: nn.Module, shape: tuple[int, ...]) -> None:
-        self._pruning, self._model, self._shape = pruning, model, shape
-        self._hollow = copy.deepcopy(model).to("meta").eval()
-        self._outputs, self.dense = self._count(self._hollow)
-
-    def groups(self) -> tuple[list[_Group], list[str]]:
-        """The groups of channels that can be thinned, and the root layers of those that cannot."""
-        model = copy.deepcopy(self._model)
-        names = {id(module): name for name, module in model.named_modules()}
-        weights = walk(model, Selection(skip_first=False, skip_last=False))
-        masked = [w.name for w in weights if w.reason == ALREADY_PRUNED]
-        if masked:
-            raise LabError(f"{masked[0]} has a mask already: the structured baseline starts from a dense network")
-        last = [model.get_submodule(w.module) for w in weights if w.last]
-        graph = self._graph(model)
-        found, fragile = [], []
-        for group in graph.get_all_groups(ignored_layers=last, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]):
-            root, sets = names[id(group[0][0].target.module)], _sets(group)
-            scores = self._importance(group)
-            if scores is None or len(scores) % sets:
-                fragile.append(root)
-            elif len(scores) > sets:
-                found.append(_Group(root, scores.view(sets, -1).mean(0), sets))
-        kept = self._thinnable(found)
-        return kept, fragile + [g.root for g in found if g not in kept]
-
-    def _importance(self, group: Any) -> Tensor | None:
-        """Of each channel, relative to the group's mean; ``None`` where the package cannot tell it."""
-        try:
-            scores = self._pruning.importance.GroupMagnitudeImportance(p=2)(group)
-        except (IndexError, RuntimeError):
-            return None
-        return None if scores is None else torch.nan_to_num(scores.detach().cpu().double(), nan=1.0)
-
-    def _thinnable(self, groups: list[_Group]) -> list[_Group]:
-        """Those without whose first channels the network still runs, to outputs of the same shape."""
-        try:
-            self.cost_without([(g, [0]) for g in groups])
-            return groups
-        except LabError:
-            half = len(groups) // 2
-            return [*self._thinnable(groups[:half]), *self._thinnable(groups[half:])] if half else []
-
-    def cost_without(self, chosen: Sequence[tuple[_Group, Sequence[int]]]) -> int:
-        """Multiply-adds of the network without these channels; nothing is computed and the model stays whole.
-
-        Raises:
-            LabError: if it does not run without them.
-        """
-        hollow = copy.deepcopy(self._hollow)
-        self.remove(hollow, chosen)
-        outputs, cost = self._count(hollow)
-        if outputs != self._outputs:
-            raise LabError(f"{type(hollow).__name__} gives {outputs} without some channels, not {self._outputs}")
-        return cost
-
-    def _count(self, hollow: nn.Module) -> tuple[tuple[int, ...], int]:
-        """The shape of the outputs for one example, and the multiply-adds, by torch's own counter."""
-        try:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                outputs = hollow(torch.zeros(1, *self._shape, device="meta"))
-            return tuple(outputs.shape), counter.get_total_flops() // 2
-        except Exception as error:
-            raise LabError(f"{type(hollow).__name__} does not run on {self._shape}: {error}") from error
-
-    def remove(self, model: nn.Module, chosen: Sequence[tuple[_Group, Sequence[int]]]) -> None:
-        """Remove channels from a copy of the network."""
-        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        graph = self._graph(model)
-        for group, entries in chosen:
-            root = model.get_submodule(group.root)
-            function = graph.get_pruner_of_module(root).prune_out_channels
-            try:
-                graph.get_pruning_group(root, function, group.channels(entries)).prune()
-            except Exception as error:
-                raise LabError(f"torch-pruning cannot thin {group.root}: {error}") from error
-        for name in frozen:
-            model.get_parameter(name).requires_grad_(False)
-
-    def _graph(self, model: nn.Module) -> Any:
-        """How the channels of a copy depend on each other; it is read from autograd's graph, so all must ask for it."""
-        example = torch.zeros(1, *self._shape, device=next(model.parameters()).device)
-        training = {module: module.training for module in model.modules()}
-        model.eval().requires_grad_(True)
-        try:
-            with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-                warnings.simplefilter("ignore")
-                return self._pruning.DependencyGraph().build_dependency(model, example_inputs=example)
-        except Exception as error:
-            raise LabError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-
-
-def _torch_pruning() -> Any:
     try:
-        import torch_pruning
-    except ImportError as error:
-        raise LabError("the structured baseline needs torch-pruning: pip install 'sao-prune[torch-pruning]'") from error
-    return torch_pruning
+        removed = _fewest(estimated, len(order), target)
+        count = len(order) if removed is None else removed
+        cost = exact(count)
+        if cost == estimated(count):
+            return removed, cost
+    except LabError:
+        pass
+    # Entries of a group change sizes otherwise than its first one.
+    removed = _fewest(exact, len(order), target)
+    return removed, exact(len(order) if removed is None else removed)
 
 
-def _sets(group: Any) -> int:
-    """In how many equal sets the channels of a group come; all sets must lose the same ones."""
-    sets = 1
-    for dependency, _ in group:
-        module = dependency.target.module
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups not in (1, module.out_channels):
-            sets = max(sets, module.groups)
-        elif isinstance(module, nn.GroupNorm):
-            sets = max(sets, module.num_groups)
-    return sets
-
-
-def _order(groups: Sequence[_Group], over_all: bool) -> list[tuple[int, int]]:
+def _order(groups: Sequence[Group], over_all: bool) -> list[tuple[int, int]]:
     """``(group, entry)`` in the order of removal; the best entry of each group is not there."""
     ranked = []
     for place, group in enumerate(groups):
@@ -240,14 +126,14 @@ def _order(groups: Sequence[_Group], over_all: bool) -> list[tuple[int, int]]:
     return [(place, entry) for _, _, place, entry in sorted(ranked)]
 
 
-def _chosen(groups: Sequence[_Group], entries: Sequence[tuple[int, int]]) -> list[tuple[_Group, list[int]]]:
+def _chosen(groups: Sequence[Group], entries: Sequence[tuple[int, int]]) -> list[tuple[Group, list[int]]]:
     by_group: dict[int, list[int]] = {}
     for place, entry in entries:
         by_group.setdefault(place, []).append(entry)
     return [(groups[place], chosen) for place, chosen in by_group.items()]
 
 
-def _fewest(cost: Any, most: int, target: float) -> int | None:
+def _fewest(cost: Callable[[int], int], most: int, target: float) -> int | None:
     """The least count whose cost is at most the target; ``None`` if even the highest costs more."""
     low, high = 0, most
     if cost(high) > target:

@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sao_prune.lab.errors import LabError
 from sao_prune.lab.structured import _fewest, structured
+from sao_prune.lab.thinning import Network
 
 timm = pytest.importorskip("timm")
 import sao_prune.models  # noqa: E402 - registers the networks
@@ -97,6 +100,46 @@ def test_as_few_channels_go_as_meet_the_share():
     assert _fewest(lambda count: calls.append(count) or 100 - count, 100, 37) == 63
     assert len(calls) < 10
     assert _fewest(lambda count: 100 - count, 50, 37) is None
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=300), st.integers(-1, 1001))
+def test_the_fewest_are_found_of_any_falling_costs(costs, target):
+    costs = sorted(costs, reverse=True)
+    found = _fewest(costs.__getitem__, len(costs) - 1, target)
+    assert found == next((i for i, cost in enumerate(costs) if cost <= target), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("sao_resnet", {"depth": 8}, (3, 32, 32)), ("test_efficientnet", {}, (3, 64, 64)),
+        ("test_vit", {"img_size": 32}, (3, 32, 32)), ("test_byobnet", {}, (3, 64, 64)),
+    ],
+)  # fmt: skip
+def test_costs_are_those_of_the_thinned_network(name, options, shape):
+    torch_pruning = pytest.importorskip("torch_pruning")
+    work = Network(torch_pruning, timm.create_model(name, **options), shape)
+    groups, _ = work.groups()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        counts = {g: int(torch.randint(len(g.importance), (), generator=generator)) for g in groups}
+        exact = work.cost_without([(g, range(count)) for g, count in counts.items() if count])
+        assert work.cost(counts) == exact < work.dense
+    assert work.cost({}) == work.dense
+
+
+@pytest.mark.parametrize("fault", [lambda self, counts: self.dense, lambda self, counts: 1, None])
+def test_costs_that_are_no_good_are_not_relied_on(fault, monkeypatch):
+    needs_package()
+
+    def fails(self, counts):
+        raise LabError("does not run")
+
+    torch.manual_seed(0)
+    wanted = structured(mlp(), torch.zeros(1, 8), flops=0.3).widths
+    torch.manual_seed(0)
+    monkeypatch.setattr(Network, "cost", fault or fails)
+    assert structured(mlp(), torch.zeros(1, 8), flops=0.3).widths == wanted
 
 
 def test_orthogonal_layers_are_thinned_alike():

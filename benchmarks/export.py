@@ -21,6 +21,7 @@ from timing import Times, race
 from torch import nn
 
 import sao_prune
+from sao_prune.lab.processors import affinities, apart, staying
 
 SPARSITY = 0.96875
 THREADS = 2
@@ -34,8 +35,9 @@ TARGETS = {
 HEADER = """# Exported models
 
 {sparsity:.3%} sparsity, {topologies}, {threads} threads, {machine}; onnxruntime {ort}, openvino {ov}. Median
-milliseconds of {repeats} runs, all ways in turn. Ratios are to the dense model in the same runtime. Written by
-`python benchmarks/export.py`.
+milliseconds of {repeats} runs, all ways in turn, each in a session of its own with the runtime's default settings but
+for ONNX Runtime's threads, which have a processor each and stop spinning when a run is done. Ratios
+are to the dense model in the same runtime. Written by `python benchmarks/export.py`.
 
 | model | batch | runtime | form | dense, ms | compact, ms | ratio | target | largest error | file, MB (dense) |
 |---|---:|---|---|---:|---:|---:|---:|---:|---:|
@@ -58,8 +60,11 @@ def _network(name: str, topology: str | None) -> nn.Module:
 def _onnxruntime(path: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = THREADS, 1
-    # Spinning threads would take the cores from the way that is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads spin while a session runs, as they do by default, and stop when it is done: they would take the cores from
+    # the way that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if apart(THREADS):
+        options.add_session_config_entry("session.intra_op_thread_affinities", affinities(apart(THREADS)))
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]
@@ -118,7 +123,9 @@ def _rows(name: str, forms: Sequence[str], options: argparse.Namespace, folder: 
         for batch in options.batch:
             given = x[:batch].numpy()
             errors = {form: _difference(run(given), wanted[form][:batch]) for form, run in runs.items()}
-            times = race({form: _call(run, given) for form, run in runs.items()}, options.repeats, warm_up=1)
+            # OpenVINO places its threads itself.
+            with staying(apart(THREADS) if runtime == "ONNX Runtime" else []):
+                times = race({form: _call(run, given) for form, run in runs.items()}, options.repeats, warm_up=1)
             target = TARGETS.get(name, (None,) * 3)[2 if runtime == "OpenVINO" else int(batch < 8)]
             for form in own:
                 if form != "dense":

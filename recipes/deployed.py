@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 import sao_prune
 from sao_prune.lab.data import Dataset
+from sao_prune.lab.processors import affinities, apart, staying
 
 
 @dataclass
@@ -86,8 +85,7 @@ def measure(
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     processors = apart(threads)
     if processors:
-        others = ";".join(str(number + 1) for number in processors[1:])
-        settings.add_session_config_entry("session.intra_op_thread_affinities", others)
+        settings.add_session_config_entry("session.intra_op_thread_affinities", affinities(processors))
     sessions = {}
     for name, model in models.items():
         path = folder / f"{name}.onnx"
@@ -112,36 +110,12 @@ def measure(
             if name in last:
                 calls[name, "last"] = partial(logits, last[name], batch.contiguous(memory_format=torch.channels_last))
         # One after the other, as each has threads of its own.
-        with staying(processors[:1]):
+        with staying(processors):
             runtime = timed(runs, repeats)
         found = timed(calls, repeats)
         for name, row in rows.items():
             row.runtime[size] = runtime[name]
             row.eager[size] = min(found[name, "eager"], found.get((name, "last"), inf))
-
-
-def apart(threads: int) -> list[int]:
-    """A processor for each thread; none where that cannot be chosen, or there are too few.
-
-    A call's threads wait for each other. On virtual machines, where processors share no cache that the scheduler knows
-    of, it wakes them on one and the same, and a call of half a millisecond takes four.
-    """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return allowed[:threads] if 1 < threads <= len(allowed) else []
-
-
-@contextmanager
-def staying(processors: Sequence[int]) -> Iterator[None]:
-    """This thread runs on these processors alone, and afterwards where it ran before; an empty list changes nothing."""
-    if not processors:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, processors)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def channels_last(model: nn.Module) -> nn.Module:

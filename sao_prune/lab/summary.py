@@ -54,6 +54,9 @@ class Row:
             below two seeds in common.
         rates: the grid that ``lr`` was chosen from; empty where it leaves no choice.
         accuracies: of the finished final runs, in the order of the recipe's seeds; ``seeds`` are theirs.
+        losses: of the same runs on the test set, nats; ``None`` where one is not finite.
+        speeds: optimizer steps a second of the same runs, by the wall clock and by the processor's time over all
+            threads; empty where a run did not record its steps.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
         robustness: fractions of the same runs by what was measured: ``clean``, ``PGD``, ``worst case``,
@@ -78,6 +81,8 @@ class Row:
     curves: tuple[tuple[float, ...], ...]
     spectrum: Record | None
     notes: tuple[str, ...]
+    losses: tuple[float | None, ...] = ()
+    speeds: tuple[tuple[float, float], ...] = ()
     against_sao: Paired | None = None
     robustness: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     robustness_against_sao: Mapping[str, Paired | None] = field(default_factory=dict)
@@ -195,8 +200,17 @@ def _row(configuration: Configuration, records: Mapping[str, Record]) -> Row:
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
         spectrum=measured,
         notes=tuple(_notes(configuration, lr, done, first)),
+        losses=tuple(result["loss"] for result in done),
+        speeds=tuple(_speeds(done)),
         robustness=_robustness(configuration, done),
     )
+
+
+def _speeds(done: Sequence[Record]) -> Iterator[tuple[float, float]]:
+    """Steps a second by both clocks, of every run or of none; the dense phase of a -T method is not among them."""
+    if all(result.get("steps") and min(result["seconds"], result["cpu_seconds"]) > 0 for result in done):
+        for result in done:
+            yield result["steps"] / result["seconds"], result["steps"] / result["cpu_seconds"]
 
 
 def _robustness(configuration: Configuration, done: Sequence[Record]) -> dict[str, tuple[float, ...]]:

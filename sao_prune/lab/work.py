@@ -159,6 +159,7 @@ class Worker:
             "loss": history.test_loss[-1],
             "seconds": history.seconds,
             "cpu_seconds": history.cpu_seconds,
+            "steps": spec.steps(len(data.train_y)) // spec.epochs * history.epochs,
             "execution": history.execution,
             "curve": {key: getattr(history, key) for key in ("accuracy", "test_loss", "train_loss", "lr")},
             **self._robustness(trial, model, data),

@@ -385,3 +385,27 @@ def test_contrast_of_text_and_lines(scheme: str) -> None:
     assert given["--ink"] == (DARK if scheme == "dark" else LIGHT)["ink"]
     for front, back, least in text_pairs():
         assert contrast(given[front], given[back]) >= least, (front, back)
+
+
+def test_loss_speed_and_memory_where_steps_were_recorded(ran: Ran) -> None:
+    folder = ran(PLAIN)
+    assert "steps / s" not in markdown(folder)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["cell"]["kind"] != "spectrum":
+            line["result"] |= {"steps": 30, "loss": 1.0 + line["cell"]["seed"]}
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = markdown(folder)
+    assert "| method | test loss, nats | steps / s | steps / CPU s | weights kB |" in text
+    assert "| SAO | 1.500 ± 0.707 | 3.0 | 1.5 | 0.2 |" in text
+    row = dict(zip(*((folder / "results.csv").read_text().split("\n")[at].split(",") for at in (0, 2))))
+    assert (float(row["loss_mean"]), float(row["steps_per_second_median"])) == (1.5, 3.0)
+    lines[-1]["result"]["loss"] = None
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| GMP-T | - | 3.0 | 1.5 | 0.2 |" in markdown(folder)
+
+
+def markdown(folder: Path) -> str:
+    """The report, written anew."""
+    write_report(folder, pytest.fail)
+    return (folder / "report.md").read_text()

@@ -12,6 +12,7 @@ from .compared import print_comparison, write_comparison
 from .costs import cost_chart
 from .curves import accuracy_chart, spectrum_chart
 from .drawing import draw_png, styles
+from .pace import PACE_FIELDS
 from .pages import html_page, markdown_text
 from .spreadsheet import csv_text
 from .table import FIELDS
@@ -47,7 +48,7 @@ def write_report(folder: Path, warn: Callable[[str], None]) -> Summary:
         else:
             draw_png(chart, path, summary.heading, style)
             charts.append(chart)
-    fields = {**FIELDS, **attacked_fields(summary.rows)}
+    fields = {**FIELDS, **PACE_FIELDS, **attacked_fields(summary.rows)}
     write_atomically(folder / "results.csv", csv_text(fields, summary.rows))
     write_atomically(folder / "report.md", markdown_text(summary, charts))
     write_atomically(folder / "report.html", html_page(summary, charts, style))

@@ -15,6 +15,7 @@ from .attacked import attacked
 from .chart import Chart
 from .drawing import DARK, LIGHT, Styles, draw_svgs, draw_swatch
 from .names import full_names
+from .pace import paces
 from .table import groups
 from .views import choices, results
 from .words import caption, choice, command, compute, facts, progress, remarks
@@ -49,7 +50,7 @@ def _content(summary: Summary, charts: Sequence[Chart]) -> dict[str, Any]:
         "caption": caption(summary),
         "headlines": [chart for chart in charts if chart.headline],
         "others": [chart for chart in charts if not chart.headline],
-        "results": [view for group in found for view in (results(group), *attacked(group))],
+        "results": [view for group in found for view in (results(group), *attacked(group), *paces(group))],
         "choice": choice(summary),
         "choices": choices(found),
         "names": full_names(summary.rows),

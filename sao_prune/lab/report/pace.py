@@ -1,0 +1,75 @@
+"""The table of the loss, the speed and the memory of trainings, where they were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean, median, stdev
+
+from ..summary import Row
+from .names import full_names
+from .table import Block, Group, number, row_title, stored_bytes
+from .views import Line, Part, Table, Text
+
+_HEAD = ("method", "test loss, nats", "steps / s", "steps / CPU s", "weights kB")
+
+
+def paces(group: Group) -> list[Table]:
+    """The table of one network, in a list; an empty list where a finished row did not record its steps.
+
+    Loss is the cross-entropy in nats, mean and standard deviation over the seeds; speeds are medians; weights are the
+    parameters that are not zero, four bytes each.
+    """
+    finished = [row for row in group.rows if row.accuracies]
+    if not finished or not all(row.speeds for row in finished):
+        return []
+    names = full_names(group.rows)
+
+    def line(row: Row) -> Line:
+        title = row.configuration.method.title
+        wall, processor = (typical_speed(row, clock) for clock in (0, 1))
+        size = stored_bytes(row)
+        kilobytes = number(None if size is None else size / 1e3, ",.1f")
+        cells = (_loss(row), number(wall, ".1f"), number(processor, ".1f"), kilobytes)
+        return Line(title, names[title], row_title(row), tuple(map(Text, cells)))
+
+    def part(block: Block) -> Part:
+        return Part(block.title, tuple(map(line, block.rows)))
+
+    title = f"{group.title}, loss and speed" if group.title else "Loss and speed"
+    return [Table(title, title, _HEAD, tuple(map(part, group.blocks)))]
+
+
+def mean_loss(row: Row) -> float | None:
+    """Mean test loss over the seeds, nats; none where one is not finite."""
+    losses = _finite(row)
+    return fmean(losses) if losses else None
+
+
+def loss_spread(row: Row) -> float | None:
+    """Its sample standard deviation."""
+    losses = _finite(row)
+    return stdev(losses) if len(losses) > 1 else None
+
+
+def typical_speed(row: Row, clock: int) -> float | None:
+    """Median steps a second by the wall clock (0) or by processor time (1)."""
+    return median(speeds[clock] for speeds in row.speeds) if row.speeds else None
+
+
+def _finite(row: Row) -> list[float]:
+    losses = [loss for loss in row.losses if loss is not None]
+    return losses if len(losses) == len(row.losses) else []
+
+
+def _loss(row: Row) -> str:
+    spread = loss_spread(row)
+    return number(mean_loss(row), ".3f") + ("" if spread is None else f" ± {spread:.3f}")
+
+
+# Further columns of results.csv.
+PACE_FIELDS: dict[str, Callable[[Row], object]] = {
+    "loss_mean": mean_loss,
+    "loss_sd": loss_spread,
+    "steps_per_second_median": lambda row: typical_speed(row, 0),
+    "steps_per_cpu_second_median": lambda row: typical_speed(row, 1),
+}

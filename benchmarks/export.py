@@ -6,7 +6,6 @@ Writes ``benchmarks/EXPORT.md``.
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch import nn
 
 import sao_prune
 from sao_prune.lab.processors import affinities, apart, staying
+from sao_prune.lab.work import processor_name
 
 SPARSITY = 0.96875
 THREADS = 2
@@ -177,7 +177,7 @@ def main() -> None:
     except ImportError:
         openvino_version = "not installed"
     head = HEADER.format(
-        sparsity=SPARSITY, topologies=" and ".join(options.topology), threads=THREADS, machine=platform.machine(),
+        sparsity=SPARSITY, topologies=" and ".join(options.topology), threads=THREADS, machine=processor_name(),
         ort=onnxruntime.__version__, ov=openvino_version.split("-")[0], repeats=options.repeats,
     )  # fmt: skip
     options.output.write_text(head + "\n".join(lines) + "\n")

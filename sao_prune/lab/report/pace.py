@@ -26,7 +26,7 @@ def paces(group: Group) -> list[Table]:
 
     def line(row: Row) -> Line:
         title = row.configuration.method.title
-        wall, processor = (typical_speed(row, clock) for clock in (0, 1))
+        wall, processor = (_typical_speed(row, clock) for clock in (0, 1))
         size = stored_bytes(row)
         kilobytes = number(None if size is None else size / 1e3, ",.1f")
         cells = (_loss(row), number(wall, ".1f"), number(processor, ".1f"), kilobytes)
@@ -39,19 +39,19 @@ def paces(group: Group) -> list[Table]:
     return [Table(title, title, _HEAD, tuple(map(part, group.blocks)))]
 
 
-def mean_loss(row: Row) -> float | None:
+def _mean_loss(row: Row) -> float | None:
     """Mean test loss over the seeds, nats; none where one is not finite."""
     losses = _finite(row)
     return fmean(losses) if losses else None
 
 
-def loss_spread(row: Row) -> float | None:
+def _loss_spread(row: Row) -> float | None:
     """Its sample standard deviation."""
     losses = _finite(row)
     return stdev(losses) if len(losses) > 1 else None
 
 
-def typical_speed(row: Row, clock: int) -> float | None:
+def _typical_speed(row: Row, clock: int) -> float | None:
     """Median steps a second by the wall clock (0) or by processor time (1)."""
     return median(speeds[clock] for speeds in row.speeds) if row.speeds else None
 
@@ -62,14 +62,14 @@ def _finite(row: Row) -> list[float]:
 
 
 def _loss(row: Row) -> str:
-    spread = loss_spread(row)
-    return number(mean_loss(row), ".3f") + ("" if spread is None else f" ± {spread:.3f}")
+    spread = _loss_spread(row)
+    return number(_mean_loss(row), ".3f") + ("" if spread is None else f" ± {spread:.3f}")
 
 
 # Further columns of results.csv.
 PACE_FIELDS: dict[str, Callable[[Row], object]] = {
-    "loss_mean": mean_loss,
-    "loss_sd": loss_spread,
-    "steps_per_second_median": lambda row: typical_speed(row, 0),
-    "steps_per_cpu_second_median": lambda row: typical_speed(row, 1),
+    "loss_mean": _mean_loss,
+    "loss_sd": _loss_spread,
+    "steps_per_second_median": lambda row: _typical_speed(row, 0),
+    "steps_per_cpu_second_median": lambda row: _typical_speed(row, 1),
 }

@@ -34,7 +34,7 @@ class _Layer(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _described(layouts: tuple[Layout, ...], acts: tuple[str, ...]) -> tuple[ctypes.Array[_Layer], int]:
     """The layers, whose tables the layouts hold, and the most channels of one."""
     sizes = [(a.sources, a.channels, a.groups, a.rows, a.cols) for a in layouts]

@@ -42,7 +42,7 @@ class Candidate:
 def default_execution(block: BlockModule) -> Execution:
     """The rule without timing: the native kernels where there are any for it; else blocks as they are, convolutions
     with up to 8 channels a group merged, channels last."""
-    if suits_native(block):
+    if suits_native(block, isinstance(block, BlockConv2d)):
         return Execution(native=True, channels_last=isinstance(block, BlockConv2d))
     if not isinstance(block, BlockConv):
         return Execution()
@@ -58,12 +58,12 @@ def run_by_rule(block: nn.Module) -> None:
         layer.run_as(Execution(dense=True) if small else default_execution(layer))
 
 
-def suits_native(block: BlockModule) -> bool:
-    """Whether the native kernels can run a layer."""
+def suits_native(block: BlockModule, channels_last: bool = False) -> bool:
+    """Whether the native kernels can run a layer, in a memory format."""
     blocks = block.blocks
     if blocks.dtype is not torch.float32 or not blocks.is_cpu or blocks.numel() == 0:
         return False
-    return (not isinstance(block, BlockConv) or block.suits_native) and cpu.library() is not None
+    return (not isinstance(block, BlockConv) or block.suits_native(channels_last)) and cpu.library() is not None
 
 
 def default_plan(candidates: Sequence[Candidate]) -> Plan:
@@ -119,7 +119,7 @@ def time_model(model: nn.Module, example_input: Any, mode: _Mode, best: float) -
 def executions(block: BlockModule) -> list[Execution]:
     """The ways a layer can run, likely good ones first."""
     layouts = [True, False] if isinstance(block, BlockConv2d) else [False]
-    native = [Execution(native=True, channels_last=layout) for layout in layouts] if suits_native(block) else []
+    native = [Execution(native=True, channels_last=layout) for layout in layouts if suits_native(block, layout)]
     if not isinstance(block, BlockConv):
         return [*native, Execution(), Execution(dense=True)]
     first = _merge_to(block, _NARROWEST)

@@ -19,16 +19,16 @@ from .dispatch import Definition, Operator, define
 from .functional import MATRIX, Geometry, keeps_derivative
 from .layout import Layout, layout_of
 from .operands import check_memory, check_results, packed, packed_behind, unpacked
-from .permutation import is_column_major
+from .permutation import is_channels_last, is_column_major
 
 Found = Sequence[Tensor | None]
 
 
-def _is_native(backend: str, weight: Tensor, geometry: Geometry, *tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels serve a product with such a weight."""
-    if backend != "cpu" or not cpu.ready(weight, *tensors):
+def _is_native(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> bool:
+    """Whether the compiled kernels serve such a product."""
+    if backend != "cpu" or not cpu.ready(x, weight, *others):
         return False
-    return not geometry.stride or cpu.suits(weight.shape[3:], geometry)
+    return not geometry.stride or cpu.suits(weight.shape[3:], geometry, is_channels_last(x))
 
 
 def backend_for(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None) -> Any:
@@ -36,7 +36,7 @@ def backend_for(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, *ot
     own = registry.suited(x, weight, geometry, *others)
     if own is not None:
         return own
-    if _is_native(backend, weight, geometry, x, *others):
+    if _is_native(backend, x, weight, geometry, *others):
         return cpu
     return cuda if (x.is_cuda or backend == "triton") and cuda.suits(x, weight, geometry, *others) else plain
 
@@ -225,7 +225,7 @@ def _is_fused(backend: str, x: Tensor, w1: Tensor, layout1: Layout, w2: Tensor, 
     """Whether the compiled kernels serve both layers at once, and no registered backend either of them."""
     # Its results are rows, or tokens that lie transposed.
     columns = x.dim() == 2 and is_column_major(x)
-    if columns or not _is_native(backend, w1, MATRIX, x, w2, *others):
+    if columns or not _is_native(backend, x, w1, MATRIX, w2, *others):
         return False
     if not registry.registered():
         return True

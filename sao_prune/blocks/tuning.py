@@ -62,7 +62,7 @@ def tuned(
         convert: makes the model compact by a plan and returns what undoes it.
     """
     here = machine()
-    cache = TuningCache(here)
+    cache = TuningCache(f"{here}, {cpu.version()}")
     undo = convert(default_plan(candidates))
     try:
         compact_calls = record_calls(model, [c.module for c in (*candidates, *parts)], example_input)

@@ -70,7 +70,7 @@ def test_a_kernel_as_large_as_the_image(dims, topology, kernel, channels_last, b
 def test_images_by_the_kernels(topology, kernel, dilation, space, channels_last, bias):
     layer, dense = _pair(2, topology, kernel, bias=bias, padding="same", dilation=dilation)
     layer.run_as(NATIVE)
-    assert layer.suits_native
+    assert layer.suits_native(channels_last)
     x = torch.randn(space[0], layer.in_channels, *space[1:])
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -93,17 +93,52 @@ def test_signals_by_the_kernels(topology, kernel, length):
 
 
 @needs_compiler
+@given(
+    topologies(40),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    st.sampled_from([1, 2, 3]),
+    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_strides_by_the_kernels(topology, kernel, stride, padding, dilation, space, bias):
+    least = [dilation * (k - 1) + 1 - 2 * p for k, p in zip(kernel, padding)]
+    space = space[0], max(space[1], least[0], 1), max(space[2], least[1], 1)
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    layer, dense = _pair(2, topology, kernel, bias=bias, **options)
+    layer.run_as(NATIVE)
+    assert layer.suits_native(channels_last=True)
+    x = torch.randn(space[0], layer.in_channels, *space[1:]).contiguous(memory_format=torch.channels_last)
+    assert_same(layer, dense, x, tolerance=1e-2)
+    stride = layer(x).stride()
+    layer.run_as(Execution())
+    if min(x.shape[1:]) > 1 and layer.out_channels > 1:
+        assert layer(x).stride() == stride
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 2}, {"padding": 1, "padding_mode": "circular"}],
+    [
+        {"stride": 2, "padding": 1},
+        {"padding": 0},
+        {"padding": 2},
+        {"padding": 1, "padding_mode": "circular"},
+        {"stride": 5, "padding": 1},
+        {"stride": (1, 2), "padding": "valid"},
+    ],
     ids=str,
 )
-def test_other_geometries_run_by_torch(options):
+def test_other_geometries(options, channels_last):
     layer, dense = _pair(2, interleaved(8, 12, 4), 3, **options)
     layer.run_as(NATIVE)
-    circular = options.get("padding_mode") == "circular"
-    assert not layer.suits_native or circular
-    assert_same(layer, dense, torch.randn(2, 12, 9, 9), tolerance=1e-3)
+    assert layer.suits_native(channels_last) == (channels_last and options.get("stride") != 5)
+    x = torch.randn(2, 12, 9, 9)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    assert_same(layer, dense, x, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -170,10 +170,9 @@ class BlockConv(BlockModule):
         y: Tensor = operators.block_conv(*own, *sets, activation, self.execution.backend, *options)[0]
         return y
 
-    @property
-    def suits_native(self) -> bool:
-        """Whether the native kernels know this geometry."""
-        return cpu.suits(self.kernel_size, self.geometry)
+    def suits_native(self, channels_last: bool) -> bool:
+        """Whether the native kernels know this geometry, for images in a memory format."""
+        return cpu.suits(self.kernel_size, self.geometry, channels_last)
 
     def extra_repr(self) -> str:
         """Shape, geometry, blocks and execution."""

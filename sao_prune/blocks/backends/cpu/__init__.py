@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import SWITCH, cache_folder, is_switched_off, library, processor, why_unavailable
+from .build import SWITCH, cache_folder, is_switched_off, library, processor, version, why_unavailable
 from .launch import is_there, ready
 from .linear import backward, forward, suits
 from .memory import release_memory
@@ -30,5 +30,6 @@ __all__ = [
     "stack_forward",
     "stack_suits",
     "suits",
+    "version",
     "why_unavailable",
 ]

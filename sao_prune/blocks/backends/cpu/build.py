@@ -16,13 +16,13 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("rows.c", "planes.c", "mlp.c", "stack.c", "norm.c")
-_HEADERS = ("panel.h", "inner.h", "moments.h", "act.h", "vector.h")
+_HEADERS = ("panel.h", "inner.h", "geometry.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "SAO_PRUNE_NATIVE"
 _log = logging.getLogger(__name__)
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-_GEOMETRY = [_long] * 12 + [_pointer] * 2
+_GEOMETRY = [_long] * 16 + [_pointer] * 2
 _FORWARD = [_int] + [_pointer] * 3
 _MLP = [_long] * 5 + ([_long] * 3 + [_pointer] * 2) * 2 + [_int, _long, _int, _int]
 _SIGNATURES = {
@@ -60,6 +60,12 @@ def library() -> ctypes.CDLL | None:
 
 
 _reason: str | None = None
+
+
+def version() -> str:
+    """What tells these kernels from others: source, compiler and instruction set; ``""`` where there are none."""
+    loaded = library()
+    return "" if loaded is None else Path(loaded._name).stem
 
 
 def why_unavailable() -> str | None:

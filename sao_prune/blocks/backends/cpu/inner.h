@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "act.h"
+#include "geometry.h"
 
 /* ---- The two inner loops ------------------------------------------------------------------------------------- */
 
@@ -172,21 +173,29 @@ static void turn(const float *w, int size, long columns, float *packed) {
         for (int i = 0; i < size; i++) packed[j * size + i] = w[i * columns + j];
 }
 
-/* The weight of one group, (rows, cols, taps), as tiles of sources; `back` swaps its two sides and turns the taps. */
-static void lay_out(const float *w, shape s, int back, float *packed) {
-    long rows = back ? s.cols : s.rows, cols = back ? s.rows : s.cols, first = 0;
-    for (int t = 0; t < tiles(rows); t++) {
-        int size = tile_size(rows, t);
-        if (!back)
-            turn(w + first * cols * s.taps, size, cols * s.taps, packed);
-        else
-            for (long j = 0; j < cols; j++)
-                for (long k = 0; k < s.taps; k++)
-                    for (int i = 0; i < size; i++)
-                        packed[(j * s.taps + k) * size + i] = w[(j * s.cols + first + i) * s.taps + s.taps - 1 - k];
-        packed += size * cols * s.taps, first += size;
+/* The weight of one group, (rows, cols, taps), as tiles of sources. */
+static void lay_out(const float *w, shape s, float *packed) {
+    long first = 0;
+    for (int t = 0; t < tiles(s.rows); t++) {
+        int size = tile_size(s.rows, t);
+        turn(w + first * s.cols * s.taps, size, s.cols * s.taps, packed);
+        packed += size * s.cols * s.taps, first += size;
     }
 }
+
+/* The same with its two sides swapped, and of its taps only some. */
+static void lay_out_back(const float *w, shape s, const int *taps, long count, float *packed) {
+    long first = 0;
+    for (int t = 0; t < tiles(s.cols); t++) {
+        int size = tile_size(s.cols, t);
+        for (long j = 0; j < s.rows; j++)
+            for (long k = 0; k < count; k++)
+                for (int i = 0; i < size; i++) *packed++ = w[(j * s.cols + first + i) * s.taps + taps[k]];
+        first += size;
+    }
+}
+
+static const int one_tap[] = {0};
 
 /* One group's product from `count` sources to `rows` outputs. */
 static void group_product(long rows, const float *const *x, long count, const float *packed, const float *bias,
@@ -291,31 +300,4 @@ static void add_shares(shares s) {
         for (int t = 1; t < threads; t++) sum += s.parts[(t - 1) * (s.weights + s.biases) + i];
         *(i < s.weights ? s.dw + i : s.db + i - s.weights) += sum;
     }
-}
-
-/* ---- Convolutions --------------------------------------------------------------------------------------------- */
-
-/* A convolution of stride 1 whose outputs are as large as its inputs. */
-typedef struct {
-    long batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width;
-} geometry;
-
-/* Planes with a border of zeros; a row of outputs is then a row of `pitch`, with as many positions to drop. */
-typedef struct {
-    long top, left, pitch, size;
-} border;
-
-static border make_border(geometry f) {
-    border b = {(f.kernel_height - 1) * f.dilation_height / 2, (f.kernel_width - 1) * f.dilation_width / 2, 0, 0};
-    b.pitch = f.width + 2 * b.left;
-    b.size = ROUND((f.height + 2 * b.top) * b.pitch + 2 * V);
-    return b;
-}
-
-/* The sources of every tap of planes with borders. */
-static void tap_table(float *const *planes, long count, geometry f, border b, const float **table) {
-    for (long j = 0; j < count; j++)
-        for (long ky = 0; ky < f.kernel_height; ky++)
-            for (long kx = 0; kx < f.kernel_width; kx++)
-                *table++ = planes[j] + ky * f.dilation_height * b.pitch + kx * f.dilation_width;
 }

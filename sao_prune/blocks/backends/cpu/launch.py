@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...functional import MATRIX, Geometry
 from ...layout import Layout
 from ...permutation import dense, is_column_major
 from .build import library
@@ -21,8 +24,10 @@ _FORWARD = 1 << 17, 32, 96
 _BACKWARD = 5 << 15, 80, 256
 _IMAGE = 1 << 18
 _LANES = 16
-# A matrix is an image of one pixel a line: its width, kernel and dilation.
-_POINT = (1, 1, 1, 1, 1)
+# Size, kernel, dilation, stride and padding of a dimension that is not there.
+_NONE = (1, 1, 1, 1, 0)
+#: Of planes without a kernel.
+LINE = Geometry((1,), (0,), (1,))
 # Dimensions from the outermost to the innermost.
 _COLUMNS = (1, 0)
 _PIXELS = (0, 2, 3, 1)
@@ -163,6 +168,12 @@ def panel_lines(lines: int, images: int, widths: int, limits: tuple[int, int, in
     return -(-lines // (panels * _LANES)) * _LANES
 
 
+def _axes(space: Sequence[int], kernel: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
+    """Size, kernel, dilation, stride and padding of two dimensions."""
+    found = zip(space, kernel, geometry.dilation, geometry.stride, geometry.padding)
+    return (*_NONE * (2 - len(kernel)), *chain.from_iterable(found))
+
+
 def _numbers(like: Tensor, layout: Layout) -> Tensor:
     """Room for one number a channel."""
     return like.new_empty(layout.channels)
@@ -175,14 +186,14 @@ class Rows(Call):
         layout: of the blocks.
         column_major: whether the result of a batch is to lie column after column.
         kernel: of images.
-        dilation: of images.
+        geometry: of images.
     """
 
     def __init__(
-        self, layout: Layout, column_major: bool, kernel: tuple[int, ...] = (), dilation: tuple[int, ...] = ()
+        self, layout: Layout, column_major: bool, kernel: tuple[int, ...] = (), geometry: Geometry = MATRIX
     ) -> None:
         super().__init__(layout)
-        self.column_major, self.kernel, self.dilation = column_major, kernel, dilation
+        self.column_major, self.kernel, self.geometry = column_major, kernel, geometry
 
     def _arguments(self, x: Tensor, weight: Tensor, limits: tuple[int, int, int]) -> tuple[tuple[_Argument, ...], int]:
         """Sizes and tables, and the lines of a panel."""
@@ -191,17 +202,21 @@ class Rows(Call):
         if not self.kernel:
             batch, n = x.shape
             lines = panel_lines(batch, 1, n + m, limits, torch.get_num_threads())
-            return (1, n, m, batch, *_POINT, layout.groups, layout.rows, layout.cols, *tables), lines
+            return (1, n, m, batch, *_NONE[1:], *_NONE, layout.groups, layout.rows, layout.cols, *tables), lines
         batch, n, *space = x.shape
         groups, rows, cols = weight.shape[:3]
+        where = self.geometry
         # As many lines as a core's cache holds, at least as many as the kernel is high.
-        pitch = space[-1] + self.dilation[-1] * (self.kernel[-1] - 1)
-        lines = max(_IMAGE // ((n + m) * pitch), self.kernel[0])
-        return (batch, n, m, *space, *self.kernel, *self.dilation, groups, rows, cols, *tables), lines
+        reach = where.dilation[-1] * (self.kernel[-1] - 1)
+        pitch = (space[-1] + reach) // where.stride[-1] + 1
+        phases = math.prod(min(k, s) for k, s in zip(self.kernel, where.stride))
+        lines = max(_IMAGE // ((n * phases + m) * pitch), self.kernel[0])
+        return (batch, n, m, *_axes(space, self.kernel, where), groups, rows, cols, *tables), lines
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
         order = _PIXELS if self.kernel else _COLUMNS if self.column_major else None
-        y = empty((x.shape[0], self.layout.channels, *x.shape[2:]), order)
+        space = self.geometry.output(x.shape[2:], self.kernel)
+        y = empty((x.shape[0], self.layout.channels, *space), order)
         arguments, lines = self._arguments(x, weight, _FORWARD)
         extras, results = self._extras(y, plan)
         columns = not self.kernel and is_column_major(x), self.column_major
@@ -230,12 +245,12 @@ class Rows(Call):
 class Planes(Call):
     """Channels as planes ``(batch, n, *space)``: convolutions, tokens to mix."""
 
-    def __init__(self, layout: Layout, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+    def __init__(self, layout: Layout, kernel: tuple[int, ...], geometry: Geometry) -> None:
         super().__init__(layout)
-        self.kernel, self.dilation = (1, *kernel)[-2:], (1, *dilation)[-2:]
+        self.kernel, self.geometry = kernel, geometry
 
     def _arguments(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        sizes = len(x), x.shape[1], self.layout.channels, *(1, *x.shape[2:])[-2:], *self.kernel, *self.dilation
+        sizes = len(x), x.shape[1], self.layout.channels, *_axes(x.shape[2:], self.kernel, self.geometry)
         return *sizes, *weight.shape[:3], *self.layout.addresses, torch.get_num_threads()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:

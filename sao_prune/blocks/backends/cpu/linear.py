@@ -11,14 +11,18 @@ from ...functional import Geometry
 from ...layout import Layout
 from ...permutation import dense, is_channels_last, is_column_major
 from ..torch import Gradients, is_transposed
-from .launch import PLANS, Call, Derivative, Planes, Rows
+from .launch import LINE, PLANS, Call, Derivative, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
 OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
+_WIDEST = 4  # stride, as in geometry.h
 
 
-def suits(kernel: Sequence[int], geometry: Geometry) -> bool:
-    """Whether a convolution has stride 1, outputs as large as its inputs, and at most two dimensions of space."""
+def suits(kernel: Sequence[int], geometry: Geometry, channels_last: bool) -> bool:
+    """Whether a convolution has at most two dimensions of space and, unless its inputs are images in channels-last
+    format and no stride is wider than 4, stride 1 and outputs as large as its inputs."""
+    if len(kernel) == 2 and channels_last:
+        return max(geometry.stride) <= _WIDEST
     if len(kernel) > 2 or any(s != 1 for s in geometry.stride) or any(k % 2 == 0 for k in kernel):
         return False
     return geometry.padding == tuple(d * (k - 1) // 2 for k, d in zip(kernel, geometry.dilation))
@@ -58,14 +62,14 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
     """The operand, the weight and the kernel for an input's shape and memory format."""
     if not geometry.stride:
         if is_transposed(x):
-            return x.mT.flatten(0, -3), weight, Planes(layout, (1,), (1,))
+            return x.mT.flatten(0, -3), weight, Planes(layout, (1,), LINE)
         flat = rows_of(x)
         return flat, weight, Rows(layout, is_column_major(flat))
     kernel = tuple(weight.shape[3:])
     if x.dim() != 4 or not is_channels_last(x):
-        return dense(x), weight, Planes(layout, kernel, geometry.dilation)
-    if any(k > 1 for k in kernel):
-        return x.contiguous(memory_format=torch.channels_last), weight, Rows(layout, False, kernel, geometry.dilation)
+        return dense(x), weight, Planes(layout, kernel, geometry)
+    if max(*kernel, *geometry.stride) > 1 or any(geometry.padding):
+        return x.contiguous(memory_format=torch.channels_last), weight, Rows(layout, False, kernel, geometry)
     return rows_of(x.movedim(1, -1)), weight.flatten(2), Rows(layout, False)
 
 

@@ -37,7 +37,11 @@ static half make_half(long groups, long rows, long cols, const int *in, const in
 
 static void lay_out_half(half a, const float *w, int back, float *packed) {
 #pragma omp for
-    for (long k = 0; k < a.s.groups; k++) lay_out(w + k * a.size, a.s, back, packed + k * a.size);
+    for (long k = 0; k < a.s.groups; k++)
+        if (back)
+            lay_out_back(w + k * a.size, a.s, one_tap, 1, packed + k * a.size);
+        else
+            lay_out(w + k * a.size, a.s, packed + k * a.size);
 }
 
 static void half_product(half a, float *const *x, const float *packed, const float *bias, float *const *y, long length) {
@@ -65,8 +69,9 @@ int mlp_forward(const float *x, const float *w1, const float *b1, const float *w
                  long batch, long height, long n, long middle, long m, long groups1, long rows1, long cols1,
                  const int *in1, const int *out1, long groups2, long rows2, long cols2, const int *in2, const int *out2,
                  int columns, long lines, int threads, int act) {
-    geometry f = {batch, height, 1, 1, 1, 1, 1};
-    border b = make_border(f);
+    geometry f = ROWS(batch, height);
+    extent size = inner_extent(f);
+    border b = make_border(f, 1);
     half one = make_half(groups1, rows1, cols1, in1, out1), two = make_half(groups2, rows2, cols2, in2, out2);
     matrix source = {(float *)x, n, columns, in1, one.sources}, result = {y, m, columns, out2, two.results};
     long bands = (height + lines - 1) / lines, size1 = groups1 * one.size, size2 = groups2 * two.size;
@@ -81,14 +86,15 @@ int mlp_forward(const float *x, const float *w1, const float *b1, const float *w
         panel from, to;
         hidden h;
         float **write = malloc((one.results + two.sources) * sizeof *write), **read = write + one.results;
-        failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&to, THIRD, result, f, b, 0, lines) |
+        failed = open_panel(&from, FIRST, source, size, b, &whole, lines) | open_panel(&to, THIRD, result, size, b, &whole, lines) |
                  open_hidden(&h, middle, lines, 0) | !write;
         if (!failed) hidden_table(h, out1, one.results, 1, write), hidden_table(h, in2, two.sources, 0, read);
         lay_out_half(one, w1, 0, packed1), lay_out_half(two, w2, 0, packed2);
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * bands; unit++) {
             if (failed) continue;
-            move_panel(&from, unit / bands, unit % bands * lines), move_panel(&to, unit / bands, unit % bands * lines);
+            long image = unit / bands, line = unit % bands * lines, high = MIN(lines, height - line);
+            move_panel(&from, image, line, high), move_panel(&to, image, line, high);
             read_panel(&from);
             long length = ROUND(from.count);
             half_product(one, from.planes, packed1, b1 ? bias1 : NULL, write, length);
@@ -108,8 +114,9 @@ int mlp_backward(const float *g, const float *x, const float *w1, const float *b
                   float *dw1, float *db1, float *dw2, float *db2, long batch, long height, long n, long middle, long m,
                   long groups1, long rows1, long cols1, const int *in1, const int *out1, long groups2, long rows2,
                   long cols2, const int *in2, const int *out2, int columns, long lines, int threads, int act) {
-    geometry f = {batch, height, 1, 1, 1, 1, 1};
-    border b = make_border(f);
+    geometry f = ROWS(batch, height);
+    extent size = inner_extent(f);
+    border b = make_border(f, 1);
     half one = make_half(groups1, rows1, cols1, in1, out1), two = make_half(groups2, rows2, cols2, in2, out2);
     matrix source = {(float *)x, n, columns, in1, one.sources}, outer = {(float *)g, m, columns, out2, two.results};
     matrix result = {dx, n, columns, in1, one.sources};
@@ -127,8 +134,8 @@ int mlp_backward(const float *g, const float *x, const float *w1, const float *b
         hidden h;
         float **write = malloc((2 * one.results + 2 * two.sources) * sizeof *write), **grads = write + one.results;
         float **read = grads + one.results, **down = read + two.sources;
-        failed = open_panel(&from, FIRST, source, f, b, 1, lines) | open_panel(&top, SECOND, outer, f, b, 1, lines) |
-                 open_panel(&to, THIRD, result, f, b, 0, lines) | open_hidden(&h, middle, lines, 1) | !write;
+        failed = open_panel(&from, FIRST, source, size, b, &whole, lines) | open_panel(&top, SECOND, outer, size, b, &whole, lines) |
+                 open_panel(&to, THIRD, result, size, b, &whole, lines) | open_hidden(&h, middle, lines, 1) | !write;
         if (!failed) {
             hidden_table(h, out1, one.results, 1, write), hidden_table(h, out1, one.results, 0, grads);
             hidden_table(h, in2, two.sources, 0, read), hidden_table(h, in2, two.sources, 1, down);
@@ -139,8 +146,8 @@ int mlp_backward(const float *g, const float *x, const float *w1, const float *b
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * bands; unit++) {
             if (failed) continue;
-            long image = unit / bands, line = unit % bands * lines;
-            move_panel(&from, image, line), move_panel(&top, image, line);
+            long image = unit / bands, line = unit % bands * lines, high = MIN(lines, height - line);
+            move_panel(&from, image, line, high), move_panel(&top, image, line, high);
             read_panel(&from), read_panel(&top);
             long count = from.count, length = ROUND(count);
             half_product(one, from.planes, packed1, b1 ? bias1 : NULL, write, length);
@@ -152,7 +159,7 @@ int mlp_backward(const float *g, const float *x, const float *w1, const float *b
                 derivative_run(KNOWN, h.planes + c * h.pitch, h.derivatives + c * h.pitch, length, NULL);
             half_sums(one, grads, from.planes, count, my_dw1, my_db1);
             if (!dx) continue;
-            move_panel(&to, image, line);
+            move_panel(&to, image, line, high);
             half_back(one, grads, back1, to.planes, length);
             write_panel(&to, NOTHING, NULL);
         }

@@ -98,24 +98,24 @@ typedef struct {
 /* Some lines of an image as planes, one for each position of a channel. Columns are used where they lie. */
 typedef struct {
     matrix of;
-    geometry f;
-    long lines, top, left, pitch; /* with a border or, for results, room for lines of the sources' pitch */
-    long image, first, count, filled, size;
+    extent image_size;
+    border b;
+    phases parts; /* of every plane, `region` apart */
+    long lines, image, first, count, region, filled, size;
     int own, direct, stream; /* own: never used where they lie */
     float *buffer, *spare, **planes, **by_channel, **pixels;
 } panel;
 
-static int open_panel(panel *p, int slot, matrix of, geometry f, border b, int bordered, long lines) {
-    *p = (panel){.of = of, .f = f, .lines = lines, .pitch = b.pitch};
-    if (bordered) p->top = b.top, p->left = b.left;
-    long pixels = ROUND((lines + 2 * p->top) * p->pitch + 2 * p->left);
+static int open_panel(panel *p, int slot, matrix of, extent size, border b, const phases *parts, long lines) {
+    *p = (panel){.of = of, .image_size = size, .b = b, .parts = *parts, .lines = lines};
+    long pixels = parts->count * region_of(b, lines);
     p->size = pixels + V;
     size_t pointers = of.positions + of.channels + pixels, room = of.positions * p->size + of.channels;
     p->buffer = scratch(slot, room);
     p->planes = malloc(pointers * sizeof(float *));
     if (!p->buffer || !p->planes) return 1;
     p->spare = p->buffer + of.positions * p->size;
-    p->stream = f.batch * f.height * f.width * of.channels >= LARGE && of.channels % V == 0 &&
+    p->stream = size.batch * size.height * size.width * of.channels >= LARGE && of.channels % V == 0 &&
                 (size_t)of.data % (4 * V) == 0 && (size_t)p->spare % (4 * V) == 0;
     memset(p->spare, 0, of.channels * sizeof(float));
     for (long i = 0; i < of.positions; i++)
@@ -128,15 +128,14 @@ static int open_panel(panel *p, int slot, matrix of, geometry f, border b, int b
 static void close_panel(panel *p) { free(p->planes); }
 
 static float *in_columns(const panel *p, long channel) {
-    return p->of.data + (p->image * p->of.channels + channel) * p->f.height + p->first;
+    return p->of.data + (p->image * p->of.channels + channel) * p->image_size.height + p->first;
 }
 
-/* Set the panel on lines of an image; all pixels outside it are the spare one. */
-static void move_panel(panel *p, long image, long first) {
+/* Set the panel on `count` lines of an image from `first` on; all pixels outside it are the spare one. */
+static void move_panel(panel *p, long image, long first, long count) {
     matrix m = p->of;
-    geometry f = p->f;
-    p->image = image, p->first = first;
-    p->count = MIN(p->lines, f.height - first);
+    border b = p->b;
+    p->image = image, p->first = first, p->count = count;
     p->direct = m.columns && !p->own && p->count == p->lines;
     for (long i = 0; i < m.positions; i++) {
         long channel = m.order[i];
@@ -145,14 +144,20 @@ static void move_panel(panel *p, long image, long first) {
     }
     if (m.columns) return;
     float **pixel = p->pixels;
-    for (long line = first - p->top; line < first + p->count + p->top; line++)
-        for (long column = -p->left; column < p->pitch - p->left; column++) {
-            int inside = line >= 0 && line < f.height && column >= 0 && column < f.width;
-            *pixel++ = inside ? m.data + ((image * f.height + line) * f.width + column) * m.channels : p->spare;
+    p->region = region_of(b, count);
+    for (long part = 0; part < p->parts.count; part++) {
+        for (long line = first - b.above; line < first + count + b.below; line++) {
+            long y = line * p->parts.stride_y + p->parts.y[part];
+            int there = y >= 0 && y < p->image_size.height;
+            float *start = there ? m.data + (image * p->image_size.height + y) * p->image_size.width * m.channels : NULL;
+            for (long column = -b.left; column < b.pitch - b.left; column++) {
+                long x = column * p->parts.stride_x + p->parts.x[part];
+                *pixel++ = there && x >= 0 && x < p->image_size.width ? start + x * m.channels : p->spare;
+            }
         }
-    /* Zeros behind the last line too, which the outermost taps of its positions to drop meet. */
-    p->filled = ROUND(pixel - p->pixels + 2 * p->left);
-    while (pixel < p->pixels + p->filled) *pixel++ = p->spare;
+        while (pixel < p->pixels + (part + 1) * p->region) *pixel++ = p->spare;
+    }
+    p->filled = pixel - p->pixels;
 }
 
 static void read_panel(panel *p) {

@@ -29,9 +29,11 @@ static inline void copy_run(float *to, const float *from, long count) {
         for (long p = 0; p < count; p++) to[p] = from[p];
 }
 
+static long padded_size(geometry f, border b) { return ROUND((f.y.size + 2 * b.above) * b.pitch + 2 * V); }
+
 static void pad_plane(const float *x, geometry f, border b, float *plane) {
-    for (long i = 0; i < f.height; i++)
-        copy_run(plane + (b.top + i) * b.pitch + b.left, x + i * f.width, f.width);
+    for (long i = 0; i < f.y.size; i++)
+        copy_run(plane + (b.above + i) * b.pitch + b.left, x + i * f.x.size, f.x.size);
 }
 
 /* Outputs in bands of rows that stay in the nearest cache: `y` are planes without border. */
@@ -39,8 +41,8 @@ static void convolve(long rows, const float *const *x, long count, const float *
                      float *const *y, geometry f, border b, float *band) {
     static const float zeros[TILE];
     long height = BAND / b.pitch > 0 ? BAND / b.pitch : 1, apart = ROUND(height * b.pitch) + V;
-    for (long top = 0; top < f.height; top += height) {
-        long lines = MIN(height, f.height - top), first = top * b.pitch;
+    for (long top = 0; top < f.y.size; top += height) {
+        long lines = MIN(height, f.y.size - top), first = top * b.pitch;
         const float *w = packed;
         long row = 0;
         for (int t = 0; t < tiles(rows); t++) {
@@ -50,7 +52,7 @@ static void convolve(long rows, const float *const *x, long count, const float *
             product(size, x, count, w, bias ? bias + row : zeros, to, first, first + ROUND(lines * b.pitch));
             for (int i = 0; i < size; i++)
                 for (long line = 0; line < lines; line++)
-                    copy_run(y[row + i] + (top + line) * f.width, band + i * apart + line * b.pitch, f.width);
+                    copy_run(y[row + i] + (top + line) * f.x.size, band + i * apart + line * b.pitch, f.x.size);
             w += size * count, row += size;
         }
     }
@@ -59,14 +61,13 @@ static void convolve(long rows, const float *const *x, long count, const float *
 static long band_size(border b) { return TILE * (ROUND((BAND / b.pitch > 0 ? BAND / b.pitch : 1) * b.pitch) + V); }
 
 /* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
-int planes_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, long height,
-                   long width, long kernel_height, long kernel_width, long dilation_height, long dilation_width,
-                   long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *derivatives,
+int planes_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, AXIS(y),
+                   AXIS(x), long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *derivatives,
                    float *mean, float *variance) {
-    geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
-    border b = make_border(f);
-    shape s = {groups, rows, cols, kernel_height * kernel_width};
-    long count = cols * s.taps, size = rows * count, area = height * width;
+    geometry f = GEOMETRY(batch);
+    border b = make_border(f, f.x.size);
+    shape s = {groups, rows, cols, f.y.kernel * f.x.kernel};
+    long count = cols * s.taps, size = rows * count, area = f.y.size * f.x.size, plane_size = padded_size(f, b);
     int direct = s.taps == 1 && area >= V;
     float *packed = scratch(PACKED, groups * (size + rows)), *offsets = packed + groups * size;
     moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
@@ -75,19 +76,21 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
     if (bias) by_position(bias, out, groups * rows, offsets);
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *planes = scratch(FIRST, direct ? 1 : cols * b.size), *band = scratch(SECOND, band_size(b));
+        float *planes = scratch(FIRST, direct ? 1 : cols * plane_size), *band = scratch(SECOND, band_size(b));
         float *spare = scratch(THIRD, 2 * area);
         const float **from = malloc(count * sizeof *from);
         float **to = malloc((rows + cols) * sizeof *to);
-        failed = !planes || !band || !spare || !from || !to;
+        long *shifts = malloc(s.taps * sizeof *shifts);
+        failed = !planes || !band || !spare || !from || !to || !shifts;
         if (!failed) {
-            memset(planes, 0, (direct ? 1 : cols * b.size) * sizeof(float));
+            memset(planes, 0, (direct ? 1 : cols * plane_size) * sizeof(float));
             memset(spare, 0, area * sizeof(float));
-            plane_list(planes, cols, b.size, to);
-            tap_table(to, cols, f, b, from);
+            plane_list(planes, cols, plane_size, to);
+            tap_offsets(f, b, &whole, 0, shifts);
+            tap_table(to, cols, shifts, s.taps, from);
         }
 #pragma omp for
-        for (long g = 0; g < groups; g++) lay_out(w + g * size, s, 0, packed + g * size);
+        for (long g = 0; g < groups; g++) lay_out(w + g * size, s, packed + g * size);
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * groups; unit++) {
             if (failed) continue;
@@ -102,9 +105,9 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 if (direct)
                     from[j] = channel < 0 ? spare : plane;
                 else if (channel >= 0)
-                    pad_plane(plane, f, b, planes + j * b.size);
+                    pad_plane(plane, f, b, planes + j * plane_size);
                 else
-                    memset(planes + j * b.size, 0, b.size * sizeof(float));
+                    memset(planes + j * plane_size, 0, plane_size * sizeof(float));
             }
             const float *own = bias ? offsets + g * rows : NULL;
             if (direct)
@@ -119,7 +122,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 if (act) activate_run(act, to[i], derivatives ? derivatives + (image * m + channel) * area : NULL, to[i], area);
             }
         }
-        free(from), free(to);
+        free(from), free(to), free(shifts);
     }
     if (mean && !failed) finish_moments(noted, threads, m, mean, variance);
     free(noted);
@@ -128,15 +131,15 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
 
 /* Gradients; `dx`, `dw` and `db` may be NULL. If `z` is not NULL, `g` is the gradient of act(..) and is taken through it first, with the `numbers` of every channel if there are any. */
 int planes_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, long batch, long n,
-                    long m, long height, long width, long kernel_height, long kernel_width, long dilation_height,
-                    long dilation_width, long groups, long rows, long cols, const int *in, const int *out,
+                    long m, AXIS(y), AXIS(x), long groups, long rows, long cols, const int *in, const int *out,
                     int threads, const float *z, int act, const float *numbers) {
-    geometry f = {batch, height, width, kernel_height, kernel_width, dilation_height, dilation_width};
-    if (kernel_height * kernel_width == 1) f.height = 1, f.width = height * width;
-    border b = make_border(f);
-    shape s = {groups, rows, cols, kernel_height * kernel_width};
-    long size = rows * cols * s.taps, area = height * width, shift = b.top * b.pitch + b.left;
-    long chunk = CHUNK / ((rows + cols) * b.size), chunks;
+    geometry f = GEOMETRY(batch);
+    long area = f.y.size * f.x.size;
+    if (f.y.kernel * f.x.kernel == 1) f.y.size = 1, f.x.size = area;
+    border b = make_border(f, f.x.size);
+    shape s = {groups, rows, cols, f.y.kernel * f.x.kernel};
+    long size = rows * cols * s.taps, plane_size = padded_size(f, b);
+    long chunk = CHUNK / ((rows + cols) * plane_size), chunks;
     chunk = chunk < 1 ? 1 : MIN(chunk, batch);
     chunks = (batch + chunk - 1) / chunk;
     float *packed = scratch(PACKED, groups * size);
@@ -145,22 +148,26 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
     if (failed) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        size_t inner_size = cols * chunk * b.size, outer_size = rows * chunk * b.size;
+        size_t inner_size = cols * chunk * plane_size, outer_size = rows * chunk * plane_size;
         float *inner = scratch(FIRST, inner_size + outer_size), *outer = inner + inner_size;
         float *band = scratch(SECOND, band_size(b)), *spare = scratch(THIRD, area);
         const float **from = malloc(cols * s.taps * sizeof *from), **top = malloc(rows * s.taps * sizeof *top);
         const float **centre = malloc(rows * sizeof *centre);
         float **to = malloc((rows + cols) * sizeof *to);
-        failed = !inner || !band || !spare || !from || !top || !centre || !to;
+        int *order = malloc(s.taps * sizeof *order);
+        long *shifts = malloc(2 * s.taps * sizeof *shifts), *inner_shifts = shifts + s.taps, start[2];
+        failed = !inner || !band || !spare || !from || !top || !centre || !to || !order || !shifts;
         if (!failed) {
             memset(inner, 0, (inner_size + outer_size) * sizeof(float));
-            plane_list(inner, cols, chunk * b.size, to);
-            tap_table(to, cols, f, b, from);
-            for (long i = 0; i < rows; i++) centre[i] = outer + i * chunk * b.size + shift;
+            plane_list(inner, cols, chunk * plane_size, to);
+            tap_offsets(f, b, &whole, 0, inner_shifts);
+            tap_table(to, cols, inner_shifts, s.taps, from);
+            back_taps(f, b, &whole, order, shifts, start);
+            for (long i = 0; i < rows; i++) centre[i] = outer + i * chunk * plane_size + first_of(b);
         }
 #pragma omp for
         for (long k = 0; k < groups; k++)
-            if (dx) lay_out(w + k * size, s, 1, packed + k * size);
+            if (dx && !failed) lay_out_back(w + k * size, s, order, s.taps, packed + k * size);
         float *my_dw = own_share(all, 0), *my_db = own_share(all, 1);
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < chunks * groups; unit++) {
@@ -169,19 +176,19 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
             for (long i = 0; i < rows; i++)
                 for (long image = 0; image < images; image++) {
                     int channel = out[k * rows + i];
-                    float *plane = outer + (i * chunk + image) * b.size;
+                    float *plane = outer + (i * chunk + image) * plane_size;
                     if (channel < 0)
-                        memset(plane, 0, b.size * sizeof(float));
+                        memset(plane, 0, plane_size * sizeof(float));
                     else
                         pad_plane(g + ((first + image) * m + channel) * area, f, b, plane);
                     if (z && channel >= 0) {
                         coefficients c = channel_numbers(numbers, m, channel);
                         const float *values = z + ((first + image) * m + channel) * area;
-                        for (long line = 0; line < f.height; line++)
-                            derivative_run(act, plane + (b.top + line) * b.pitch + b.left, values + line * f.width, f.width,
+                        for (long line = 0; line < f.y.size; line++)
+                            derivative_run(act, plane + (b.above + line) * b.pitch + b.left, values + line * f.x.size, f.x.size,
                                       numbers ? &c : NULL);
                     }
-                    if (db && channel >= 0) my_db[channel] += plane_sum(plane, b.size);
+                    if (db && channel >= 0) my_db[channel] += plane_sum(plane, plane_size);
                 }
             if (dw) {
                 for (long j = 0; j < cols; j++)
@@ -189,9 +196,9 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
                         int channel = in[k * cols + j];
                         if (channel >= 0)
                             pad_plane(x + ((first + image) * n + channel) * area, f, b,
-                                      inner + (j * chunk + image) * b.size);
+                                      inner + (j * chunk + image) * plane_size);
                     }
-                group_dot(rows, centre, cols * s.taps, from, images, b.size, b.size, f.height * b.pitch,
+                group_dot(rows, centre, cols * s.taps, from, images, plane_size, plane_size, f.y.size * b.pitch,
                           my_dw + k * size);
             }
             for (long image = 0; dx && image < images; image++) {
@@ -199,13 +206,13 @@ int planes_backward(const float *g, const float *x, const float *w, float *dx, f
                     int channel = in[k * cols + j];
                     to[j] = channel < 0 ? spare : dx + ((first + image) * n + channel) * area;
                 }
-                plane_list(outer + image * b.size, rows, chunk * b.size, to + cols);
-                tap_table(to + cols, rows, f, b, top);
+                plane_list(outer + image * plane_size, rows, chunk * plane_size, to + cols);
+                tap_table(to + cols, rows, shifts, s.taps, top);
                 convolve(cols, top, rows * s.taps, packed + k * size, NULL, to, f, b, band);
             }
         }
         add_shares(all);
-        free(from), free(top), free(centre), free(to);
+        free(from), free(top), free(centre), free(to), free(order), free(shifts);
     }
     return failed;
 }

@@ -115,7 +115,7 @@ int stack_forward(const layer *layers, long count, const float *const *w, const 
             layer a = layers[i];
 #pragma omp for nowait schedule(static)
             for (long k = 0; k < a.groups; k++)
-                lay_out(w[i] + k * a.rows * a.cols, shape_of(a), 0, packed + packed_at[i] + k * a.rows * a.cols);
+                lay_out(w[i] + k * a.rows * a.cols, shape_of(a), packed + packed_at[i] + k * a.rows * a.cols);
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -172,7 +172,8 @@ int stack_backward(const layer *layers, long count, const float *const *w, const
             if (i == lowest && !dx) continue;
 #pragma omp for nowait schedule(static)
             for (long k = 0; k < a.groups; k++)
-                lay_out(w[i] + k * a.rows * a.cols, shape_of(a), 1, packed + packed_at[i] + k * a.rows * a.cols);
+                lay_out_back(w[i] + k * a.rows * a.cols, shape_of(a), one_tap, 1,
+                             packed + packed_at[i] + k * a.rows * a.cols);
         }
 #pragma omp barrier
 #pragma omp for schedule(static)

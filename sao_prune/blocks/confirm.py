@@ -19,7 +19,7 @@ from .example import Example, keep_example
 from .forms import LayerForm, form_of
 from .fusion import chains
 from .modules import BlockModule
-from .plan import Choice, Plan, Steps, carry_out
+from .plan import Choice, Plan, Steps, carry_out, normed
 
 _SMALL = 1e-30
 
@@ -127,7 +127,10 @@ def _fuse(model: nn.Module, bare: Plan, within: Plan | None, inputs: Mapping[str
         found, calls = chains(module, single, x)
         follow |= {dotted(path, name): _below(path, steps) for name, steps in found.items()}
         outputs[path] = calls.output
-    fused = with_steps(bare, follow) if within is None else replace(within, choices=confirmed(within, follow))
+    if within is None:
+        fused = with_steps(replace(bare, choices={**normed(model, follow), **bare.choices}), follow)
+    else:
+        fused = replace(within, choices=confirmed(within, follow))
     carry_out(model, fused)
     for path, x in inputs.items():
         differs = difference(record_calls(model.get_submodule(path), [], x).output, outputs[path])

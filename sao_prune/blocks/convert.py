@@ -19,13 +19,13 @@ from .backends import cpu
 from .calls import Calls, record_calls, to_contiguous
 from .candidates import called_in, candidate_of, composites_of, first_of, parts_of, records_of, single_of
 from .confirm import confirmed, difference
-from .eligible import candidates, chosen_of, layers
+from .eligible import candidates, chosen_of, layers, reasons_of
 from .epilogue import detach
 from .example import Example, keep_example
 from .forms import Ineligible, LayerForm, parameter_of
 from .fusion import chains
-from .modules import BlockComposite, BlockModule
-from .plan import Choice, Plan, Steps, carry_out, plan_of
+from .modules import NORMED, BlockComposite, BlockModule
+from .plan import Choice, Plan, Steps, carry_out, normed, plan_of
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, restore
 from .tuning import of_first_rank, tuned
@@ -96,7 +96,10 @@ def compact(
         elif example_input is not None:
             calls = record_calls(model, watched, example_input)
         called = None if calls is None else called_in(found, calls)
-        eligible = chosen_of(found, candidates(model, found, called), include, exclude)
+        eligible = candidates(model, found, called)
+        reasons = reasons_of(found, eligible, include, exclude)
+        eligible = chosen_of(eligible, reasons)
+        first = normed(model, {n: follow[n] for n, m in found if n in follow and reasons[id(m)] is None})
         records = records_of(found, eligible)
         ready = [e for e in eligible if not isinstance(e.found, Ineligible)]
         if not ready:
@@ -104,7 +107,7 @@ def compact(
         whole = composites_of(eligible)
         single = [candidate_of(e) for e in ready if isinstance(e.form, LayerForm)]
         warn_replaced([parameter_of(e.module, e.weight.tensor) for e in ready if e.weight is not None], "compact")
-        chosen = _chosen(model, whole, single, calls, example_input, tune, plan, follow, before)
+        chosen = _chosen(model, whole, single, calls, example_input, tune, plan, follow, first, before)
         undo = _convert(model, whole, single, chosen)
     except BaseException:
         carry_out(model, before)
@@ -130,6 +133,8 @@ def compact(
         choice = chosen.choices.get(name, Choice(None))
         record = replace(records[e.name], ratio=choice.ratio, reason=choice.reason)
         records[e.name] = replace(record, execution="" if record.reason else _text(name, done))
+    for name in (n for n, choice in done.choices.items() if choice.execution == NORMED):
+        records[name] = replace(records[name], execution=_text(name, done))
     return CompactReport(tuple(records.values()), "compact", done, _note(model))
 
 
@@ -137,7 +142,7 @@ def _text(name: str, plan: Plan) -> str:
     choice = plan.choices.get(name)
     if choice is None or choice.execution is None:
         return ""
-    if choice.execution.dense:
+    if choice.execution.dense and choice.execution != NORMED:
         return "dense: faster than its blocks"
     steps = choice.steps
     activation = None if steps.activation is None else "activation"
@@ -173,6 +178,7 @@ def _chosen(
     tune: Tune,
     plan: Plan | None,
     follow: dict[str, Steps],
+    first: dict[str, Choice],
     before: Plan,
 ) -> Plan:
     """The plan to carry out, of new block layers and of those that were there."""
@@ -184,7 +190,7 @@ def _chosen(
 
     def complete(own: Plan) -> Plan:
         last = own.channels_last or before.channels_last
-        return with_steps(replace(own, choices={**kept, **own.choices}, channels_last=last), follow)
+        return with_steps(replace(own, choices={**first, **kept, **own.choices}, channels_last=last), follow)
 
     if calls is None or tune is None or not (candidates or whole):
         return complete(default_plan(candidates))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -88,10 +88,10 @@ def candidates(
     return [e for _, module in dense for e in weights[id(module)]]
 
 
-def chosen_of(
+def reasons_of(
     found: list[tuple[str, nn.Module]], eligible: list[Eligible], include: Selector | None, exclude: Selector
-) -> list[Eligible]:
-    """The same, where those that a user does not choose are to stay as they are.
+) -> dict[int, str | None]:
+    """Why a user does not choose each layer, ``None`` for those that are chosen, by the id of the module.
 
     Args:
         found: the `layers` of a model.
@@ -103,10 +103,14 @@ def chosen_of(
     for e in eligible:
         own.setdefault(id(e.module), []).append("weight" if e.weight is None else e.weight.tensor)
     reasons = pick([(name, m, own.get(id(m), ["blocks", "weight"])) for name, m in found], include, exclude)
-    by_module = {id(m): reason for (_, m), reason in zip(found, reasons)}
+    return {id(m): reason for (_, m), reason in zip(found, reasons)}
+
+
+def chosen_of(eligible: list[Eligible], reasons: Mapping[int, str | None]) -> list[Eligible]:
+    """The same, where those that a user does not choose are to stay as they are."""
     out = []
     for e in eligible:
-        reason = by_module[id(e.module)]
+        reason = reasons[id(e.module)]
         out.append(e if reason is None or isinstance(e.found, Ineligible) else replace(e, found=Ineligible(reason)))
     return out
 

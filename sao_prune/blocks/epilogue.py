@@ -255,3 +255,4 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop("epilogue", None)
         if module.__dict__.pop("absorbed", None) is not None:
             module.__class__ = kind_of(module)
+        module.__class__ = getattr(type(module), "plain_class", type(module))

@@ -150,13 +150,8 @@ def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
         found = cpu.conv_norm_forward(x, weight, bias, gain, offset, mean, variance, layout, where, eps, activation)
     else:
         z, _ = room.forward(x, weight, bias, layout, where, "", False)
-        if mean is None:
-            variance, mean = torch.var_mean(z, [d for d in range(z.dim()) if d != 1], correction=0)
-        else:
-            mean, variance = mean.clone(), variance.clone()
-        y = torch.nn.functional.batch_norm(z, mean, variance, gain, offset, False, 0.0, eps)
-        y = y if y.stride() == z.stride() else torch.empty_like(z).copy_(y)
-        found = functional.ACTIVATIONS[activation](y), z, mean, variance
+        y, *moments = plain.norm_forward(z, gain, offset, mean, variance, eps, activation)
+        found = y, z, *moments
     return found if keep else (found[0], None, *found[2:])
 
 

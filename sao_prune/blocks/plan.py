@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from .backends import cpu
 from .calls import to_channels_last
 from .epilogue import Epilogue, Homes, attach, detach, homes_of
 from .example import Example, examples_in
-from .modules import BlockLinear, BlockModule, Execution
+from .modules import NORMED, BlockLinear, BlockModule, Execution, NormedConv2d
 from .stacks import ACTIVATIONS, MOST
 
 _VERSION = 1
@@ -115,6 +115,8 @@ def plan_of(model: nn.Module, machine: str = "") -> Plan:
         if isinstance(module, BlockModule):
             channels_last |= module.execution.channels_last
             choices[path] = Choice(module.execution, steps=_steps(module.epilogue, paths))
+        elif isinstance(module, NormedConv2d):
+            choices[path] = Choice(NORMED, steps=_steps(module.epilogue, paths))
     return Plan(choices, channels_last, machine, examples_in(model))
 
 
@@ -144,7 +146,26 @@ def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
         layer = modules.get(path)
         if isinstance(layer, BlockModule) and layer.execution.native and choice.execution == layer.execution:
             _join(layer, choice.steps, modules, homes, taken)
+        elif _is_normed(layer, choice) and _join(layer, choice.steps, modules, homes, taken):
+            layer.__class__ = NormedConv2d
     return to_channels_last(model) if plan.channels_last else []
+
+
+def _is_normed(layer: nn.Module | None, choice: Choice) -> TypeGuard[nn.Module]:
+    suits = layer is not None and NormedConv2d.suits(layer)
+    return suits and choice.execution == NORMED and choice.steps.norm is not None
+
+
+def normed(model: nn.Module, follow: Mapping[str, Steps]) -> dict[str, Choice]:
+    """The dense convolutions of a model that can compute the norm behind them.
+
+    Args:
+        model: without epilogues.
+        follow: what a run has shown to follow its layers.
+    """
+    modules = dict(model.named_modules())
+    names = [name for name, steps in follow.items() if steps.norm is not None and NormedConv2d.suits(modules[name])]
+    return {name: Choice(NORMED) for name in names}
 
 
 def fits(layer: BlockModule, execution: Execution) -> bool:
@@ -152,16 +173,17 @@ def fits(layer: BlockModule, execution: Execution) -> bool:
     return execution.merge <= max(1, layer.topology.groups) and not (execution.native and execution.dense)
 
 
-def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], homes: Homes, taken: set[int]) -> None:
+def _join(layer: nn.Module, steps: Steps, modules: Mapping[str, nn.Module], homes: Homes, taken: set[int]) -> bool:
+    """Make a layer compute these steps; whether it does."""
     own = steps.norm, steps.activation, steps.then, *steps.between, *steps.rest
     names = [n for n in own if n is not None]
     if steps == Steps() or any(n not in modules or id(modules[n]) in taken for n in names):
-        return
+        return False
     norm, activation, then = (None if n is None else modules[n] for n in (steps.norm, steps.activation, steps.then))
     if then is not None and not (isinstance(then, BlockLinear) and then.execution.native):
         then = None
     if not Epilogue.can_absorb(norm, activation):
-        return
+        return False
     rest = tuple(modules[n] for n in steps.rest)
     if rest and not (norm is None and then is None and _are_stacked(activation, rest)):
         rest = ()
@@ -169,6 +191,7 @@ def _join(layer: BlockModule, steps: Steps, modules: Mapping[str, nn.Module], ho
     between = tuple(modules[n] for n in steps.between) if then is not None else ()
     taken.update(id(modules[n]) for n in names)
     attach(Epilogue(layer, norm, activation, between, then, rest), homes)
+    return True
 
 
 def _are_stacked(activation: nn.Module | None, rest: Sequence[nn.Module]) -> bool:

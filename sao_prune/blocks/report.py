@@ -21,7 +21,7 @@ class CompactRecord:
         kind: class of the dense layer.
         shape: shape of the dense weight.
         groups: number of blocks; ``None`` where there are none.
-        execution: how it runs.
+        execution: how it runs; of a layer that is not compact, what it computes along with itself.
         ratio: measured time of the dense layer divided by that of this one; ``None`` if not measured.
         reason: why the layer was skipped, or what `expand` did with it; ``None`` if it is compact.
     """
@@ -115,4 +115,5 @@ class CompactReport(TableReport):
 def _runs_as(layer: CompactRecord) -> str:
     if layer.compact:
         return layer.execution
-    return EXPANDED if layer.reason == EXPANDED else f"skipped: {layer.reason}"
+    runs = f"; runs as {layer.execution}" if layer.execution else ""
+    return EXPANDED if layer.reason == EXPANDED else f"skipped: {layer.reason}{runs}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from sao_prune.blocks import BlockModule, Execution
 from sao_prune.blocks.autotune import Candidate, default_plan, with_steps
 from sao_prune.blocks.backends import cpu
 from sao_prune.blocks.fusion import chains
-from sao_prune.blocks.modules import block_slots
-from sao_prune.blocks.plan import carry_out
+from sao_prune.blocks.modules import NormedConv2d, block_slots
+from sao_prune.blocks.plan import carry_out, normed
 from sao_prune.topology import BlockTopology, interleaved, make_topology, ramanujan
 
 NATIVE = Execution(native=True)
@@ -74,6 +75,11 @@ def randomise(module: nn.Module) -> None:
         nn.init.normal_(parameter)
 
 
+def owners(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that have epilogues, or may have."""
+    return [m for m in model.modules() if isinstance(m, (BlockModule, NormedConv2d))]
+
+
 def block_layers(model: nn.Module) -> list[BlockModule]:
     """All block layers of a model."""
     return [m for m in model.modules() if isinstance(m, BlockModule)]
@@ -123,8 +129,10 @@ def fuse(model: nn.Module, x: Tensor, execution: Execution = NATIVE) -> nn.Modul
     for layer in layers:
         layer.run_as(execution)
     paths = {id(m): name for name, m in model.named_modules()}
-    candidates = [Candidate(paths[id(layer)], layer, layer) for layer in layers]
-    carry_out(model, with_steps(default_plan(candidates), chains(model, layers, x)[0]))
+    plan = default_plan([Candidate(paths[id(layer)], layer, layer) for layer in layers])
+    dense = [m for m in model.modules() if type(m) is nn.Conv2d]
+    follow = chains(model, [*layers, *dense], x)[0]
+    carry_out(model, with_steps(replace(plan, choices={**normed(model, follow), **plan.choices}), follow))
     return model
 
 

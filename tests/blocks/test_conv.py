@@ -112,10 +112,10 @@ def test_strides_by_the_kernels(topology, kernel, stride, padding, dilation, spa
     assert layer.suits_native(channels_last=True)
     x = torch.randn(space[0], layer.in_channels, *space[1:]).contiguous(memory_format=torch.channels_last)
     assert_same(layer, dense, x, tolerance=1e-2)
-    stride = layer(x).stride()
+    # As compilers are told, whoever computes it.
+    told = layer(x).stride()
     layer.run_as(Execution())
-    if min(x.shape[1:]) > 1 and layer.out_channels > 1:
-        assert layer(x).stride() == stride
+    assert layer(x).stride() == told
 
 
 @needs_compiler

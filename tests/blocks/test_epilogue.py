@@ -19,7 +19,7 @@ from sao_prune.blocks.epilogue import detach
 from sao_prune.blocks.plan import carry_out, plan_of
 from sao_prune.topology import interleaved
 
-from .cases import NATIVE, assert_all_close, block_layers, fuse, needs_compiler, randomise
+from .cases import NATIVE, assert_all_close, block_layers, fuse, needs_compiler, owners, randomise
 
 pytestmark = needs_compiler
 
@@ -52,7 +52,7 @@ def _plain(net: nn.Module) -> nn.Module:
 
 
 def _names(net: nn.Module) -> list[tuple[str, ...]]:
-    return [() if m.epilogue is None else m.epilogue.names for m in block_layers(net)]
+    return [() if m.epilogue is None else m.epilogue.names for m in owners(net)]
 
 
 def _step(net: nn.Module, x: Tensor, run=None) -> list[Tensor | None]:
@@ -76,7 +76,12 @@ def _stack() -> tuple[nn.Module, Tensor]:
     return _made(nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.ReLU(), layers[2]), torch.randn(5, 16))
 
 
-CASES = pytest.mark.parametrize("make", [_images, _tokens, _images_of_timm, _stack])
+def _dense() -> tuple[nn.Module, Tensor]:
+    conv = nn.Conv2d(16, 12, 3, stride=2, padding=1, padding_mode="circular")
+    return _made(nn.Sequential(conv, nn.BatchNorm2d(12), nn.ReLU()), torch.randn(4, 16, 9, 9))
+
+
+CASES = pytest.mark.parametrize("make", [_images, _tokens, _images_of_timm, _stack, _dense])
 
 
 class _Branches(nn.Module):
@@ -106,6 +111,7 @@ def test_chains_are_found_only_where_nobody_else_looks():
     assert_all_close(net(x), plain(x))
     assert _names(_images()[0]) == [("batch_norm", "relu")]
     assert _names(_tokens()[0]) == [("gelu", "linear"), ()]
+    assert _names(_dense()[0]) == [("batch_norm", "relu")]
 
 
 class _Backwards(nn.Module):
@@ -231,7 +237,7 @@ def test_copies_have_modules_of_their_own(make, how):
         "average": lambda n: torch.optim.swa_utils.AveragedModel(n).module,
     }[how](net)
     assert _names(twin) == _names(net)
-    mine, theirs = (block_layers(n)[0].epilogue.members() for n in (net, twin))
+    mine, theirs = (owners(n)[0].epilogue.members() for n in (net, twin))
     assert not {id(m) for m in mine if m is not None} & {id(m) for m in theirs if m is not None}
     with torch.no_grad():
         for parameter in net.parameters():
@@ -288,6 +294,8 @@ def test_expand_gives_the_very_classes_back():
     sao_prune.apply(net, groups=4, seed=0, skip_first=False, skip_last=False)
     sao_prune.compact(net, example_input=x)
     assert _names(net)
+    carry_out(net, Plan({}))
+    assert [type(m) for m in net[1:3]] == kinds[1:3]
     sao_prune.expand(net)
     assert [type(m) for m in net] == kinds
     assert not any({"epilogue", "absorbed"} & vars(m).keys() for m in net.modules())

@@ -95,6 +95,25 @@ def backward(
     return None if dx is None else dx.view(x.shape), dw, db
 
 
+def norm_forward(
+    z: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm and an activation; by which mean and biased variance, those of the batch if none are given."""
+    if mean is None or variance is None:
+        variance, mean = torch.var_mean(z, [d for d in range(z.dim()) if d != 1], correction=0)
+    else:
+        mean, variance = mean.clone(), variance.clone()
+    y = torch.nn.functional.batch_norm(z, mean, variance, gain, offset, False, 0.0, eps)
+    y = y if y.stride() == z.stride() else torch.empty_like(z).copy_(y)
+    return ACTIVATIONS[activation](y), mean, variance
+
+
 def norm_backward(
     grad: Tensor,
     z: Tensor,
@@ -152,6 +171,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, ge
         flat = flat.contiguous(memory_format=torch.channels_last) if channels_last else flat
         y = torch.convolution(layout.inputs.channels(x), flat, bias, *_options(geometry, layout))
     y = layout.outputs.channels(y)
+    if channels_last and (y.shape[1] == 1 or y.shape[2:].numel() == 1):
+        # One channel or one pixel lies both ways: strides as `room_for` has them, which compilers are told.
+        return y.reshape(-1).view(y.shape)
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

@@ -6,6 +6,7 @@ from .composite import BlockComposite, Matrix, child_name
 from .conv import BlockConv, BlockConv1d, BlockConv2d, BlockConv3d
 from .experts import BlockExperts
 from .linear import BlockLinear
+from .normed import NORMED, NormedConv2d
 from .recurrent import (
     BlockCell,
     BlockGRU,
@@ -19,6 +20,7 @@ from .recurrent import (
 from .standardised import BlockStdConv2d
 
 __all__ = [
+    "NORMED",
     "BlockAttention",
     "BlockCell",
     "BlockComposite",
@@ -39,6 +41,7 @@ __all__ = [
     "BlockStdConv2d",
     "Execution",
     "Matrix",
+    "NormedConv2d",
     "block_slots",
     "blocks_shape",
     "child_name",

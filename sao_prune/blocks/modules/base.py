@@ -294,13 +294,24 @@ def normed(
     inputs = *own, norm.weight, norm.bias
     y, _, mean, variance = operators.block_conv_norm(*inputs, *sets, *averages, activation, backend, norm.eps, *options)
     if training:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        values = y.numel() // y.shape[1]
-        momentum: Any = norm.momentum
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, momentum)
-            norm.running_var.lerp_(variance * (values / (values - 1)), momentum)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
+        track(norm, y, mean, variance)
     return y  # type: ignore[no-any-return]
+
+
+def track(norm: BatchNorm, y: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """Update a norm's running averages with mean and biased variance of a batch, as torch does.
+
+    Raises:
+        ValueError: if the result has one value a channel, which has no variance.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    values = y.numel() // y.shape[1]
+    if values < 2:
+        raise ValueError(f"expected more than 1 value per channel when training, got a result of {tuple(y.shape)}")
+    momentum: Any = norm.momentum
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(variance * (values / (values - 1)), momentum)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)

@@ -7,7 +7,7 @@ from .launch import is_there, ready
 from .linear import backward, forward, suits
 from .memory import release_memory
 from .mlp import mlp_backward, mlp_forward
-from .norm import affine, conv_norm_backward, conv_norm_forward
+from .norm import affine, conv_norm_backward, conv_norm_forward, norm_backward, norm_forward
 from .stack import stack_backward, stack_forward, stack_suits
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "library",
     "mlp_backward",
     "mlp_forward",
+    "norm_backward",
+    "norm_forward",
     "processor",
     "ready",
     "release_memory",

@@ -36,6 +36,8 @@ _SIGNATURES = {
     "stack_backward": [_pointer, _long] + [_pointer] * 7 + [_long, _int, _long, _int, _long],
     "norm_forward": [_pointer] * 4 + [_int] + [_long] * 3 + [_int] * 2,
     "norm_sums": [_pointer] * 5 + [_int, _pointer] + [_long] * 3 + [_int] * 2,
+    "norm_moments": [_pointer] * 3 + [_long] * 3 + [_int] * 2,
+    "norm_backward": [_pointer] * 4 + [_int] + [_long] * 3 + [_int] * 2,
 }
 
 

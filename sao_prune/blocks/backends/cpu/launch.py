@@ -214,9 +214,10 @@ class Rows(Call):
         return (batch, n, m, *_axes(space, self.kernel, where), groups, rows, cols, *tables), lines
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
-        order = _PIXELS if self.kernel else _COLUMNS if self.column_major else None
-        space = self.geometry.output(x.shape[2:], self.kernel)
-        y = empty((x.shape[0], self.layout.channels, *space), order)
+        space, channels = self.geometry.output(x.shape[2:], self.kernel), self.layout.channels
+        # One pixel, or one channel, lies as torch has it: both ways, and not marked as channels last.
+        pixels = self.kernel and channels > 1 and math.prod(space) > 1
+        y = empty((x.shape[0], channels, *space), _PIXELS if pixels else _COLUMNS if self.column_major else None)
         arguments, lines = self._arguments(x, weight, _FORWARD)
         extras, results = self._extras(y, plan)
         columns = not self.kernel and is_column_major(x), self.column_major

@@ -85,7 +85,10 @@ def as_operand(t: Tensor, x: Tensor, geometry: Geometry, call: Call) -> Tensor:
 def shaped(flat: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """What a kernel gave, as a result for ``x``."""
     if geometry.stride:
-        return flat if flat.dim() > 2 else flat.view(x.shape[0], *x.shape[2:], flat.shape[1]).movedim(-1, 1)
+        if flat.dim() > 2:
+            return flat
+        images = flat.view(x.shape[0], *x.shape[2:], flat.shape[1]).movedim(-1, 1)
+        return images if flat.shape[1] > 1 else flat.view(images.shape)
     if is_transposed(x):
         return flat.view(*x.shape[:-2], flat.shape[1], x.shape[-2]).mT
     return flat if x.dim() == 2 else flat.view(*x.shape[:-1], flat.shape[1])

@@ -6,6 +6,7 @@
 #include "moments.h"
 
 #define CHUNK 64 /* rows whose sums stay in single precision */
+#define MANY 256 /* rows whose moments do */
 
 /* y = act(scale z + shift), channel by channel. `last`: channels are innermost. */
 int norm_forward(const float *z, float *y, const float *scale, const float *shift, int act, long batch, long channels,
@@ -27,6 +28,54 @@ int norm_forward(const float *z, float *y, const float *scale, const float *shif
 #undef DO
         }
     }
+    return 0;
+}
+
+/* Moments of `rows` rows of `count` neighbouring channels, at most V. */
+static void rows_moments(const float *z, long rows, long pitch, long count, moments *by_channel) {
+    vec sum = {0}, squares = {0};
+    if (count == V) {
+        for (long r = 0; r < rows; r++) sum += LOAD(z + r * pitch);
+        vec mean = sum / (float)rows;
+        for (long r = 0; r < rows; r++) {
+            vec d = LOAD(z + r * pitch) - mean;
+            squares += d * d;
+        }
+    } else {
+        for (long r = 0; r < rows; r++) sum += part(z + r * pitch, count);
+        vec mean = sum / (float)rows;
+        for (long r = 0; r < rows; r++) {
+            vec d = part(z + r * pitch, count) - mean;
+            squares += d * d;
+        }
+    }
+    for (long k = 0; k < count; k++)
+        merge_moments(by_channel + k, (moments){(double)rows, sum[k] / (float)rows, squares[k]});
+}
+
+/* Mean and biased variance of every channel. */
+int norm_moments(const float *z, float *mean, float *variance, long batch, long channels, long area, int last,
+                 int threads) {
+    moments *parts = calloc((size_t)threads * channels, sizeof *parts);
+    if (!parts) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+        moments *mine = parts + (size_t)omp_get_thread_num() * channels;
+        if (last) {
+#pragma omp for schedule(static)
+            for (long chunk = 0; chunk < (batch * area + MANY - 1) / MANY; chunk++) {
+                long first = chunk * MANY, rows = MIN(MANY, batch * area - first);
+                for (long c = 0; c < channels; c += V)
+                    rows_moments(z + first * channels + c, rows, channels, MIN(V, channels - c), mine + c);
+            }
+        } else {
+#pragma omp for schedule(static)
+            for (long plane = 0; plane < batch * channels; plane++)
+                merge_moments(mine + plane % channels, run_moments(z + plane * area, 1, area, area));
+        }
+    }
+    finish_moments(parts, threads, channels, mean, variance);
+    free(parts);
     return 0;
 }
 
@@ -103,5 +152,30 @@ int norm_sums(const float *g, const float *z, const float *scale, const float *s
         for (int t = 0; t < threads; t++) totals[i] += parts[(size_t)t * 2 * channels + i];
     }
     free(parts);
+    return 0;
+}
+
+/* Gradients of z from those of act(scale z + shift), with the numbers of every channel. */
+int norm_backward(const float *g, const float *z, float *dz, const float *numbers, int act, long batch, long channels,
+                  long area, int last, int threads) {
+    coefficients all = channel_numbers(numbers, channels, 0);
+    if (last) {
+#pragma omp parallel for num_threads(threads)
+        for (long row = 0; row < batch * area; row++) {
+            long at = row * channels;
+#define DO(A) backward_run(A, 1, 1, dz + at, g + at, z + at, channels, all)
+            FOR_ACTS(DO)
+#undef DO
+        }
+    } else {
+#pragma omp parallel for num_threads(threads)
+        for (long plane = 0; plane < batch * channels; plane++) {
+            coefficients c = channel_numbers(numbers, channels, plane % channels);
+            long at = plane * area;
+#define DO(A) backward_run(A, 1, 0, dz + at, g + at, z + at, area, c)
+            FOR_ACTS(DO)
+#undef DO
+        }
+    }
     return 0;
 }

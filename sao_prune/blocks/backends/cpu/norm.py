@@ -1,4 +1,4 @@
-"""A block layer, the batch norm behind it and the activation behind that, by the compiled kernels."""
+"""A batch norm and the activation behind it by the compiled kernels, with the block layer before it or alone."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def conv_norm_forward(
         mean, variance = moments
     assert mean is not None
     assert variance is not None
-    scale, shift, _ = affine(gain, offset, mean, variance, eps)
-    y = empty_like(z)
-    call("norm_forward", z, y, scale, shift, ACTS[activation], *_lines(z), torch.get_num_threads())
+    y = _activated(z, gain, offset, mean, variance, eps, activation)
     if moments is None:
         mean, variance = mean.clone(), variance.clone()
     return shaped(y, x, geometry), shaped(z, x, geometry), mean, variance
@@ -73,22 +71,89 @@ def conv_norm_backward(
     """Gradients of input, packed weight, bias, gain and offset, as far as they are needed."""
     operand, flat, kernel = call_for(x, weight, layout, geometry)
     z = as_operand(z, x, geometry, kernel)
-    scale, shift, inverse = affine(gain, offset, mean, variance, eps)
     grad = _like(as_operand(grad, x, geometry, kernel), z)
+    numbers, dgain, doffset = _numbers(grad, z, gain, offset, mean, variance, eps, activation, training)
+    derivative = Derivative(activation, z, numbers)
+    dx, dw, db = kernel.backward(grad, operand, dense(flat), needs[:3], derivative)
+    dx = None if dx is None else shaped(dx, x, geometry)
+    dw = None if dw is None else dw.view(weight.shape)
+    return dx, dw, db, dgain if needs[3] else None, doffset if needs[4] else None
+
+
+def norm_forward(
+    z: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and the mean and biased variance it is normed by, of planes, pixels or columns."""
+    if mean is None or variance is None:
+        mean, variance = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
+        call("norm_moments", z, mean, variance, *_lines(z), torch.get_num_threads())
+    else:
+        mean, variance = mean.clone(), variance.clone()
+    return _activated(z, gain, offset, mean, variance, eps, activation), mean, variance
+
+
+def norm_backward(
+    grad: Tensor,
+    z: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``z``, gain and offset."""
+    grad = _like(grad, z)
+    numbers, dgain, doffset = _numbers(grad, z, gain, offset, mean, variance, eps, activation, training)
+    dz = empty_like(z)
+    call("norm_backward", grad, z, dz, numbers, ACTS[activation], *_lines(z), torch.get_num_threads())
+    return dz, dgain, doffset
+
+
+def _activated(
+    z: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    scale, shift, _ = affine(gain, offset, mean, variance, eps)
+    y = empty_like(z)
+    call("norm_forward", z, y, scale, shift, ACTS[activation], *_lines(z), torch.get_num_threads())
+    return y
+
+
+def _numbers(
+    grad: Tensor,
+    z: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    activation: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Derivative` needs to know of the channels, and the gradients of gain and offset."""
+    scale, shift, inverse = affine(gain, offset, mean, variance, eps)
     totals = z.new_empty(2, z.shape[1], dtype=torch.float64)
-    threads = torch.get_num_threads()
-    call("norm_sums", grad, z, scale, shift, mean, ACTS[activation], totals, *_lines(z), threads)
+    call("norm_sums", grad, z, scale, shift, mean, ACTS[activation], totals, *_lines(z), torch.get_num_threads())
     through, moment = totals.to(z.dtype)
     inner = constant = torch.zeros_like(scale)
     if training:
         values = z.numel() // z.shape[1]
         inner = -scale * inverse * inverse * moment / values
         constant = -scale * through / values
-    derivative = Derivative(activation, z, torch.stack([scale, shift, scale, inner, constant, mean]))
-    dx, dw, db = kernel.backward(grad, operand, dense(flat), needs[:3], derivative)
-    dx = None if dx is None else shaped(dx, x, geometry)
-    dw = None if dw is None else dw.view(weight.shape)
-    return dx, dw, db, moment * inverse if needs[3] else None, through if needs[4] else None
+    return torch.stack([scale, shift, scale, inner, constant, mean]), moment * inverse, through
 
 
 def _lines(z: Tensor) -> tuple[int, int, int, int]:

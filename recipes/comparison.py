@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean, median, stdev
 
 from deployed import Row
 
@@ -10,26 +11,42 @@ from deployed import Row
 Quantity = Callable[[Row], float]
 
 
-def quantities(rows: Sequence[Row]) -> dict[str, Quantity]:
+def quantities(row: Row) -> dict[str, Quantity]:
     """What is compared, by the heads of the columns."""
     found: dict[str, Quantity] = {"MB": lambda row: row.megabytes}
-    for size in rows[0].runtime:
+    for size in row.runtime:
         found[f"ONNX Runtime, batch {size}, ms"] = lambda row, size=size: row.runtime[size]
         found[f"torch, batch {size}, ms"] = lambda row, size=size: row.eager[size]
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: every file, and how many times less it takes than the dense one, which is the first."""
-    columns = quantities(rows)
+def table(files: Sequence[Sequence[Row]]) -> str:
+    """Markdown: every file, and how many times less it takes than the dense one, which is the first.
+
+    Args:
+        files: of each the rows of all seeds, in one order. What trainings differ in is their mean and sample standard
+            deviation, costs are means, times medians, and so are the ratios to the dense file of the same seed.
+    """
+    columns = quantities(files[0][0])
     head = ["file", "one-shot", "accuracy", "agreement", "output error (one-shot)", "multiply-adds", "parameters"]
     lines = []
-    for row in rows:
-        cells = [row.name, f"{row.one_shot:.2%}", f"{row.accuracy:.2%}", f"{row.agreement:.2%}"]
-        cells += [f"{row.error:.3f} ({row.one_shot_error:.3f})", f"{row.multiply_adds:.1%}", f"{row.parameters:,}"]
-        cells += [f"{take(row):.2f} ({take(rows[0]) / take(row):.2f}x)" for take in columns.values()]
+    for rows in files:
+        shares = ([getattr(row, name) for row in rows] for name in ("one_shot", "accuracy", "agreement"))
+        cells = [rows[0].name, *(spread([100 * share for share in values], 2) + "%" for values in shares)]
+        cells += [f"{spread([r.error for r in rows], 3)} ({spread([r.one_shot_error for r in rows], 3)})"]
+        cells += [f"{fmean(r.multiply_adds for r in rows):.1%}", f"{round(fmean(r.parameters for r in rows)):,}"]
+        for name, take in columns.items():
+            middle = fmean if name == "MB" else median
+            ratio = middle([take(dense) / take(row) for dense, row in zip(files[0], rows)])
+            cells.append(f"{middle([take(row) for row in rows]):.2f} ({ratio:.2f}x)")
         lines.append(cells)
     return markdown([*head, *columns], lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample standard deviation; a single value alone."""
+    text = f"{fmean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
@@ -59,7 +76,7 @@ def equal(rows: Sequence[Row]) -> str:
 
     Between two thinned files, or a thinned one and the dense one, size and times are interpolated in accuracy.
     """
-    thinned, columns, lines = front(rows), quantities(rows), []
+    thinned, columns, lines = front(rows), quantities(rows[0]), []
     for row in (r for r in rows if r.name.startswith("project")):
         found = around(row, thinned)
         if found is None:

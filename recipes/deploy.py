@@ -14,7 +14,7 @@ the same multiply-adds, and at any other shares that it is given, and compares a
 the exported files, in ONNX Runtime; times are medians of interleaved calls, beside those of the same model in torch.
 Results go to the folder of ``--output``; models that are there already, from a run with the same options, are not
 trained again, so that ``--repeats 0`` can train now and the same command without it take the times when the machine
-is idle.
+is idle. With several ``--seeds`` each has a folder of its own below it, and the tables are of all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -34,8 +35,9 @@ import torch
 from comparison import equal, table
 from deployed import Row, logits, measure, output_error
 from kept import Kept
-from options import FREE, PLACES, PRESETS, parse
+from options import PLACES, PRESETS, parse, per_seed, trained_with
 from photographs import efficientnet_lite0
+from seeds import by_file, mean, missing, said
 from torch import Tensor, nn
 
 import sao_prune
@@ -147,56 +149,83 @@ def thin(args: argparse.Namespace, source: Source, name: str, share: float) -> t
     return student, row
 
 
-def page(args: argparse.Namespace, rows: list[Row]) -> str:
-    """What was measured, on what, as Markdown."""
+def page(args: argparse.Namespace, runs: Mapping[int, list[Row]]) -> str:
+    """What was measured, on what, as Markdown; ``runs`` are the rows of every seed."""
+    files = by_file(list(runs.values()))
+    rows = [mean(file) for file in files]
     names = [] if args.structured is None else ["torch-pruning"]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "timm", *names))
     images = f"{args.subset or 'all'} training images, {args.test_subset or 'all'} test images"
-    training = f"{args.epochs} epochs, {args.further_epochs} after the conversion, seed {args.seed}"
+    seeds = f"seed{'s' * (len(runs) > 1)} {', '.join(map(str, runs))}"
+    training = f"{args.epochs} epochs, {args.further_epochs} after the conversion, {seeds}"
     times = f"; median of {args.repeats} calls in turn, {args.threads} threads" if args.repeats else ""
     about = f"{images}; {training}{times}; {processor_name()}; {versions}."
+    if len(runs) > 1:
+        about += "\n\nMean ± sample standard deviation over the seeds"
+        about += "; times, and their ratios to the dense file's of the same seed, are medians." if times else "."
+    for name, lack in missing(runs).items():
+        about += f"\n\nLeft out: {name}, which is not there for seed {', '.join(map(str, lack))}."
     seen = "crops of photographs" if args.model == "efficientnet_lite0" else args.data
-    text = f"# {args.model}, {seen}\n\n{about}\n\n{table(rows)}\n"
+    text = f"# {args.model}, {seen}\n\n{about}\n\n{table(files)}\n"
     if any(row.name.startswith("structured") for row in rows):
         text += f"\nTorch-Pruning at equal accuracy, relative to the converted files:\n\n{equal(rows)}\n"
     return text
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """From the command line to the table."""
-    args = parse(__doc__, arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
-    try:
-        dense, data = prepare(args)
-        cost = multiply_adds(dense, data.standardise(data.test_x[:1]))
-        source = Source(dense, data, logits(dense, data.standardise(data.test_x)))
-        accuracy, parameters = source.accuracy(source.logits), sum(p.numel() for p in dense.parameters())
-        models, rows = {"dense": dense}, {"dense": Row("dense", accuracy, 0.0, 1.0, parameters)}
-        kept = Kept(args.output, {key: value for key, value in vars(args).items() if key not in FREE}, dense)
-        shares = []
-        for topology, groups in product(args.topology, args.groups):
-            name = f"project-g{groups}" if topology == "clustered" else f"project-{topology}-g{groups}"
-            make = partial(convert, args, source, name, topology, groups)
-            models[name], rows[name] = kept.row(name, make, partial(copy.deepcopy, dense))
-            sao_prune.compact(models[name], example_input=data.standardise(data.train_x[:1]))
-            shares.append(rows[name].multiply_adds)
-        # Topologies of equal cost are compared with one thinned model.
-        wanted = {f"structured-{share:.4g}": share for share in [*shares, *(args.structured or ())]}
-        for name, share in wanted.items() if args.structured is not None else ():
-            make, again = partial(thin, args, source, name, share), lambda share=share: thinned(source, share)[0]
-            try:
-                models[name], rows[name] = kept.row(name, make, again)
-            except LabError as error:
-                print(f"{name} is left out: {error}", flush=True)
-    except (LabError, sao_prune.CheckpointError, ValueError) as error:
-        raise SystemExit(f"deploy: {error}") from error
-    measure(args.output, models, rows, data, args.batches, args.repeats, args.threads)
+def write(args: argparse.Namespace, total: int, runs: Mapping[int, list[Row]], rows: list[dict[str, Any]]) -> None:
+    """Put the table and ``rows`` into the folder, and show the table; ``total`` are the dense model's multiply-adds."""
     options = {key: value for key, value in vars(args).items() if key not in PLACES}
-    results = {"arguments": options, "multiply_adds": cost.total, "rows": [asdict(row) for row in rows.values()]}
+    results = {"arguments": options, "multiply_adds": total, "rows": rows}
     (args.output / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
-    text = page(args, list(rows.values()))
+    text = page(args, runs)
     (args.output / "report.md").write_text(text)
-    print(text)
+    print(text, flush=True)
+
+
+def run(args: argparse.Namespace) -> tuple[int, list[Row]]:
+    """All of one seed: the dense model's multiply-adds, and what every file is worth.
+
+    Raises:
+        LabError, CheckpointError, ValueError: if something that was given does not fit.
+    """
+    args.output.mkdir(parents=True, exist_ok=True)
+    dense, data = prepare(args)
+    total = multiply_adds(dense, data.standardise(data.test_x[:1])).total
+    source = Source(dense, data, logits(dense, data.standardise(data.test_x)))
+    accuracy, parameters = source.accuracy(source.logits), sum(p.numel() for p in dense.parameters())
+    models, rows = {"dense": dense}, {"dense": Row("dense", accuracy, 0.0, 1.0, parameters)}
+    kept = Kept(args.output, trained_with(args), dense)
+    shares = []
+    for topology, groups in product(args.topology, args.groups):
+        name = f"project-g{groups}" if topology == "clustered" else f"project-{topology}-g{groups}"
+        make = partial(convert, args, source, name, topology, groups)
+        models[name], rows[name] = kept.row(name, make, partial(copy.deepcopy, dense))
+        sao_prune.compact(models[name], example_input=data.standardise(data.train_x[:1]))
+        shares.append(rows[name].multiply_adds)
+    # Topologies of equal cost are compared with one thinned model.
+    wanted = {f"structured-{share:.4g}": share for share in [*shares, *(args.structured or ())]}
+    for name, share in wanted.items() if args.structured is not None else ():
+        make, again = partial(thin, args, source, name, share), lambda share=share: thinned(source, share)[0]
+        try:
+            models[name], rows[name] = kept.row(name, make, again)
+        except LabError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    measure(args.output, models, rows, data, args.batches, args.repeats, args.threads)
+    return total, list(rows.values())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """From the command line to the tables."""
+    args = parse(__doc__, arguments)
+    runs = {}
+    for one in per_seed(args):
+        try:
+            total, runs[one.seed] = run(one)
+        except (LabError, sao_prune.CheckpointError, ValueError) as error:
+            raise SystemExit(f"deploy: {error}") from error
+        write(one, total, {one.seed: runs[one.seed]}, [asdict(row) for row in runs[one.seed]])
+    if len(runs) > 1:
+        write(args, total, runs, [said(rows) for rows in by_file(list(runs.values()))])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -112,10 +113,22 @@ def measure(
         # One after the other, as each has threads of its own.
         with staying(processors):
             runtime = timed(runs, repeats)
-        found = timed(calls, repeats)
+        with threads_of_torch(threads):
+            found = timed(calls, repeats)
         for name, row in rows.items():
             row.runtime[size] = runtime[name]
             row.eager[size] = min(found[name, "eager"], found.get((name, "last"), inf))
+
+
+@contextmanager
+def threads_of_torch(threads: int) -> Iterator[None]:
+    """So many threads, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -45,12 +46,13 @@ TOPOLOGIES = {
 # Options that say where things lie, and all that no trained model depends on or that its name tells.
 PLACES = ("output", "dense", "data_dir", "download")
 FREE = ("groups", "topology", "structured", "batches", "repeats", "threads", *PLACES)
+LARGEST_SEED = 2**32 - 1
 
 
 def number(kind: type, low: float, high: float = inf, above: bool = False) -> Callable[[str], Any]:
     """Reads a number of a kind from ``low`` (itself only if not ``above``) to ``high``."""
     name = "an integer" if kind is int else "a number"
-    allowed = f"{name} {'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < inf else "")
+    allowed = f"{name} {'above' if above else 'of at least'} {low:g}" + (f" and at most {high}" if high < inf else "")
 
     def read(text: str) -> Any:
         try:
@@ -85,7 +87,12 @@ def parse(about: str | None, arguments: list[str] | None = None) -> argparse.Nam
         "--subset", type=natural, help="training images, or crops; 0 for all (Fashion-MNIST 12000, crops 768, else all)"
     )
     add("--test-subset", type=count, help="test images, or crops (all; crops 512)")
-    add("--dense", type=Path, help="dense weights: read from this file if it exists, else written to it")
+    add(
+        "--dense",
+        type=Path,
+        help="dense weights: read from this file if it exists, else written to it; of several seeds each has its own, "
+        "NAME-SEED before the ending",
+    )
     for name, kind in (("epochs", natural), ("further-epochs", natural), ("samples", count)):
         add(f"--{name}", type=kind, help="of the preset if left out")
     for name in ("lr", "further-lr"):
@@ -98,17 +105,26 @@ def parse(about: str | None, arguments: list[str] | None = None) -> argparse.Nam
         help="the teacher's share of the loss, 0 to 1 (0.5; crops 1)",
     )
     add("--temperature", type=positive, default=4.0)
-    add("--seed", type=int, default=0)
+    add(
+        "--seeds",
+        type=number(int, 0, LARGEST_SEED),
+        nargs="+",
+        default=[0],
+        help="of all that is drawn; several: a folder seed-N each, and a table of all (0)",
+    )
     add("--batches", type=count, nargs="+", default=[1, 8], help="batch sizes that are timed")
     add("--repeats", type=natural, default=50, help="timed calls of each; 0 measures no time")
     add("--threads", type=count, default=torch.get_num_threads())
     add("--output", type=Path, required=True, help="folder for the files and results.json")
     add("--smoke", action="store_true", help="digits or few crops, one epoch: does it run?")
     args = parser.parse_args(arguments)
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output is a folder, but {args.output} is a file")
-    if args.dense and args.dense.exists() and not args.dense.is_file():
-        parser.error(f"--dense is a file of weights, but {args.dense} is a folder")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds: each seed once, got {' '.join(map(str, args.seeds))}")
+    for one in (args, *per_seed(args)):
+        if one.output.exists() and not one.output.is_dir():
+            parser.error(f"--output is a folder, but {one.output} is a file")
+        if one.dense and one.dense.exists() and not one.dense.is_file():
+            parser.error(f"--dense is a file of weights, but {one.dense} is a folder")
     if args.structured is not None and find_spec("torch_pruning") is None:
         parser.error("--structured needs torch-pruning: pip install 'sao-prune[torch-pruning]'")
     preset = PRESETS[args.model]
@@ -125,3 +141,22 @@ def parse(about: str | None, arguments: list[str] | None = None) -> argparse.Nam
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
     return args
+
+
+def per_seed(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The command line of every seed: one ``seed`` for ``seeds``, and where there are several, places of its own."""
+    found = []
+    for seed in args.seeds:
+        one = copy.copy(args)
+        del one.seeds
+        one.seed = seed
+        if len(args.seeds) > 1:
+            one.output = args.output / f"seed-{seed}"
+            one.dense = args.dense and args.dense.with_stem(f"{args.dense.stem}-{seed}")
+        found.append(one)
+    return found
+
+
+def trained_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What the models of one seed depend on, beside the dense weights and their names."""
+    return {key: value for key, value in vars(args).items() if key not in FREE}

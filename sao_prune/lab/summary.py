@@ -57,6 +57,7 @@ class Row:
         losses: of the same runs on the test set, nats; ``None`` where one is not finite.
         speeds: optimizer steps a second of the same runs, by the wall clock and by the processor's time over all
             threads; empty where a run did not record its steps.
+        memory: bytes that a training step holds, by what they are of (`step_memory`); empty where no run recorded it.
         curves: accuracy over epochs of the same runs.
         spectrum: the measurement at initialisation, if it is there.
         robustness: fractions of the same runs by what was measured: ``clean``, ``PGD``, ``worst case``,
@@ -83,6 +84,7 @@ class Row:
     notes: tuple[str, ...]
     losses: tuple[float | None, ...] = ()
     speeds: tuple[tuple[float, float], ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
     against_sao: Paired | None = None
     robustness: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     robustness_against_sao: Mapping[str, Paired | None] = field(default_factory=dict)
@@ -202,6 +204,8 @@ def _row(configuration: Configuration, records: Mapping[str, Record]) -> Row:
         notes=tuple(_notes(configuration, lr, done, first)),
         losses=tuple(result["loss"] for result in done),
         speeds=tuple(_speeds(done)),
+        # Equal for all seeds, which have equally many weights.
+        memory=next((result["memory"] for result in done if "memory" in result), {}),
         robustness=_robustness(configuration, done),
     )
 

@@ -163,6 +163,7 @@ class Worker:
             "execution": history.execution,
             "curve": {key: getattr(history, key) for key in ("accuracy", "test_loss", "train_loss", "lr")},
             **self._robustness(trial, model, data),
+            **({"memory": history.memory} if history.memory else {}),
             **({"isometry": [asdict(record) for record in history.isometry]} if history.isometry else {}),
         }
 

@@ -23,6 +23,8 @@ class History:
         isometry: singular values of the input-output Jacobian, after as many epochs as a record's ``step`` says.
         seconds: wall clock of the training steps, without the evaluations.
         cpu_seconds: processor time of the training steps, over all threads (and all processes).
+        memory: bytes that the first step held, by what they are of (`step_memory`); of several processes, the first
+            one's. Empty under `torch.compile`.
     """
 
     status: str = "ok"
@@ -34,6 +36,7 @@ class History:
     isometry: list[IsometryRecord] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:

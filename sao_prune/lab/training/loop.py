@@ -26,11 +26,12 @@ from ..errors import LabError
 from .adversarial import Adversary
 from .certified import training_loss
 from .checkpoint import FORMAT, Checkpoint, TrainingState
-from .distributed import own_share, rank, share_buffers, summed, world
+from .distributed import from_first, own_share, rank, share_buffers, summed, world
 from .evaluation import evaluate
 from .execution import execution_form
 from .history import History
 from .holding import held_form
+from .memory import saved_for_backward, step_memory
 from .optimizer import RateSchedule, make_optimizer
 from .regularization import Objective
 from .spec import TrainSpec
@@ -164,7 +165,8 @@ class _Trainer:
         torch.manual_seed(named_generator(self.seed, "dropout", history.epochs, rank()).initial_seed())
         total = torch.zeros((), device=self._device)
         for step, (x, target, count) in enumerate(self._batches(history.epochs)):
-            total += self._step(state.optimizer, x, target, count)
+            is_first = not history.epochs and not step
+            total += (self._first_step if is_first else self._step)(state, x, target, count)
             pruned = None if state.pruner is None else state.pruner.step(state.optimizer)
             if state.average is not None:
                 if pruned is not None:
@@ -211,7 +213,18 @@ class _Trainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.spec.amp == "bf16"):
             return self._adversary(x, lambda logits: self._objective.loss(logits, target), own_share(noise))
 
-    def _step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, count: int) -> Tensor:
+    def _first_step(self, state: TrainingState, x: Tensor, target: Tensor, count: int) -> Tensor:
+        """The first step of a training, and what it holds in memory."""
+        if self.spec.compile:
+            # Hooks on what is saved would be compiled in, and everything again without them.
+            return self._step(state, x, target, count)
+        with saved_for_backward() as saved:
+            loss = self._step(state, x, target, count)
+        averages = [] if state.average is None else [state.average.module]
+        state.history.memory = from_first(step_memory([self.model, *averages], state.optimizer, saved))
+        return loss
+
+    def _step(self, state: TrainingState, x: Tensor, target: Tensor, count: int) -> Tensor:
         """One step; returns the loss summed over this process's images."""
         if self.spec.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -221,12 +234,12 @@ class _Trainer:
             if self.distiller is not None:
                 own = len(x) if rank() < count else 0
                 loss = self.distiller.loss(x, logits, loss / max(own, 1)) * own
-        optimizer.zero_grad()
+        state.optimizer.zero_grad()
         # Processes' gradients are averaged: times their number makes that the gradient of the whole batch's mean.
         (loss * (world() / count)).backward()
         if self.spec.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
-        optimizer.step()
+        state.optimizer.step()
         return loss.detach()
 
 

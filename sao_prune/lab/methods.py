@@ -224,6 +224,7 @@ class Pruned:
         parameters, nonzero: of the whole network, biases and norms included.
         flops: multiply-adds of one image that meet a weight that is not zero; ``dense_flops`` before pruning.
         note: what a reader must know.
+        residuals: the residual blocks in execution order and the whole network, where they were measured.
     """
 
     sparsity: float
@@ -232,16 +233,30 @@ class Pruned:
     flops: int
     dense_flops: int
     note: str = ""
+    residuals: tuple[sao_prune.algorithms.ResidualRecord, ...] = ()
+
+    def said(self) -> dict[str, Any]:
+        """For a result; residual blocks only where they were measured."""
+        said = dataclasses.asdict(self)
+        if not self.residuals:
+            del said["residuals"]
+        return said
 
 
 def prune_network(
-    model: nn.Module, configuration: Configuration, seed: int, example: Tensor, examples: Examples | None = None
+    model: nn.Module,
+    configuration: Configuration,
+    seed: int,
+    example: Tensor,
+    examples: Examples | None = None,
+    measured: bool = False,
 ) -> Pruned:
     """Prune ``model`` in place, as a configuration of a recipe says.
 
     Args:
         example: a batch of one input; multiply-adds are counted for it.
         examples: images and labels of the training set, for methods that need them.
+        measured: take the extreme singular values of residual blocks before and after, for methods that look for them.
 
     Raises:
         LabError: if the library refuses, with its reason.
@@ -257,6 +272,9 @@ def prune_network(
             warnings.simplefilter("ignore", sao_prune.SparsityWarning)
             pruner = method.build(configuration.setting.gain, examples)
             residual = examples[0] if examples is not None and getattr(pruner, "residual", None) else None
+            measured = measured and residual is not None
+            if measured:
+                pruner = dataclasses.replace(pruner, measure=True)
             report = sao_prune.apply(
                 model,
                 method=pruner,
@@ -268,7 +286,8 @@ def prune_network(
         raise LabError(f"{method.title}: {error}") from error
     left = cost.after({layer.name: layer.achieved for layer in report.pruned})
     note = "; ".join(filter(None, (_residuals(report), _off_target(report))))
-    return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, note)
+    residuals = tuple(report.residuals) if measured else ()
+    return Pruned(report.sparsity, report.parameters, report.remaining, left, cost.total, note, residuals)
 
 
 @dataclass(frozen=True)
@@ -356,7 +375,7 @@ def _plan(model: nn.Module, method: Any, configuration: Configuration) -> sao_pr
 
 def _residuals(report: sao_prune.Report) -> str:
     """How many residual blocks are exactly orthogonal, nearly, and not."""
-    kinds = Counter(record.status for record in report.residuals)
+    kinds = Counter(record.status for record in report.residuals if record.name)
     return "residual blocks: " + ", ".join(f"{kinds[kind]} {kind}" for kind in kinds) if kinds else ""
 
 

@@ -102,7 +102,8 @@ class Worker:
             gradual = schedule_network(model, configuration, trial.seed, data.example, steps)
             return model, gradual.left(), gradual
         chosen = examples(data, trial.seed, configuration.method.per_class) if configuration.method.needs_data else None
-        pruned = prune_network(model, configuration, trial.seed, data.example, chosen)
+        measured = trial.kind == "spectrum"
+        pruned = prune_network(model, configuration, trial.seed, data.example, chosen, measured)
         if configuration.train.scaling == "supar" and not configuration.method.draws_values:
             scale_to_density(model)
         if configuration.setting.network.widen:
@@ -153,7 +154,7 @@ class Worker:
         if rank() == 0:
             checkpoint.unlink(missing_ok=True)
         return {
-            **asdict(pruned),
+            **pruned.said(),
             "status": history.status,
             "accuracy": history.accuracy[-1],
             "loss": history.test_loss[-1],
@@ -194,7 +195,7 @@ class Worker:
         model, pruned = self.network(trial)
         data = self._data(trial.configuration.setting.data)
         image = data.standardise(data.train_x[:1])[0]
-        return {**asdict(pruned), **asdict(depth_spectrum(model.to(self._device), image))}
+        return {**pruned.said(), **asdict(depth_spectrum(model.to(self._device), image))}
 
     def _start_weights(self, trial: Trial) -> dict[str, torch.Tensor]:
         path = self.place.weights(trial)

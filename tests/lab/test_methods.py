@@ -133,3 +133,21 @@ def test_isometric_residual_blocks_are_counted_in_the_note_and_plain_sao_is_unto
     notes = [worker.network(Trial("final", configuration, 0, 0.1))[1].note for configuration in (plain, isometric)]
     assert "residual" not in notes[0]
     assert notes[1].startswith("residual blocks: 1 exact, 2 near")
+
+
+def test_the_measurement_at_initialisation_has_the_extreme_singular_values_of_residual_blocks(micro: Micro) -> None:
+    mlp = "{name: sao_mlp, depth: 2, width: 64, options: {activation: tanh}}"
+    net = "{name: sao_resnet, depth: 8, options: {norm: none}}"
+    path = micro((METHODS, "[sao, sao-iso]"), (mlp, net), ("data: digits", "data: {name: digits, size: 8}"))
+    plain, isometric = load_recipe(path).configurations()
+    worker = Worker(Workplace(path.parent))
+    result = json.loads(json.dumps(worker.work(Trial("spectrum", isometric, 0))["result"]))
+    blocks = {record["name"]: record for record in result["residuals"]}
+    assert list(blocks) == ["stages.0.0", "stages.1.0", "stages.2.0", ""]
+    assert blocks["stages.0.0"]["status"] == "exact"
+    assert blocks["stages.0.0"]["after"] == pytest.approx([1, 1], abs=1e-5)
+    assert blocks["stages.0.0"]["before"] != pytest.approx([1, 1], abs=1e-2)
+    # The network is no block.
+    assert result["note"].startswith("residual blocks: 1 exact, 2 near")
+    assert "residuals" not in worker.work(Trial("spectrum", plain, 0))["result"]
+    assert worker.network(Trial("final", isometric, 0, 0.1))[1].residuals == ()

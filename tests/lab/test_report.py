@@ -405,6 +405,7 @@ def test_loss_speed_and_memory_where_steps_were_recorded(ran: Ran) -> None:
     for line in lines:
         if line["cell"]["method"]["name"] == "sao" and line["cell"]["kind"] == "final":
             line["result"]["memory"] = {"weights": 4e6, "gradients": 1e6, "optimizer": 2e6, "saved": 500e3}
+    lines[-1]["result"]["loss"] = None
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown(folder)
     assert "| steps / CPU s | weights kB | training step kB | of it saved |" in text
@@ -412,9 +413,26 @@ def test_loss_speed_and_memory_where_steps_were_recorded(ran: Ran) -> None:
     assert "| Dense | 1.500 ± 0.707 | 3.0 | 1.5 | 0.2 | - | - |" in text
     row = dict(zip(*((folder / "results.csv").read_text().split("\n")[at].split(",") for at in (0, 2))))
     assert (float(row["step_bytes"]), float(row["step_saved_bytes"])) == (7.5e6, 5e5)
-    lines[-1]["result"]["loss"] = None
+    assert "| GMP-T | - | 3.0 | 1.5 | 0.2 | - | - |" in text
+
+
+def test_residual_blocks_where_they_were_measured(ran: Ran) -> None:
+    folder = ran(PLAIN.replace("[dense, sao, gmp-t]", "[sao, sao-iso]"))
+    assert "residual blocks at initialisation" not in markdown(folder)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    named = [("a", "exact", [0.5, 3.0], [1, 1.00001]), ("b", "near", [0.2, 2.0], [0.0, 1]), ("c", "near", None, [1, 1])]
+    whole = ("", "near", [0.25, 1.5], [0.5, 1])
+    measured = [dict(zip(("name", "status", "before", "after"), each)) for each in (*named, whole)]
+    for line in lines:
+        if line["cell"]["kind"] == "spectrum" and line["cell"]["method"]["name"] == "sao-iso":
+            line["result"]["residuals"] = measured
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "| GMP-T | - | 3.0 | 1.5 | 0.2 | - | - |" in markdown(folder)
+    text = markdown(folder)
+    assert "| residual blocks at initialisation | how many | singular values before | after |" in text
+    assert "| SAO isometric, exact | 1 | 0.5000 – 3.0000 | 1.0000 – 1.0000 |" in text
+    assert "| SAO isometric, near | 2 | - | 0.0000 – 1.0000 |" in text
+    assert "| SAO isometric, whole network |  | 0.2500 – 1.5000 | 0.5000 – 1.0000 |" in text
+    assert "SAO, exact" not in text
 
 
 def markdown(folder: Path) -> str:

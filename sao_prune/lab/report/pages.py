@@ -14,6 +14,7 @@ from ..summary import Summary
 from .attacked import attacked
 from .chart import Chart
 from .drawing import DARK, LIGHT, Styles, draw_svgs, draw_swatch
+from .isometry import residual_blocks
 from .names import full_names
 from .pace import paces
 from .table import groups
@@ -50,7 +51,11 @@ def _content(summary: Summary, charts: Sequence[Chart]) -> dict[str, Any]:
         "caption": caption(summary),
         "headlines": [chart for chart in charts if chart.headline],
         "others": [chart for chart in charts if not chart.headline],
-        "results": [view for group in found for view in (results(group), *attacked(group), *paces(group))],
+        "results": [
+            view
+            for group in found
+            for view in (results(group), *attacked(group), *paces(group), *residual_blocks(group))
+        ],
         "choice": choice(summary),
         "choices": choices(found),
         "names": full_names(summary.rows),

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 
 from ..summary import Summary
 from .attacked import attacked, fitting
+from .isometry import residual_blocks
 from .pace import paces
 from .table import COLUMNS, groups
 from .views import Table, results
@@ -29,7 +30,7 @@ def print_report(summary: Summary, console: Console) -> None:
         print_table(results(group), console, narrow)
         for view in attacked(group):
             print_table(view, console, fitting(view))
-        for view in paces(group):
+        for view in (*paces(group), *residual_blocks(group)):
             print_table(view, console, view.head)
     console.print()
     console.print(f"[dim]{escape(caption(summary))} {escape(choice(summary))}[/]", highlight=False)

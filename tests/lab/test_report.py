@@ -1,6 +1,7 @@
 """The report: a page that stands alone, texts that stay texts, and figures that show what was compared."""
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -408,12 +409,17 @@ def test_loss_speed_and_memory_where_steps_were_recorded(ran: Ran) -> None:
     lines[-1]["result"]["loss"] = None
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown(folder)
-    assert "| steps / CPU s | weights kB | training step kB | of it saved |" in text
+    assert "| steps / CPU s | weights kB | step kB | saved kB |" in text
     assert "| SAO | 1.500 ± 0.707 | 3.0 | 1.5 | 0.2 | 7,500 | 500 |" in text
     assert "| Dense | 1.500 ± 0.707 | 3.0 | 1.5 | 0.2 | - | - |" in text
     row = dict(zip(*((folder / "results.csv").read_text().split("\n")[at].split(",") for at in (0, 2))))
     assert (float(row["step_bytes"]), float(row["step_saved_bytes"])) == (7.5e6, 5e5)
     assert "| GMP-T | - | 3.0 | 1.5 | 0.2 | - | - |" in text
+    for width, head in ((80, "steps / s weights kB"), (132, "steps / s steps / CPU s weights kB")):
+        console = Console(width=width, record=True, file=io.StringIO())
+        print_report(summarise(folder, pytest.fail), console)
+        words = " ".join(console.export_text().split())
+        assert f" method test loss, nats {head} step kB saved kB " in words
 
 
 def test_residual_blocks_where_they_were_measured(ran: Ran) -> None:

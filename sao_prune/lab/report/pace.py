@@ -12,7 +12,7 @@ from .views import Line, Part, Table, Text
 
 _HEAD = ("method", "test loss, nats", "steps / s", "steps / CPU s", "weights kB")
 # Where a run recorded it.
-_MEMORY = ("training step kB", "of it saved")
+_MEMORY = ("step kB", "saved kB")
 
 
 def paces(group: Group) -> list[Table]:
@@ -44,6 +44,11 @@ def paces(group: Group) -> list[Table]:
     title = f"{group.title}, loss and speed" if group.title else "Loss and speed"
     head = _HEAD + _MEMORY if measured else _HEAD
     return [Table(title, title, head, tuple(map(part, group.blocks)))]
+
+
+def pacing(view: Table) -> list[str]:
+    """The columns of such a table that fit into 80 characters."""
+    return [title for title in view.head if title != "steps / CPU s" or _MEMORY[0] not in view.head]
 
 
 def _mean_loss(row: Row) -> float | None:

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from ..summary import Summary
 from .attacked import attacked, fitting
 from .isometry import residual_blocks
-from .pace import paces
+from .pace import paces, pacing
 from .table import COLUMNS, groups
 from .views import Table, results
 from .words import caption, choice, remarks
@@ -30,7 +30,9 @@ def print_report(summary: Summary, console: Console) -> None:
         print_table(results(group), console, narrow)
         for view in attacked(group):
             print_table(view, console, fitting(view))
-        for view in (*paces(group), *residual_blocks(group)):
+        for view in paces(group):
+            print_table(view, console, pacing(view))
+        for view in residual_blocks(group):
             print_table(view, console, view.head)
     console.print()
     console.print(f"[dim]{escape(caption(summary))} {escape(choice(summary))}[/]", highlight=False)

@@ -17,7 +17,7 @@ from .algorithms import Method, ResidualRecord, resolve
 from .algorithms.isometric import Isometric, values_after
 from .allocation import Allocation, Amount
 from .analysis.residual import with_spectra
-from .blocks import BlockModule
+from .blocks import BlockModule, release_memory
 from .blocks.build import install
 from .discovery import ALREADY_PRUNED, PrunableWeight, Selection, Selector, initialise_, pick, untouched, walk
 from .held import held_tensors
@@ -157,6 +157,10 @@ def apply(
             install(model, draws, hook, base)
         else:
             attach_all(modules, draws, hook)
+    if form == "compact":
+        # What was drawn has been copied, and takes more than the blocks.
+        del draws, by_name, settlement
+        release_memory()
     return result
 
 

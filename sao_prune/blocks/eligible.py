@@ -125,15 +125,20 @@ def _weights(
         if reason is not None:
             raise reason
     except Ineligible as why:
-        return [Eligible(name, module, form, None, why)]
+        return [Eligible(name, module, form, None, _bare(why))]
     out = []
     for weight in weights_of(module):
         path = name if isinstance(form, LayerForm) else dotted(name, weight.tensor)
         try:
             out.append(Eligible(path, module, form, weight, topologies(module, weight)))
         except Ineligible as why:
-            out.append(Eligible(path, module, form, weight, why))
+            out.append(Eligible(path, module, form, weight, _bare(why)))
     return out
+
+
+def _bare(why: Ineligible) -> Ineligible:
+    """Without its traceback, whose frames would keep whole models' weights until a cycle is collected."""
+    return why.with_traceback(None)
 
 
 def _read_from_outside(model: nn.Module) -> dict[int, str]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import threading
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import sao_prune
 from sao_prune.blocks import BlockLinear, Execution, release_memory
 from sao_prune.blocks.backends.cpu import memory
 from sao_prune.topology import interleaved
@@ -162,3 +166,36 @@ def test_where_there_is_no_memory(fresh: memory.Pool, monkeypatch: pytest.Monkey
     with pytest.raises(MemoryError, match="no memory for a result of"):
         fresh.array(8 * MIB)
     assert fresh.idle == 0
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No cycle of references is broken meanwhile."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _tensors(least: int) -> list[torch.Tensor]:
+    return [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.numel() >= least]
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_nothing_that_was_drawn_is_kept() -> None:
+    least = 24 * 96
+    before = {id(t) for t in _tensors(least)}
+    model = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4)), nn.LayerNorm(96))
+    sao_prune.apply(model, groups=4, seed=0, form="compact")
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    assert not [tuple(t.shape) for t in _tensors(least) if id(t) not in own | before]
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("example", [True, False])
+def test_dense_weights_go_when_layers_become_compact(example: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4)), nn.LSTM(96, 96))
+    sao_prune.apply(model, groups=4, seed=0)
+    kept = [weakref.ref(layer.weight_orig) for layer in model[1:3]]
+    sao_prune.compact(model[:4], example_input=torch.randn(2, 96) if example else None)
+    assert [ref() for ref in kept] == [None, None]

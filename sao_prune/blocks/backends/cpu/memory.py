@@ -101,11 +101,10 @@ _pool = Pool()
 
 
 def release_memory() -> None:
-    """Give the system back what the native kernels keep for their next results and nothing uses, and what the C library
-    keeps of memory that was freed.
+    """Give the system back what the native kernels, and the C library, keep of memory that nothing uses.
 
-    The first is at most twice what they had in use at once, and stays when a model is deleted. The second, of glibc
-    alone, is what numbers of passing use have left: drawing a model's weights leaves more than they take.
+    The kernels keep at most twice what they had in use at once, for their next results, also when a model is deleted.
+    glibc keeps what numbers of passing use have left: drawing a model's weights leaves more than they take.
 
     Example:
         >>> from sao_prune.blocks import release_memory

@@ -37,8 +37,9 @@ class NormedConv2d(nn.Conv2d):
         """As of any convolution."""
         if isinstance(x, Proxy):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore
-        # A compiler joins what follows by itself.
-        plain = is_plain(x) or torch.compiler.is_compiling() or not x.is_cpu
+        # Without gradients a compiler joins what follows by itself; its code for a norm and its gradients is slower.
+        left = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        plain = is_plain(x) or left or not x.is_cpu
         epilogue = self.epilogue
         if epilogue is None or not epilogue.begin(x, plain):
             return super().forward(x)

@@ -141,6 +141,9 @@ def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     layout, where, weight = _normed_operands(inputs, constants, options)
     room = backend_for(backend, x, weight, where, bias, gain, offset, mean, variance)
     if mean is not None and not keep:
+        if room is cpu:
+            y = cpu.conv_normed(x, weight, bias, gain, offset, mean, variance, layout, where, eps, activation)
+            return y, None, None, None
         # The norm is one more factor of the weight.
         scale, shift, _ = cpu.affine(gain, offset, mean, variance, eps)
         weight = weight * layout.bias(scale).view(layout.groups, layout.rows, *[1] * (weight.dim() - 2))

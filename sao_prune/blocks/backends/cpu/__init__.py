@@ -7,7 +7,7 @@ from .launch import is_there, ready
 from .linear import backward, forward, suits
 from .memory import release_memory
 from .mlp import mlp_backward, mlp_forward
-from .norm import affine, conv_norm_backward, conv_norm_forward, norm_backward, norm_forward
+from .norm import affine, conv_norm_backward, conv_norm_forward, conv_normed, norm_backward, norm_forward
 from .stack import stack_backward, stack_forward, stack_suits
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "cache_folder",
     "conv_norm_backward",
     "conv_norm_forward",
+    "conv_normed",
     "forward",
     "is_switched_off",
     "is_there",

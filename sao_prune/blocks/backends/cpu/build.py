@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _GEOMETRY = [_long] * 16 + [_pointer] * 2
-_FORWARD = [_int] + [_pointer] * 3
+_FORWARD = [_int] + [_pointer] * 7 + [ctypes.c_float]
 _MLP = [_long] * 5 + ([_long] * 3 + [_pointer] * 2) * 2 + [_int, _long, _int, _int]
 _SIGNATURES = {
     "rows_forward": [_pointer] * 4 + _GEOMETRY + [_int] * 2 + [_long, _int] + _FORWARD,

@@ -214,6 +214,42 @@ static void by_position(const float *of_channel, const int *order, long count, f
     for (long i = 0; i < count; i++) of_position[i] = order[i] < 0 ? 0 : of_channel[order[i]];
 }
 
+/* A batch norm by running averages, of every channel; no norm if there is no mean. Gain and offset may be NULL. */
+typedef struct {
+    const float *gain, *offset, *mean, *variance;
+    float eps;
+} norm;
+
+#define NORM const float *gain, const float *offset, const float *average, const float *spread, float eps
+#define NORM_OF {gain, offset, average, spread, eps}
+
+/* What is added to the product at every position, and with a norm what it is multiplied by. */
+static void by_norm(norm n, const float *bias, const int *order, long count, float *factors, float *added) {
+    if (!n.mean) {
+        if (bias) by_position(bias, order, count, added);
+        return;
+    }
+    for (long i = 0; i < count; i++) {
+        long c = order[i];
+        factors[i] = added[i] = 0;
+        if (c < 0) continue;
+        float factor = (n.gain ? n.gain[c] : 1.0f) / __builtin_sqrtf(n.variance[c] + n.eps);
+        factors[i] = factor;
+        added[i] = ((bias ? bias[c] : 0.0f) - n.mean[c]) * factor + (n.offset ? n.offset[c] : 0.0f);
+    }
+}
+
+/* Tiles of `lay_out`, every output's weights multiplied by its factor. */
+static void multiply_tiles(float *packed, shape s, const float *factors) {
+    long sources = s.cols * s.taps;
+    for (int t = 0; t < tiles(s.rows); t++) {
+        int size = tile_size(s.rows, t);
+        for (long j = 0; j < sources; j++)
+            for (int i = 0; i < size; i++) packed[j * size + i] *= factors[i];
+        packed += size * sources, factors += size;
+    }
+}
+
 static bits first_lanes(long count) {
     bits mask = {0};
     for (int k = 0; k < count; k++) mask[k] = -1;

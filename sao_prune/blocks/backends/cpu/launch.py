@@ -35,8 +35,8 @@ _PIXELS = (0, 2, 3, 1)
 # As the kernels number them.
 ACTS = {"": 0, "relu": 1, "gelu": 2, "silu": 3, "tanh": 4, "tanh of result": 5, "known derivative": 6}
 
-_Argument = Tensor | int | None
-_NUMBERS = frozenset((int, bool, type(None)))
+_Argument = Tensor | int | float | None
+_NUMBERS = frozenset((int, bool, float, type(None)))
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,16 @@ class Forward:
     act: str = ""
     keep: bool = False
     moments: bool = False
+
+
+class Norm(NamedTuple):
+    """A batch norm by averages behind a product, of every channel, before the activation."""
+
+    gain: Tensor | None
+    offset: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    eps: float
 
 
 class Derivative(NamedTuple):
@@ -72,7 +82,8 @@ class Derivative(NamedTuple):
 # The product alone, and what the kernels are told then.
 PLAIN = Forward()
 PLANS = {(act, keep): Forward(act, keep) for act in ACTS for keep in (False, True)} | {("", False): PLAIN}
-_NOTHING = (0, None, None, None)
+_NO_NORM = (None, None, None, None, 0.0)
+_NOTHING = (0, None, None, None, *_NO_NORM)
 
 Results = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -108,7 +119,9 @@ class Call(ABC):
         self.layout = layout
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN, norm: Norm | None = None
+    ) -> Results:
         """The result, derivatives and moments if the plan asks for them."""
 
     @abstractmethod
@@ -117,13 +130,14 @@ class Call(ABC):
     ) -> Gradients:
         """Gradients of input, weight and bias, as far as they are needed."""
 
-    def _extras(self, y: Tensor, plan: Forward) -> tuple[tuple[_Argument, ...], Results]:
+    def _extras(self, y: Tensor, plan: Forward, norm: Norm | None) -> tuple[tuple[_Argument, ...], Results]:
         """The last arguments of a forward pass, and its results."""
-        if plan is PLAIN:
+        if plan is PLAIN and norm is None:
             return _NOTHING, (y, None, None)
         derivatives = empty_like(y) if plan.keep else None
         moments = (_numbers(y, self.layout), _numbers(y, self.layout)) if plan.moments else None
-        return (ACTS[plan.act], derivatives, *(moments or (None, None))), (y, derivatives, moments)
+        last = derivatives, *(moments or (None, None)), *(norm or _NO_NORM)
+        return (ACTS[plan.act], *last), (y, derivatives, moments)
 
     def _weights(self, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Room for the gradients of weight and bias."""
@@ -213,13 +227,15 @@ class Rows(Call):
         lines = max(_IMAGE // ((n * phases + m) * pitch), self.kernel[0])
         return (batch, n, m, *_axes(space, self.kernel, where), groups, rows, cols, *tables), lines
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN, norm: Norm | None = None
+    ) -> Results:
         space, channels = self.geometry.output(x.shape[2:], self.kernel), self.layout.channels
         # One pixel, or one channel, lies as torch has it: both ways, and not marked as channels last.
         pixels = self.kernel and channels > 1 and math.prod(space) > 1
         y = empty((x.shape[0], channels, *space), _PIXELS if pixels else _COLUMNS if self.column_major else None)
         arguments, lines = self._arguments(x, weight, _FORWARD)
-        extras, results = self._extras(y, plan)
+        extras, results = self._extras(y, plan, norm)
         columns = not self.kernel and is_column_major(x), self.column_major
         call("rows_forward", x, weight, bias, y, *arguments, *columns, lines, torch.get_num_threads(), *extras)
         return results
@@ -254,9 +270,11 @@ class Planes(Call):
         sizes = len(x), x.shape[1], self.layout.channels, *_axes(x.shape[2:], self.kernel, self.geometry)
         return *sizes, *weight.shape[:3], *self.layout.addresses, torch.get_num_threads()
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN) -> Results:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Forward = PLAIN, norm: Norm | None = None
+    ) -> Results:
         y = empty((len(x), self.layout.channels, *x.shape[2:]))
-        extras, results = self._extras(y, plan)
+        extras, results = self._extras(y, plan, norm)
         call("planes_forward", x, weight, bias, y, *self._arguments(x, weight), *extras)
         return results
 

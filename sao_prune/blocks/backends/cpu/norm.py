@@ -8,7 +8,7 @@ from torch import Tensor
 from ...functional import Geometry
 from ...layout import Layout
 from ...permutation import dense, is_column_major
-from .launch import ACTS, Derivative, Forward, call
+from .launch import ACTS, PLANS, Derivative, Forward, Norm, call
 from .linear import as_operand, call_for, shaped
 from .memory import empty_like
 
@@ -23,6 +23,26 @@ def affine(
     scale = inverse if gain is None else inverse * gain
     shift = -mean * scale if offset is None else offset - mean * scale
     return scale, shift, inverse
+
+
+def conv_normed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    layout: Layout,
+    geometry: Geometry,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The result with a norm by averages, which is one more factor of the weight as the kernels lay that out."""
+    operand, flat, kernel = call_for(x, weight, layout, geometry)
+    norm = Norm(*(None if t is None else dense(t) for t in (gain, offset, mean, variance)), eps)  # type: ignore[arg-type,call-arg]
+    bias = None if bias is None else dense(bias)
+    return shaped(kernel.forward(operand, dense(flat), bias, PLANS[activation, False], norm)[0], x, geometry)
 
 
 def conv_norm_forward(

@@ -60,20 +60,24 @@ static void convolve(long rows, const float *const *x, long count, const float *
 
 static long band_size(border b) { return TILE * (ROUND((BAND / b.pitch > 0 ? BAND / b.pitch : 1) * b.pitch) + V); }
 
-/* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
+/* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels.
+ * A norm by averages comes before `act`. */
 int planes_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, AXIS(y),
                    AXIS(x), long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *derivatives,
-                   float *mean, float *variance) {
+                   float *mean, float *variance, NORM) {
     geometry f = GEOMETRY(batch);
     border b = make_border(f, f.x.size);
     shape s = {groups, rows, cols, f.y.kernel * f.x.kernel};
     long count = cols * s.taps, size = rows * count, area = f.y.size * f.x.size, plane_size = padded_size(f, b);
     int direct = s.taps == 1 && area >= V;
-    float *packed = scratch(PACKED, groups * (size + rows)), *offsets = packed + groups * size;
+    float *packed = scratch(PACKED, groups * (size + 2 * rows)), *offsets = packed + groups * size;
+    float *factors = offsets + groups * rows;
+    norm behind = NORM_OF;
+    int shifted = bias || average;
     moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
     int failed = !packed || (mean && !noted);
     if (failed) return free(noted), 1;
-    if (bias) by_position(bias, out, groups * rows, offsets);
+    by_norm(behind, bias, out, groups * rows, factors, offsets);
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *planes = scratch(FIRST, direct ? 1 : cols * plane_size), *band = scratch(SECOND, band_size(b));
@@ -90,7 +94,10 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
             tap_table(to, cols, shifts, s.taps, from);
         }
 #pragma omp for
-        for (long g = 0; g < groups; g++) lay_out(w + g * size, s, packed + g * size);
+        for (long g = 0; g < groups; g++) {
+            lay_out(w + g * size, s, packed + g * size);
+            if (average) multiply_tiles(packed + g * size, s, factors + g * rows);
+        }
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * groups; unit++) {
             if (failed) continue;
@@ -109,7 +116,7 @@ int planes_forward(const float *x, const float *w, const float *bias, float *y, 
                 else
                     memset(planes + j * plane_size, 0, plane_size * sizeof(float));
             }
-            const float *own = bias ? offsets + g * rows : NULL;
+            const float *own = shifted ? offsets + g * rows : NULL;
             if (direct)
                 group_product(rows, from, count, packed + g * size, own, to, area);
             else

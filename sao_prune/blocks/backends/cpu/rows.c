@@ -13,10 +13,11 @@ static void note_moments(const panel *p, moments *by_channel) {
                           run_moments(p->planes[i], joined ? 1 : p->count, joined ? p->count * width : width, p->b.pitch));
 }
 
-/* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels. */
+/* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels.
+ * A norm by averages comes before `act`. */
 int rows_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, AXIS(y), AXIS(x),
                  long groups, long rows, long cols, const int *in, const int *out, int x_columns, int y_columns,
-                 long lines, int threads, int act, float *derivatives, float *mean, float *variance) {
+                 long lines, int threads, int act, float *derivatives, float *mean, float *variance, NORM) {
     geometry f = GEOMETRY(batch);
     extent inner = inner_extent(f), outer = outer_extent(f);
     border b = make_border(f, outer.width);
@@ -24,11 +25,14 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
     shape s = {groups, rows, cols, f.y.kernel * f.x.kernel};
     matrix source = {(float *)x, n, x_columns, in, groups * cols}, result = {y, m, y_columns, out, groups * rows};
     long bands = (outer.height + lines - 1) / lines, count = cols * s.taps, size = rows * count;
-    float *packed = scratch(PACKED, groups * (size + rows)), *offsets = packed + groups * size;
+    float *packed = scratch(PACKED, groups * (size + 2 * rows)), *offsets = packed + groups * size;
+    float *factors = offsets + groups * rows;
+    norm behind = NORM_OF;
+    int shifted = bias || average;
     moments *noted = mean ? calloc(threads * m, sizeof *noted) : NULL;
     int failed = !packed || (mean && !noted);
     if (failed) return free(noted), 1;
-    if (bias) by_position(bias, out, groups * rows, offsets);
+    by_norm(behind, bias, out, groups * rows, factors, offsets);
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         panel from, to, kept;
@@ -39,7 +43,10 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
                  open_panel(&to, THIRD, result, outer, bare(b), &whole, lines) |
                  open_panel(&kept, SECOND, beside, outer, bare(b), &whole, derivatives ? lines : 0) | !taps | !shifts;
 #pragma omp for
-        for (long g = 0; g < groups; g++) lay_out(w + g * size, s, packed + g * size);
+        for (long g = 0; g < groups; g++) {
+            lay_out(w + g * size, s, packed + g * size);
+            if (average) multiply_tiles(packed + g * size, s, factors + g * rows);
+        }
 #pragma omp for schedule(dynamic)
         for (long unit = 0; unit < batch * bands; unit++) {
             if (failed) continue;
@@ -50,7 +57,7 @@ int rows_forward(const float *x, const float *w, const float *bias, float *y, lo
             tap_table(from.planes, groups * cols, shifts, s.taps, taps);
             long length = high * b.pitch;
             for (long g = 0; g < groups; g++)
-                group_product(rows, taps + g * count, count, packed + g * size, bias ? offsets + g * rows : NULL,
+                group_product(rows, taps + g * count, count, packed + g * size, shifted ? offsets + g * rows : NULL,
                               to.planes + g * rows, ROUND(length));
             if (mean) note_moments(&to, noted + omp_get_thread_num() * m);
             if (derivatives) move_panel(&kept, image, first, high);

@@ -39,10 +39,18 @@ class _Ready(torch.autograd.Function):
 
 
 def without_block_layers(model: nn.Module) -> nn.Module:
-    """A copy of a compact model in which block layers cost nothing; what it computes means nothing."""
+    """A copy of a compact model in which block layers, and the norms and activations that they compute along with
+    themselves, cost nothing; what it computes means nothing."""
     model = copy.deepcopy(model)
+    owned = {id(m) for layer in model.modules() if isinstance(layer, BlockModule) for m in _behind(layer)}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, BlockModule):
                 setattr(parent, name, _Free(child))
+            elif id(child) in owned:
+                setattr(parent, name, nn.Identity())
     return model
+
+
+def _behind(layer: BlockModule) -> list[nn.Module | None]:
+    return [] if layer.epilogue is None else layer.epilogue.members()[1:3]

@@ -159,7 +159,7 @@ def apply(
             attach_all(modules, draws, hook)
     if form == "compact":
         # What was drawn has been copied, and takes more than the blocks.
-        del draws, by_name, settlement
+        del draws, by_name, settlement, weights, bound
         release_memory()
     return result
 

@@ -18,6 +18,10 @@ def _kinds_with_activation() -> tuple[type[nn.Module], ...]:
     return () if module is None else (module.BatchNormAct2d,)
 
 
+# The class of dense layers that compute what follows them, and the one that they had.
+OWNERS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def activation_in(module: nn.Module | None) -> nn.Module | None:
     """The activation that a norm has as its child and calls itself."""
     act = module.act if isinstance(module, _kinds_with_activation()) else None  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from . import functional
 from .backends import cpu
 from .backends import torch as plain
 from .dispatch import Definition, define
-from .operands import check_memory
+from .operands import check_averages, check_memory
 from .permutation import dense, is_column_major
 
 Found = Sequence[Tensor | None]
@@ -27,6 +27,7 @@ def _operands(inputs: Any, constants: Any, grad: Tensor | None = None) -> None:
     z: Tensor = inputs[0]
     numbers = *inputs[1:], *constants
     check_memory(z, *numbers, grad)
+    check_averages(*constants)
     for t in numbers:
         if t is not None and t.shape != z.shape[1:2]:
             raise RuntimeError(f"expected one number a channel of {tuple(z.shape)}, got shape {tuple(t.shape)}")

@@ -87,8 +87,8 @@ def compact(
     before = plan_of(model)
     found = list(layers(model))
     watched = [m for _, m in found]
-    detach(model)
     try:
+        detach(model)
         calls: Calls | None = None
         follow: dict[str, Steps] = {}
         if example_input is not None and fuse and cpu.library() is not None:
@@ -186,7 +186,8 @@ def _chosen(
     if plan is not None:
         known = default_plan(candidates)
         # That its layers follow each other as they did where it was made, only a run tells.
-        return replace(plan, choices={**kept, **known.choices, **confirmed(plan, follow)})
+        own = {n: c for n, c in confirmed(plan, follow).items() if c.execution != NORMED or n in first}
+        return replace(plan, choices={**kept, **known.choices, **own})
 
     def complete(own: Plan) -> Plan:
         last = own.channels_last or before.channels_last

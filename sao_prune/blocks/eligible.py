@@ -137,7 +137,8 @@ def _weights(
 
 
 def _bare(why: Ineligible) -> Ineligible:
-    """Without its traceback, whose frames would keep whole models' weights until a cycle is collected."""
+    """Without tracebacks, whose frames would keep whole models' weights until a cycle is collected."""
+    why.__context__ = why.__cause__ = None
     return why.with_traceback(None)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._torch import BatchNorm, has_global_hooks, version
-from .absorbed import absorbed_class, activation_in, activation_name, is_activation, is_norm, kind_of
+from .absorbed import OWNERS, absorbed_class, activation_in, activation_name, is_activation, is_norm, kind_of
 from .backends import cpu
 
 # Storage, offset and version of a result; and how many are remembered, for passes that run again.
@@ -131,7 +131,9 @@ class Epilogue:
                 return False
             if x.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else x.dim()) or norm.momentum is None:
                 return False
-            if norm.training and x.numel() // x.shape[1] < 2:
+            if norm.running_mean is None or norm.running_var is None:
+                return False
+            if norm.training and (not norm.track_running_stats or x.numel() // x.shape[1] < 2):
                 return False
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if then is not None:
@@ -255,4 +257,5 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop("epilogue", None)
         if module.__dict__.pop("absorbed", None) is not None:
             module.__class__ = kind_of(module)
-        module.__class__ = getattr(type(module), "plain_class", type(module))
+        if type(module) in OWNERS:
+            module.__class__ = OWNERS[type(module)]

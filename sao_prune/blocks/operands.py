@@ -22,6 +22,18 @@ def check_memory(*tensors: Tensor | None) -> None:
                 raise RuntimeError(f"the memory of an operand of shape {tuple(t.shape)} has been freed")
 
 
+def check_averages(mean: Tensor | None, variance: Tensor | None) -> None:
+    """Refuse one of a norm's averages without the other.
+
+    Raises:
+        RuntimeError: telling which is missing.
+    """
+    if (mean is None) != (variance is None):
+        raise RuntimeError(
+            f"expected mean and variance of a norm, or none, got no {'mean' if mean is None else 'variance'}"
+        )
+
+
 def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:
     """The blocks as matrices, once it is sure that the operands are those of one layer.
 
@@ -40,7 +52,16 @@ def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where
         raise RuntimeError(f"expected as many dimensions of space everywhere, got {given}")
     _check_types(x, blocks, bias)
     layout.check(x, 1 if where.stride else -1, bias)
+    if where.stride:
+        _check_kernel(x, weight, where)
     return weight
+
+
+def _check_kernel(x: Tensor, weight: Tensor, where: Geometry) -> None:
+    for size, kernel, padding, dilation in zip(x.shape[2:], weight.shape[3:], where.padding, where.dilation):
+        if size + 2 * padding < dilation * (kernel - 1) + 1:
+            given = f"a kernel of {tuple(weight.shape[3:])} on an image of {tuple(x.shape[2:])}"
+            raise RuntimeError(f"expected no kernel larger than its image with padding, got {given}, {where}")
 
 
 def packed_behind(before: Layout, layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:

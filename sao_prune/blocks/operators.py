@@ -18,7 +18,7 @@ from .backends import torch as plain
 from .dispatch import Definition, Operator, define
 from .functional import MATRIX, Geometry, keeps_derivative
 from .layout import Layout, layout_of
-from .operands import check_memory, check_results, packed, packed_behind, unpacked
+from .operands import check_averages, check_memory, check_results, packed, packed_behind, unpacked
 from .permutation import is_channels_last, is_column_major
 
 Found = Sequence[Tensor | None]
@@ -129,6 +129,7 @@ def _normed_operands(inputs: Any, constants: Any, options: Any) -> tuple[Layout,
     (x, blocks, bias, gain, offset), (*sets, mean, variance) = inputs, constants
     layout, where = _where(sets, options)
     weight = packed(layout, x, blocks, bias, where)
+    check_averages(mean, variance)
     for numbers in (gain, offset, mean, variance):
         check_memory(numbers)
         layout.check_bias(numbers)

@@ -175,3 +175,53 @@ def test_inputs_of_a_wrong_shape_are_refused(execution):
     for shape in ((2, 8, 5, 5), (2, 16, 5, 5, 5), (16, 16), (16,)):
         with pytest.raises(RuntimeError, match=r"[Ee]xpected"):
             conv(torch.ones(shape))
+
+
+@needs_compiler
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "space", "options"),
+    [
+        (4, (3, 3), {"stride": 2}),
+        (3, (2, 9), {"stride": 3}),
+        (5, (2, 2), {"stride": 4}),
+        (3, (4, 12), {"stride": 2, "dilation": 2}),
+        (3, (2, 9), {}),
+    ],
+)
+def test_kernels_larger_than_the_image_are_refused(kernel, space, options, native):
+    layer, dense = _pair(2, interleaved(8, 8, 2), kernel, **options)
+    x = torch.randn(2, 8, *space).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError):
+        dense(x)
+    layer.run_as(NATIVE if native else Execution())
+    with pytest.raises(RuntimeError, match="larger than its image"):
+        layer(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dilation", [9, 17, 33, 64, 150, 512])
+def test_wide_dilations_whatever_the_buffers_hold(dilation):
+    signals, dense = _pair(1, interleaved(8, 8, 2), 3, padding=dilation, dilation=dilation)
+    images, flat = _pair(2, interleaved(8, 8, 2), (1, 3), padding=(0, dilation), dilation=(1, dilation))
+    for layer, other, x in ((signals, dense, torch.randn(4, 8, 100)), (images, flat, torch.randn(4, 8, 5, 100))):
+        layer.run_as(NATIVE)
+        # Buffers that are larger than needed, and full of what is no number.
+        layer(torch.full((2, 8, *x.shape[2:-1], 5000), torch.nan).requires_grad_()).sum().backward()
+        layer.zero_grad()
+        assert_same(layer, other, x, tolerance=1e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (1, 2), (2, 3), (3, 4)])
+def test_pixels_that_no_output_has_seen_may_be_anything(kernel, stride):
+    layer, dense = _pair(2, interleaved(8, 8, 2), kernel, stride=stride)
+    layer.run_as(NATIVE)
+    x = torch.randn(2, 8, 10, 10).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = torch.autograd.grad(dense(x).abs().sum(), x)[0].abs().sum((0, 1)) > 0
+    spoilt = torch.where(seen, x.detach(), torch.nan).contiguous(memory_format=torch.channels_last)
+    last = seen.any(1).nonzero().max() + 1, seen.any(0).nonzero().max() + 1
+    spoilt[:, :, : last[0], : last[1]] = x.detach()[:, :, : last[0], : last[1]]
+    layer.zero_grad()
+    layer(spoilt).sum().backward()
+    assert layer.blocks.grad.isfinite().all()

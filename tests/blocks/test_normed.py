@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import sao_prune
-from sao_prune.blocks import Plan
+from sao_prune.blocks import BlockConv2d, Plan
 from sao_prune.blocks.batch_norm import batch_norm
 from sao_prune.blocks.modules import NormedConv2d
 from sao_prune.blocks.plan import carry_out, plan_of
 
 from .calls import ACTS
-from .cases import assert_all_close, needs_compiler, owners
+from .cases import assert_all_close, needs_compiler, owners, randomise
 
 
 def _operands(shape: tuple[int, ...], order: str, affine: bool, averages: bool) -> list[Tensor | None]:
@@ -158,3 +159,95 @@ def test_one_value_a_channel_has_no_variance():
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             net.train()(torch.randn(1, first.in_channels, 2, 2))
         assert all(v.equal(before[k]) for k, v in net.state_dict().items())
+
+
+def test_one_average_alone_is_refused():
+    z, gain, offset, mean, variance = _operands((2, 4, 3, 3), "rows", True, True)
+    for averages in ((mean, None), (None, variance)):
+        with pytest.raises(RuntimeError, match="mean and variance"):
+            batch_norm(z, gain, offset, *averages, "relu", 1e-5)
+
+
+def _three(act: nn.Module, first: bool = False) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), act, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+    )
+    randomise(net)
+    sao_prune.apply(net, groups=2, seed=0, skip_first=not first)
+    return net, torch.randn(4, 3, 9, 9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh])
+def test_traced_graphs(act):
+    net, x = _three(act())
+    net.eval()
+    sao_prune.compact(net, example_input=x)
+    assert type(net[0]) is NormedConv2d
+    expected = net(x)
+    graph = torch.fx.symbolic_trace(net)
+    for traced in (graph, copy.deepcopy(graph)):
+        assert_all_close([traced(x)], [expected], 1e-5)
+        assert_all_close([net(x)], [expected], 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["no tracking", "no averages"])
+def test_norms_that_change_afterwards(change):
+    net, x = _three(nn.SiLU())
+    dense = copy.deepcopy(net)
+    sao_prune.compact(net, example_input=x)
+    assert [m.epilogue is not None for m in owners(net)] == [True, True]
+    for model in (net, dense):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.track_running_stats = False
+                if change == "no averages":
+                    m.running_mean = m.running_var = None
+    for training in (True, False):
+        found = []
+        for model in (net, dense):
+            with torch.no_grad():
+                found.append([model.train(training)(x), *(b for m in (model[1], model[4]) for b in m.buffers())])
+        assert_all_close(*found)
+
+
+@needs_compiler
+def test_owners_whose_class_others_change():
+    class Twice(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2 * w
+
+    net, x = _three(nn.SiLU())
+    sao_prune.compact(net, example_input=x)
+    parametrize.register_parametrization(net[0], "weight", Twice())
+    expected = net.eval()(x)
+    sao_prune.expand(net)
+    assert_all_close([net(x)], [expected])
+    net, x = _three(nn.SiLU())
+    net[2].plain_class = "something of its owner's"
+    sao_prune.compact(net, example_input=x)
+
+
+@needs_compiler
+def test_owners_become_compact_themselves(tmp_path):
+    net, x = _three(nn.SiLU())
+    sao_prune.compact(net, example_input=x)
+    other, _ = _three(nn.SiLU(), first=True)
+    sao_prune.compact(other.eval(), example_input=x)
+    sao_prune.save(other, tmp_path / "other.safetensors")
+    assert type(net[0]) is NormedConv2d
+    sao_prune.load(net.eval(), tmp_path / "other.safetensors")
+    assert type(net[0]) is BlockConv2d
+    assert_all_close([net(x)], [other(x)])
+    sao_prune.expand(net)
+    assert_all_close([net(x)], [other(x)])
+
+
+@needs_compiler
+def test_layers_left_out_stay_so_with_a_plan():
+    net, x = _three(nn.SiLU())
+    report = sao_prune.compact(copy.deepcopy(net), example_input=x)
+    sao_prune.compact(net, example_input=x, plan=report.plan, exclude=["0"])
+    assert type(net[0]) is nn.Conv2d

@@ -18,6 +18,7 @@ from ...discovery.kinds import stored_weights
 from ...prune import RefreshAll, RefreshChildren
 from ...prune.standardised import Centring
 from ...topology import BlockTopology, NotBlockStructuredError
+from ..absorbed import OWNERS
 from ..modules import block_slots, blocks_shape, stack_blocks
 
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -76,8 +77,9 @@ class Form(ABC):
         _check_state(module, {weight.tensor for weight in weights_of(module)}, meta)
 
     def _has_own_forward(self, module: nn.Module) -> bool:
-        own = "forward" in module.__dict__ or type(module).forward is not self.stock.forward
-        return own or getattr(type(module), "_conv_forward", None) is not getattr(self.stock, "_conv_forward", None)
+        kind = OWNERS.get(type(module), type(module))
+        own = "forward" in module.__dict__ or kind.forward is not self.stock.forward
+        return own or getattr(kind, "_conv_forward", None) is not getattr(self.stock, "_conv_forward", None)
 
     @abstractmethod
     def block(self, module: nn.Module, given: Mapping[str, Given]) -> nn.Module:
@@ -94,7 +96,7 @@ def weights_of(module: nn.Module) -> list[PrunableWeight]:
     for stored in stored_weights(module):
         weight = parameter_of(module, stored.tensor)
         if weight is not None and not isinstance(weight, nn.parameter.UninitializedParameter):
-            shape, kind = tuple(weight.shape), type(module).__name__
+            shape, kind = tuple(weight.shape), OWNERS.get(type(module), type(module)).__name__
             standardised = is_standardised(module)
             found.append(PrunableWeight("", kind=kind, shape=shape, **stored._asdict(), standardised=standardised))
     return found

@@ -42,6 +42,7 @@ class LayerForm(Form):
         blocks = own.values(topology, None, parts)
         new: BlockModule = self.block_class.__new__(self.block_class)
         new.__dict__.update(fields(module))
+        new.__dict__.pop("epilogue", None)
         drop_weight(new, "weight")
         new.__dict__.update(_dense_class=type(module), _masked=own.masked, execution=Execution())
         self._prepare(new, module)

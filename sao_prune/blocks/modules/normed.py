@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..._torch import BatchNorm
+from ..absorbed import OWNERS
 from ..backends import cpu
 from ..batch_norm import batch_norm
 from ..epilogue import Epilogue
@@ -24,7 +24,6 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "relu": torch
 class NormedConv2d(nn.Conv2d):
     """A dense convolution that computes its ``epilogue``, a batch norm and perhaps the activation behind that."""
 
-    plain_class = nn.Conv2d
     epilogue: Epilogue | None = None
 
     @staticmethod
@@ -35,8 +34,6 @@ class NormedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As of any convolution."""
-        if isinstance(x, Proxy):
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore
         # Without gradients a compiler joins what follows by itself; its code for a norm and its gradients is slower.
         left = torch.compiler.is_compiling() and not torch.is_grad_enabled()
         plain = is_plain(x) or left or not x.is_cpu
@@ -63,3 +60,6 @@ class NormedConv2d(nn.Conv2d):
         if norm.training:
             track(norm, y, mean, variance)
         return y  # type: ignore[no-any-return]
+
+
+OWNERS[NormedConv2d] = nn.Conv2d

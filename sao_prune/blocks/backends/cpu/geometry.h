@@ -26,9 +26,16 @@ typedef struct {
     long batch, height, width;
 } extent;
 
-static long output_size(axis a) { return (a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1) / a.stride + 1; }
+static long output_size(axis a) {
+    long room = a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
+    return room < 0 ? 0 : room / a.stride + 1;
+}
 static extent inner_extent(geometry f) { return (extent){f.batch, f.y.size, f.x.size}; }
 static extent outer_extent(geometry f) { return (extent){f.batch, output_size(f.y), output_size(f.x)}; }
+/* Pixels up to the last that an output meets. */
+static long reach(axis a) {
+    return MIN(a.size, (output_size(a) - 1) * a.stride + a.dilation * (a.kernel - 1) - a.padding + 1);
+}
 /* As many as there are outputs and pixels of a phase. */
 static long span(axis a) { return MAX(output_size(a), (a.size + a.stride - 1) / a.stride); }
 

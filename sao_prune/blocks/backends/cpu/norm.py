@@ -40,7 +40,7 @@ def conv_normed(
 ) -> Tensor:
     """The result with a norm by averages, which is one more factor of the weight as the kernels lay that out."""
     operand, flat, kernel = call_for(x, weight, layout, geometry)
-    norm = Norm(*(None if t is None else dense(t) for t in (gain, offset, mean, variance)), eps)  # type: ignore[arg-type,call-arg]
+    norm = Norm(*(None if t is None else dense(t) for t in (gain, offset, mean, variance)), float(eps))  # type: ignore[arg-type,call-arg]
     bias = None if bias is None else dense(bias)
     return shaped(kernel.forward(operand, dense(flat), bias, PLANS[activation, False], norm)[0], x, geometry)
 

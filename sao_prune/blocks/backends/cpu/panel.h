@@ -102,12 +102,13 @@ typedef struct {
     border b;
     phases parts; /* of every plane, `region` apart */
     long lines, image, first, count, region, filled, size;
+    long high, wide;         /* of the image, what is read */
     int own, direct, stream; /* own: never used where they lie */
     float *buffer, *spare, **planes, **by_channel, **pixels;
 } panel;
 
 static int open_panel(panel *p, int slot, matrix of, extent size, border b, const phases *parts, long lines) {
-    *p = (panel){.of = of, .image_size = size, .b = b, .parts = *parts, .lines = lines};
+    *p = (panel){.of = of, .image_size = size, .b = b, .parts = *parts, .lines = lines, .high = size.height, .wide = size.width};
     long pixels = parts->count * region_of(b, lines);
     p->size = pixels + V;
     size_t pointers = of.positions + of.channels + pixels, room = of.positions * p->size + of.channels;
@@ -148,11 +149,11 @@ static void move_panel(panel *p, long image, long first, long count) {
     for (long part = 0; part < p->parts.count; part++) {
         for (long line = first - b.above; line < first + count + b.below; line++) {
             long y = line * p->parts.stride_y + p->parts.y[part];
-            int there = y >= 0 && y < p->image_size.height;
+            int there = y >= 0 && y < p->high;
             float *start = there ? m.data + (image * p->image_size.height + y) * p->image_size.width * m.channels : NULL;
             for (long column = -b.left; column < b.pitch - b.left; column++) {
                 long x = column * p->parts.stride_x + p->parts.x[part];
-                *pixel++ = there && x >= 0 && x < p->image_size.width ? start + x * m.channels : p->spare;
+                *pixel++ = there && x >= 0 && x < p->wide ? start + x * m.channels : p->spare;
             }
         }
         while (pixel < p->pixels + (part + 1) * p->region) *pixel++ = p->spare;

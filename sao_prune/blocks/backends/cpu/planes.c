@@ -29,7 +29,9 @@ static inline void copy_run(float *to, const float *from, long count) {
         for (long p = 0; p < count; p++) to[p] = from[p];
 }
 
-static long padded_size(geometry f, border b) { return ROUND((f.y.size + 2 * b.above) * b.pitch + 2 * V); }
+static long padded_size(geometry f, border b) {
+    return ROUND((f.y.size + 2 * b.above) * b.pitch + 2 * b.left + 2 * V);
+}
 
 static void pad_plane(const float *x, geometry f, border b, float *plane) {
     for (long i = 0; i < f.y.size; i++)

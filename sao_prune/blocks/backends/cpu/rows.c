@@ -133,6 +133,8 @@ int rows_backward(const float *g, const float *x, const float *w, float *dx, flo
                  open_panel(&values, FOURTH, before, outer, around, &whole, apart ? lines : 0) | !taps | !centre |
                  !derivatives | !order | !shifts;
         top.own = apart;
+        /* What no output has seen may be anything, and would meet gradients that are zero. */
+        from.high = reach(f.y), from.wide = reach(f.x);
         if (!failed) back_taps(f, around, &all, order, shifts, start);
 #pragma omp for
         for (long k = 0; k < groups; k++)

@@ -18,7 +18,7 @@ def _kinds_with_activation() -> tuple[type[nn.Module], ...]:
     return () if module is None else (module.BatchNormAct2d,)
 
 
-# The class of dense layers that compute what follows them, and the one that they had.
+# The class of dense layers that have an epilogue, and the one that they had before.
 OWNERS: dict[type[nn.Module], type[nn.Module]] = {}
 
 

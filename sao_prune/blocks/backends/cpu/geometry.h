@@ -6,7 +6,7 @@
 
 #define WIDEST 4 /* stride */
 
-/* One dimension of space; what a tap of an output reads is `outputs` strides on, less the padding. */
+/* One dimension of space: output `i` reads with tap `k` the pixel i * stride + k * dilation - padding. */
 typedef struct {
     long size, kernel, dilation, stride, padding;
 } axis;

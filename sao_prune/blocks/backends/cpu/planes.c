@@ -65,8 +65,8 @@ static long band_size(border b) { return TILE * (ROUND((BAND / b.pitch > 0 ? BAN
 /* y = act(product); `derivatives`, if not NULL, become those of `act`, `mean` and `variance` those of the product's channels.
  * A norm by averages comes before `act`. */
 int planes_forward(const float *x, const float *w, const float *bias, float *y, long batch, long n, long m, AXIS(y),
-                   AXIS(x), long groups, long rows, long cols, const int *in, const int *out, int threads, int act, float *derivatives,
-                   float *mean, float *variance, NORM) {
+                   AXIS(x), long groups, long rows, long cols, const int *in, const int *out, int threads, int act,
+                   float *derivatives, float *mean, float *variance, NORM) {
     geometry f = GEOMETRY(batch);
     border b = make_border(f, f.x.size);
     shape s = {groups, rows, cols, f.y.kernel * f.x.kernel};

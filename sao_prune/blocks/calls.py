@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._torch import tree_leaves, without_functions
 from ..discovery import call
 from ..discovery.trace import evaluating, run
-from .modules import BlockModule
+from .modules import BlockModule, NativeMaxPool2d
 
 # Marks a dense layer whose weight lay otherwise before.
 _CHANGED = "_was_contiguous"
@@ -77,13 +77,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def to_channels_last(model: nn.Module) -> list[nn.Module]:
-    """Lay the dense 2-D convolution weights out channels last, in place; returns the layers that were not so before.
+    """Lay the dense 2-D convolution weights out channels last, in place, and let the kernels pool; returns the modules
+    that were not so before.
 
     Weights that are shared with other processes stay where they are.
     """
     changed: list[nn.Module] = []
     for module in model.modules():
         weight = module._parameters.get("weight")
+        if NativeMaxPool2d.suits(module):
+            module.__class__ = NativeMaxPool2d
+            changed.append(module)
         if isinstance(module, nn.Conv2d) and not isinstance(module, BlockModule) and weight is not None:
             if weight.is_contiguous(memory_format=torch.channels_last) or weight.is_shared():
                 continue
@@ -97,5 +101,7 @@ def to_contiguous(changed: Iterable[nn.Module]) -> None:
     """Undo `to_channels_last` for those of the layers that it has changed."""
     for module in changed:
         weight = module._parameters.get("weight")
+        if type(module) is NativeMaxPool2d:
+            module.__class__ = nn.MaxPool2d  # type: ignore[assignment]
         if module.__dict__.pop(_CHANGED, False) and weight is not None:
             weight.data = weight.data.contiguous()

@@ -254,7 +254,8 @@ def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
 def detach(model: nn.Module) -> None:
     """Let every module of a model compute itself."""
     for module in model.modules():
-        module.__dict__.pop("epilogue", None)
+        for name in ("epilogue", "whole"):
+            module.__dict__.pop(name, None)
         if module.__dict__.pop("absorbed", None) is not None:
             module.__class__ = kind_of(module)
         if type(module) in OWNERS:

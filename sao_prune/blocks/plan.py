@@ -147,7 +147,7 @@ def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
         if isinstance(layer, BlockModule) and layer.execution.native and choice.execution == layer.execution:
             _join(layer, choice.steps, modules, homes, taken)
         elif _is_normed(layer, choice) and _join(layer, choice.steps, modules, homes, taken):
-            layer.__class__ = NormedConv2d
+            NormedConv2d.become(layer)
     return to_channels_last(model) if plan.channels_last else []
 
 

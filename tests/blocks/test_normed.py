@@ -251,3 +251,41 @@ def test_layers_left_out_stay_so_with_a_plan():
     report = sao_prune.compact(copy.deepcopy(net), example_input=x)
     sao_prune.compact(net, example_input=x, plan=report.plan, exclude=["0"])
     assert type(net[0]) is nn.Conv2d
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        (3, {"kernel_size": 3, "padding": 1}),
+        (1, {"kernel_size": 3, "bias": False}),
+        (3, {"kernel_size": 7, "stride": 2, "padding": 3}),
+        (4, {"kernel_size": (5, 2), "stride": (1, 3), "padding": (0, 2)}),
+        (3, {"kernel_size": 3, "dilation": (1, 2), "padding": "same"}),
+        (2, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
+        (4, {"kernel_size": 4, "stride": 5, "groups": 2}),
+        (5, {"kernel_size": 3}),
+    ],
+)
+def test_first_layers_of_any_kind(channels, options):
+    """Whether torch or the kernels, as a block, compute a convolution: results, averages and gradients are torch's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(channels, 8, **options), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    )
+    sao_prune.apply(net, groups=2, seed=0)
+    dense, x = copy.deepcopy(net), torch.randn(3, channels, 17, 18, requires_grad=True)
+    sao_prune.compact(net, example_input=x.detach())
+    assert type(net[0]) is NormedConv2d
+    for training in (True, False):
+        found = []
+        for model in (net.train(training), dense.train(training)):
+            y = model(x)
+            leaves = [x, *model[0].parameters(), *model[1].parameters()]
+            gradients = torch.autograd.grad(y.square().sum(), leaves)
+            found.append([y, *gradients, model[1].running_mean, model[1].running_var])
+        assert_all_close(*found)  # the bias of the first has none but rounding
+        with torch.no_grad():
+            assert_all_close([net(x)], [dense(x)], 1e-5)
+    compiled = torch.compile(net.train(), fullgraph=True, backend="aot_eager")
+    assert_all_close([compiled(x)], [dense.train()(x)], 1e-5)

@@ -7,6 +7,7 @@ from .conv import BlockConv, BlockConv1d, BlockConv2d, BlockConv3d
 from .experts import BlockExperts
 from .linear import BlockLinear
 from .normed import NORMED, NormedConv2d
+from .pooled import NativeMaxPool2d
 from .recurrent import (
     BlockCell,
     BlockGRU,
@@ -41,6 +42,7 @@ __all__ = [
     "BlockStdConv2d",
     "Execution",
     "Matrix",
+    "NativeMaxPool2d",
     "NormedConv2d",
     "block_slots",
     "blocks_shape",

@@ -8,6 +8,7 @@ from .linear import backward, forward, suits
 from .memory import release_memory
 from .mlp import mlp_backward, mlp_forward
 from .norm import affine, conv_norm_backward, conv_norm_forward, conv_normed, norm_backward, norm_forward
+from .pool import pool_backward, pool_forward
 from .stack import stack_backward, stack_forward, stack_suits
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "mlp_forward",
     "norm_backward",
     "norm_forward",
+    "pool_backward",
+    "pool_forward",
     "processor",
     "ready",
     "release_memory",

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("rows.c", "planes.c", "mlp.c", "stack.c", "norm.c")
+_SOURCES = ("rows.c", "planes.c", "mlp.c", "stack.c", "norm.c", "pool.c")
 _HEADERS = ("panel.h", "inner.h", "geometry.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "SAO_PRUNE_NATIVE"
@@ -38,6 +38,8 @@ _SIGNATURES = {
     "norm_sums": [_pointer] * 5 + [_int, _pointer] + [_long] * 3 + [_int] * 2,
     "norm_moments": [_pointer] * 3 + [_long] * 3 + [_int] * 2,
     "norm_backward": [_pointer] * 4 + [_int] + [_long] * 3 + [_int] * 2,
+    "pool_forward": [_pointer] * 3 + [_long] * 12 + [_int],
+    "pool_backward": [_pointer] * 3 + [_long] * 12 + [_int],
 }
 
 

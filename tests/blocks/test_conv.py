@@ -60,6 +60,26 @@ def test_a_kernel_as_large_as_the_image(dims, topology, kernel, channels_last, b
 @needs_compiler
 @given(
     topologies(40),
+    st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 7), (7,), (1,), (3, 1)]),
+    st.sampled_from([1, 2, 3]),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_images_of_a_single_window_by_the_kernels(topology, kernel, stride, batch, channels_last, bias):
+    layer, dense = _pair(len(kernel), topology, kernel, bias=bias, stride=stride)
+    native = layer.suits_native(channels_last)
+    layer.run_as(NATIVE if native else Execution())
+    x = torch.randn(batch, layer.in_channels, *kernel)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_same(layer, dense, x, tolerance=1e-2)
+
+
+@needs_compiler
+@given(
+    topologies(40),
     st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 7)]),
     st.sampled_from([1, 2]),
     st.sampled_from([(1, 1, 1), (2, 5, 9), (3, 14, 14), (1, 33, 6), (1, 4, 230)]),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...functional import Geometry
 from ...layout import Layout
-from ...permutation import dense, is_channels_last, is_column_major
+from ...permutation import Permutation, dense, is_channels_last, is_column_major
 from ..torch import Gradients, is_transposed
 from .launch import LINE, PLANS, Call, Derivative, Planes, Rows
 
@@ -55,7 +58,7 @@ def backward(
         derivative = Derivative(act, as_operand(values, x, geometry, call))
     dx, dw, db = call.backward(as_operand(grad, x, geometry, call), operand, dense(flat), needs, derivative)
     dw = dw if dw is None or flat is weight else dw.view(weight.shape)
-    return None if dx is None else shaped(dx, x, geometry), dw, db
+    return None if dx is None else shaped_as(dx, x, geometry), dw, db
 
 
 def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> tuple[Tensor, Tensor, Call]:
@@ -66,11 +69,26 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
         flat = rows_of(x)
         return flat, weight, Rows(layout, is_column_major(flat))
     kernel = tuple(weight.shape[3:])
+    if kernel == x.shape[2:] and not any(geometry.padding):
+        last = is_channels_last(x)
+        flat = (x.movedim(1, -1) if last else x).flatten(1)
+        return dense(flat), weight.flatten(2), Rows(_of_window(layout, math.prod(kernel), last), False)
     if x.dim() != 4 or not is_channels_last(x):
         return dense(x), weight, Planes(layout, kernel, geometry)
     if max(*kernel, *geometry.stride) > 1 or any(geometry.padding):
         return x.contiguous(memory_format=torch.channels_last), weight, Rows(layout, False, kernel, geometry)
     return rows_of(x.movedim(1, -1)), weight.flatten(2), Rows(layout, False)
+
+
+@lru_cache(maxsize=256)
+def _of_window(layout: Layout, places: int, last: bool) -> Layout:
+    """The layout of a convolution of images that are a single window: of a linear layer whose inputs are all pixels,
+    channels innermost or, if not ``last``, outermost."""
+    first, place = layout.inputs.inverse * places, torch.arange(places)
+    position = (first + place[:, None] if last else first[:, None] + place).flatten()
+    index = torch.zeros(layout.groups * layout.cols * places, dtype=torch.long)
+    index[position] = torch.arange(len(position))
+    return replace(layout, cols=layout.cols * places, inputs=Permutation.of(index, position), _on={})
 
 
 def as_operand(t: Tensor, x: Tensor, geometry: Geometry, call: Call) -> Tensor:
@@ -87,11 +105,20 @@ def shaped(flat: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     if geometry.stride:
         if flat.dim() > 2:
             return flat
+        if len(flat) == len(x):
+            return flat.view(*flat.shape, *[1] * (x.dim() - 2))
         images = flat.view(x.shape[0], *x.shape[2:], flat.shape[1]).movedim(-1, 1)
         return images if flat.shape[1] > 1 else flat.view(images.shape)
     if is_transposed(x):
         return flat.view(*x.shape[:-2], flat.shape[1], x.shape[-2]).mT
     return flat if x.dim() == 2 else flat.view(*x.shape[:-1], flat.shape[1])
+
+
+def shaped_as(flat: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """A gradient that a kernel gave, as one of its input ``x``."""
+    if not geometry.stride or flat.dim() > 2 or len(flat) != len(x):
+        return shaped(flat, x, geometry)
+    return flat.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1) if is_channels_last(x) else flat.view(x.shape)
 
 
 def rows_of(t: Tensor) -> Tensor:

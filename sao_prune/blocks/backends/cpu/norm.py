@@ -9,7 +9,7 @@ from ...functional import Geometry
 from ...layout import Layout
 from ...permutation import dense, is_column_major
 from .launch import ACTS, PLANS, Derivative, Forward, Norm, call
-from .linear import as_operand, call_for, shaped
+from .linear import as_operand, call_for, shaped, shaped_as
 from .memory import empty_like
 
 Normed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -95,7 +95,7 @@ def conv_norm_backward(
     numbers, dgain, doffset = _numbers(grad, z, gain, offset, mean, variance, eps, activation, training)
     derivative = Derivative(activation, z, numbers)
     dx, dw, db = kernel.backward(grad, operand, dense(flat), needs[:3], derivative)
-    dx = None if dx is None else shaped(dx, x, geometry)
+    dx = None if dx is None else shaped_as(dx, x, geometry)
     dw = None if dw is None else dw.view(weight.shape)
     return dx, dw, db, dgain if needs[3] else None, doffset if needs[4] else None
 

@@ -12,7 +12,7 @@ from ..topology import BlockTopology, encode_sets
 from .eligible import tied
 from .following import Flow, Watch
 from .layout import layout_of_topology
-from .modules import BlockConv, BlockLinear, BlockModule
+from .modules import BlockConv, BlockLinear, BlockModule, NativeMaxPool2d
 from .permutation import Kind
 
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -21,7 +21,9 @@ _STEPS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh,
     nn.Sigmoid, nn.Softplus, nn.Dropout, nn.Identity,
 )  # fmt: skip
-_SPATIAL: tuple[type[nn.Module], ...] = (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_SPATIAL: tuple[type[nn.Module], ...] = (
+    nn.Dropout2d, nn.MaxPool2d, NativeMaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+)  # fmt: skip
 _FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.dropout, F.hardswish, Tensor.contiguous}
 _KINDS: set[type] = {BlockLinear, *BlockConv.__subclasses__()}
 

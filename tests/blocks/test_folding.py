@@ -12,6 +12,7 @@ from torch import nn
 
 from sao_prune.blocks import BlockConv2d, BlockLinear
 from sao_prune.blocks.folding import fold
+from sao_prune.blocks.modules import NativeMaxPool2d
 from sao_prune.blocks.permutation import Kind
 from sao_prune.topology import interleaved, make_topology, ramanujan
 
@@ -57,12 +58,13 @@ def test_irregular_outputs_become_the_identity():
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("inplace", [True, False])
-def test_convolutions_and_the_norms_between(norm, inplace):
+@pytest.mark.parametrize("pool", [nn.MaxPool2d, NativeMaxPool2d])
+def test_convolutions_and_the_norms_between(norm, inplace, pool):
     layers = [
         BlockConv2d(ramanujan(32, 8, 4), 3, padding=1),
         *([nn.BatchNorm2d(32)] if norm else []),
         nn.ReLU(inplace=inplace),
-        nn.MaxPool2d(2),
+        pool(2),
         BlockConv2d(ramanujan(8, 32, 4), 1),
     ]
     assert_folds(nn.Sequential(*layers), torch.randn(2, 8, 6, 6), 1)

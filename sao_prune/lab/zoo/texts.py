@@ -29,7 +29,8 @@ images or sounds. The stages:
    entries of the weight in use are zero; masks have the reported number of ones; nothing but a linear, convolution,
    attention or recurrent function reads a masked weight, so none is transformed on the way;
 4. `copy.deepcopy`: equal outputs; training the copy leaves the original as it is;
-5. `sao_prune.compact` on a copy: equal outputs, and gradients that agree to 5 % of their norm;
+5. `sao_prune.compact` on a copy, with the input as its example: equal outputs, and gradients that agree to 5 % of
+   their norm;
 6. `sao_prune.remove`: zeros stay, equal outputs;
 7. `sao_prune.save` before and after `remove`; `sao_prune.load` of the one after into a fresh dense model, then of the
    one before into that: equal outputs each time.

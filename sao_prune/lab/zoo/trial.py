@@ -171,16 +171,21 @@ class Trial:
         self._check_equal(self.model, "the original, after its copy was trained")
 
     def compact(self) -> None:
-        """A compact copy gives equal outputs, and equal gradients to what it shares with the original.
+        """A compact copy, whose layers compute the norms and activations behind them, gives equal outputs, and equal
+        gradients to what it shares with the original.
 
         Raises:
             BrokenLawError: naming what differs.
         """
         twin = copy.deepcopy(self.model)
         try:
-            compact(twin)
+            compact(copy.deepcopy(twin))
         except ValueError:
             return  # it says of every layer why it stays as it is
+        try:
+            compact(twin, example_input=self.inputs)
+        except ValueError as error:
+            raise BrokenLawError(f"compact: {error}") from error
         try:
             self._check_equal(twin, "compact")
         except BrokenLawError:

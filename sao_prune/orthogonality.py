@@ -155,9 +155,9 @@ def hold(
     settle_all(model)
     records: list[HeldRecord] = []
     ready: list[tuple[nn.Module, str, Held]] = []
-    found = list(_candidates(model))
+    found, shared = list(_candidates(model)), _shared(model)
     for (_, module, tensor, name, layout_of), skipped in zip(found, pick(_named(found), include, exclude)):
-        layout = skipped or layout_of()
+        layout = skipped or shared.get(id(module._parameters.get(tensor))) or layout_of()
         if isinstance(layout, str):
             records.append(HeldRecord(name, reason=layout))
             continue
@@ -255,6 +255,20 @@ def _candidates(model: nn.Module) -> Iterator[Found]:
             if not why_not_plain(module, masked=True):
                 layout = partial(_masked_layout, module, weight)
                 yield weight.module, module, f"{weight.tensor}_orig", weight.name, layout
+
+
+def _shared(model: nn.Module) -> dict[int, str]:
+    """Why a parameter that several modules have cannot be held, by its id: each would get one of its own."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for tensor, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(dotted(path, tensor.removesuffix("_orig")))
+    return {
+        key: f"{' and '.join(names)} are one weight, and hold would give each its own: use one module twice instead"
+        for key, names in owners.items()
+        if len(names) > 1
+    }
 
 
 def _named(found: list[Found]) -> list[tuple[str, nn.Module, list[str]]]:

@@ -155,7 +155,8 @@ class Rows:
 
 def moments(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor, bool]:
     """Mean and variance of every column, in one pass, and whether all of it was finite."""
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    count, mean = 0, torch.zeros((), device="cpu")
+    squares = mean.clone()
     for x in chunks:
         rows, own = len(x), x.mean(0, dtype=torch.float64)
         apart = (x - own.to(x.dtype)).square().sum(0, dtype=torch.float64)

@@ -202,7 +202,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> Callable[
     for name, parameter in model.named_parameters():
         check_writable(name, parameter)
     backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    snapshot = _prune_like(modules, state, to_prune)
+    snapshot = prune_like(modules, {name: state[f"{name}_mask"] for name in to_prune})
     undo = partial(_undo_fill, model, snapshot, backup)
     try:
         model.load_state_dict(_versioned(state, model), strict=False)
@@ -278,9 +278,9 @@ def _computed_names(modules: Mapping[str, nn.Module]) -> set[str]:
     return {dotted(path, tensor) for path, tensor in tensors}
 
 
-def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> Snapshot:
-    """Prune the named weights with the state's masks; the snapshot undoes it."""
-    owners = [(name, *name.rpartition(".")[::2]) for name in names]
+def prune_like(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> Snapshot:
+    """Prune weights, by their full names, with the masks given; the snapshot undoes it."""
+    owners = [(name, *name.rpartition(".")[::2]) for name in masks]
     owned = {path for _, path, _ in owners}
     consumers = {path.rpartition(".")[0] for path in owned if path}
     snapshot = Snapshot(modules[path] for path in owned | consumers | {""})
@@ -289,7 +289,7 @@ def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], n
             if f"{tensor}_mask" in modules[path]._buffers:
                 continue
             weight = getattr(modules[path], tensor)
-            MaskPruning.register(modules[path], tensor, state[f"{name}_mask"].to(weight, copy=True))
+            MaskPruning.register(modules[path], tensor, masks[name].to(weight, copy=True))
         for path in consumers - {""}:
             watch(modules[path], RefreshChildren)
         if owned - {""}:

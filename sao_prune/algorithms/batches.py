@@ -35,6 +35,7 @@ def read_batches(model: nn.Module, inputs: Any, samples: int) -> list[Any]:
     missing = samples
     for number, batch in enumerate(source):
         taken = _input_of(model, batch, number)
+        _check_kind(taken, batches, number)
         count = _examples(taken, number)
         batches.append(taken if count <= missing else _first(taken, count, missing))
         missing -= min(count, missing)
@@ -63,6 +64,19 @@ def _input_of(model: nn.Module, batch: Any, number: int) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"calibration batch {number} holds NaN or infinite values")
     return batch
+
+
+def _check_kind(batch: Any, batches: list[Any], number: int) -> None:
+    """Refuse what is no more of the same: labels, where one batch was given in place of a list of batches."""
+    first = batches[0] if batches else batch
+    if not isinstance(batch, Tensor) or not isinstance(first, Tensor):
+        return
+    if batch.dim() != first.dim() or batch.is_floating_point() is not first.is_floating_point():
+        was, got = (f"{str(b.dtype).removeprefix('torch.')} {tuple(b.shape)}" for b in (first, batch))
+        raise ValueError(
+            f"calibration batch {number} is {got}, batch 0 {was}: inputs is a list of batches; if these are the inputs "
+            "and labels of one batch, give the inputs alone"
+        )
 
 
 def _examples(batch: Any, number: int) -> int:

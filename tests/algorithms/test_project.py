@@ -434,6 +434,8 @@ class Brittle(nn.Module):
         (mlp(6, 8, 4), 7, TypeError, "an iterable of batches, got int"),
         (mlp(6, 8, 4), ["words"], TypeError, "batch 0 is a str"),
         (mlp(6, 8, 4), torch.zeros(4, 5), ValueError, "does not run on the calibration data"),
+        (mlp(6, 8, 4), [torch.zeros(4, 6), torch.zeros(4).long()], ValueError, "give the inputs alone"),
+        (mlp(6, 8, 4), (torch.zeros(4, 6), torch.zeros(4)), ValueError, r"batch 1 is float32 \(4,\), batch 0"),
         (Brittle(), X, ValueError, "inputs of two.weight are not finite"),
     ],
 )

@@ -84,7 +84,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             metadata = {"format": "sao_prune", "version": "1", "aliases": json.dumps(aliases)}
             if any(isinstance(module, BlockModule) for module in model.modules()):
                 metadata["plan"] = plan_of(model, machine()).to_json()
-            save_file(tensors, scratch, metadata=metadata)
+            save_file(_apart(tensors), scratch, metadata=metadata)
         else:
             torch.save(tensors, scratch)
     return target
@@ -260,6 +260,17 @@ def _drop_aliases(state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> di
         else:
             owners[identity] = key
     return aliases
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors wants them: a buffer may be a part of another."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return apart
 
 
 def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:

@@ -31,6 +31,7 @@ from .model import report
 from .naming import dotted
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
 from .prune.attachment import check_writable
+from .prune.frozen import thaw
 from .replaced import warn_replaced
 from .reporting import Report
 from .state_file import CheckpointError, check_plain, first_line, read_metadata, read_states
@@ -300,6 +301,7 @@ def prune_like(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) ->
             if f"{tensor}_mask" in modules[path]._buffers:
                 continue
             weight = getattr(modules[path], tensor)
+            thaw(modules[path], tensor)
             MaskPruning.register(modules[path], tensor, masks[name].to(weight, copy=True))
         for path in consumers - {""}:
             watch(modules[path], RefreshChildren)

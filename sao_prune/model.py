@@ -178,7 +178,8 @@ def remove(
         exclude: the same, for layers that stay masked.
         freeze_zeros: keep the zeros through further training, by a hook on each layer that masks the gradient. Without
             it the next optimizer step may revive them. Make a new optimizer: the momentum of one used so far would
-            revive them too. Copies and conversions of the model keep the hooks; a state dict has none.
+            revive them too. Copies and conversions of the model keep the hooks; a state dict has none. A layer that is
+            pruned anew trains where its new mask is.
 
     Returns:
         A `Report` of the model as it was, the layers that stay masked or dense in it as skipped.

@@ -157,7 +157,9 @@ def hold(
     ready: list[tuple[nn.Module, str, Held]] = []
     found, shared = list(_candidates(model)), _shared(model)
     for (_, module, tensor, name, layout_of), skipped in zip(found, pick(_named(found), include, exclude)):
-        layout = skipped or shared.get(id(module._parameters.get(tensor))) or layout_of()
+        parameter = module._parameters.get(tensor)
+        without = _META if parameter is not None and parameter.is_meta else None
+        layout = skipped or shared.get(id(parameter)) or without or layout_of()
         if isinstance(layout, str):
             records.append(HeldRecord(name, reason=layout))
             continue
@@ -276,6 +278,7 @@ def _named(found: list[Found]) -> list[tuple[str, nn.Module, list[str]]]:
 
 
 _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_eco puts it in place)"
+_META = "it is on the meta device, without values"
 
 
 def _eco_layout(module: ECOConv2d) -> Layout | str:

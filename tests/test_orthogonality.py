@@ -193,6 +193,12 @@ def test_tied_weights_stay_tied(make, tensor):
     assert len(names) - len([name for name, _ in model.named_parameters() if name.endswith(tensor)]) == 1
 
 
+@pytest.mark.parametrize("make", [masked, compacted, tied_eco])
+def test_what_has_no_values_is_not_held(make):
+    with pytest.raises(ValueError, match=r"nothing to hold .* it is on the meta device"):
+        hold(make().to("meta"))
+
+
 def test_global_generator_is_left_alone():
     model = nn.Sequential(ECOConv2d(4, 8, 3, seed=0))
     state = torch.get_rng_state()

@@ -7,7 +7,9 @@ it is dilated so that it just fills its (circular) input (thesis sections 2.5.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ def kernel_from_frequencies(frequencies: Tensor, kernel: tuple[int, ...]) -> Ten
     """
     _, equals = free_frequencies(kernel)
     spectrum = frequencies.movedim(0, -1)[..., equals.to(frequencies.device)]
-    with torch.autocast(spectrum.device.type, enabled=False):
+    with _exactly(spectrum):
         return spectrum @ _cosines(kernel).to(spectrum)
 
 
@@ -72,7 +74,7 @@ def frequencies_from_kernel(taps: Tensor, kernel: tuple[int, ...]) -> Tensor:
         [1.0, 1.0]
     """
     free, _ = free_frequencies(kernel)
-    with torch.autocast(taps.device.type, enabled=False):
+    with _exactly(taps):
         spectrum = taps @ (_cosines(kernel).to(taps) * prod(kernel)).T
     return spectrum[..., free.to(taps.device)].movedim(-1, 0)
 
@@ -118,6 +120,11 @@ def eco_blocks(
         matrices = [next(drawn) for _ in range(count)]
         out.append(tuple(kernel_from_frequencies(torch.stack(bucket), kernel) for bucket in zip(*matrices)))
     return out
+
+
+def _exactly(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which the meta device does not know."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _cosines(kernel: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,7 @@ from .model import report
 from .naming import dotted
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
 from .prune.attachment import check_writable
-from .prune.frozen import thaw
+from .prune.frozen import thaw, thaw_others
 from .replaced import warn_replaced
 from .reporting import Report
 from .state_file import CheckpointError, check_plain, first_line, read_metadata, read_states
@@ -171,6 +171,7 @@ def load(
             if reason:
                 warnings.warn(f"sao_prune.load: {reason}", RuntimeWarning, stacklevel=2)
         undo.pop_all()
+    thaw_others(model)
     return replace(report(model), title=title)
 
 

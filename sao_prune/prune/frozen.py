@@ -39,6 +39,12 @@ class FrozenZeros(RefreshChildren):
         else:
             weight.register_hook(self._mask_gradient)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a parameter has only zeros where its gradient is masked."""
+        return weight.shape == self._kept.shape and not bool(
+            (weight.detach() != 0)[~self._kept.to(weight.device)].any()
+        )
+
     def let_go(self, module: nn.Module) -> None:
         """Mask its gradient no more, until it is called again."""
         hooks = getattr(module._parameters.get(self.name), "_backward_hooks", None) or {}
@@ -91,3 +97,23 @@ def thaw(module: nn.Module, name: str) -> None:
         if isinstance(hook, FrozenZeros) and hook.name == name:
             hook.let_go(module)
             del module._forward_pre_hooks[key]
+
+
+def thaw_others(model: nn.Module) -> None:
+    """Undo `freeze` for the parameters of a model that have other values by now than zeros there.
+
+    Args:
+        model: which has loaded a state, say.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> freeze(layer, "weight", torch.eye(2))
+        >>> thaw_others(layer)
+        >>> len(layer._forward_pre_hooks)
+        0
+    """
+    for module in model.modules():
+        for hook in [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FrozenZeros)]:
+            weight = module._parameters.get(hook.name)
+            if weight is not None and not hook.holds(weight):
+                thaw(module, hook.name)

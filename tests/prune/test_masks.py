@@ -163,6 +163,18 @@ def test_what_is_pruned_anew_trains_where_its_new_mask_is(how, tmp_path):
     assert bool((model[1].weight.grad != 0).all())
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_what_is_loaded_trains_unless_it_has_the_zeros_that_are_frozen(same, tmp_path):
+    model, other = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))) for _ in range(2))
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.remove(model, freeze_zeros=True)
+    source = copy.deepcopy(model) if same else other
+    sao_prune.load(model, sao_prune.save(source, tmp_path / "m.pt"))
+    for _ in range(2):
+        model(torch.randn(9, 8)).square().sum().backward()
+    assert torch.equal(model[1].weight.grad != 0, model[1].weight != 0)
+
+
 def test_zeros_stay_frozen_where_pruning_anew_fails(monkeypatch):
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
     sao_prune.apply(model, groups=4, seed=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,25 @@ from torch.nn import functional as F
 from .._torch import tree_leaves, tree_map
 
 _CHUNK = 2**23
+
+
+class Replayed:
+    """What an iterator gives, as often as it is asked for: what was read is kept.
+
+    Example:
+        >>> batches = Replayed(iter("abc"))
+        >>> next(iter(batches)), list(batches)
+        ('a', ['a', 'b', 'c'])
+    """
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source, self._read = source, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._read
+        for batch in self._source:
+            self._read.append(batch)
+            yield batch
 
 
 def read_batches(model: nn.Module, inputs: Any, samples: int) -> list[Any]:

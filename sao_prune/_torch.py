@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,23 @@ def without_modes() -> Iterator[None]:
     # Not among what `import torch` brings.
     import_module("torch.utils._python_dispatch")
     with private("utils._python_dispatch._disable_current_modes", "ECO convolutions")():
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Context in which numbers are computed in the types that they have."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def as_numbers() -> Iterator[None]:
+    """Context in which tensors are numbers in the types that they have: `without_modes` and `without_autocast`."""
+    with without_modes(), without_autocast():
         yield
 
 

@@ -31,6 +31,7 @@ from .model import report
 from .naming import dotted
 from .prune import MaskPruning, RefreshAll, RefreshChildren, Snapshot, pruning_hooks, refresh, watch
 from .prune.attachment import check_writable
+from .prune.frozen import thaw, thaw_others
 from .replaced import warn_replaced
 from .reporting import Report
 from .state_file import CheckpointError, check_plain, first_line, read_metadata, read_states
@@ -84,7 +85,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             metadata = {"format": "sao_prune", "version": "1", "aliases": json.dumps(aliases)}
             if any(isinstance(module, BlockModule) for module in model.modules()):
                 metadata["plan"] = plan_of(model, machine()).to_json()
-            save_file(tensors, scratch, metadata=metadata)
+            save_file(_apart(tensors), scratch, metadata=metadata)
         else:
             torch.save(tensors, scratch)
     return target
@@ -170,6 +171,7 @@ def load(
             if reason:
                 warnings.warn(f"sao_prune.load: {reason}", RuntimeWarning, stacklevel=2)
         undo.pop_all()
+    thaw_others(model)
     return replace(report(model), title=title)
 
 
@@ -202,7 +204,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], strict: bool) -> Callable[
     for name, parameter in model.named_parameters():
         check_writable(name, parameter)
     backup = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    snapshot = _prune_like(modules, state, to_prune)
+    snapshot = prune_like(modules, {name: state[f"{name}_mask"] for name in to_prune})
     undo = partial(_undo_fill, model, snapshot, backup)
     try:
         model.load_state_dict(_versioned(state, model), strict=False)
@@ -262,6 +264,17 @@ def _drop_aliases(state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> di
     return aliases
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors wants them: a buffer may be a part of another."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return apart
+
+
 def _pruned_names(modules: Mapping[str, nn.Module]) -> set[str]:
     return {dotted(path, hook._tensor_name) for path, module in modules.items() for hook in pruning_hooks(module)}
 
@@ -278,9 +291,9 @@ def _computed_names(modules: Mapping[str, nn.Module]) -> set[str]:
     return {dotted(path, tensor) for path, tensor in tensors}
 
 
-def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], names: list[str]) -> Snapshot:
-    """Prune the named weights with the state's masks; the snapshot undoes it."""
-    owners = [(name, *name.rpartition(".")[::2]) for name in names]
+def prune_like(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> Snapshot:
+    """Prune weights, by their full names, with the masks given; the snapshot undoes it."""
+    owners = [(name, *name.rpartition(".")[::2]) for name in masks]
     owned = {path for _, path, _ in owners}
     consumers = {path.rpartition(".")[0] for path in owned if path}
     snapshot = Snapshot(modules[path] for path in owned | consumers | {""})
@@ -289,7 +302,8 @@ def _prune_like(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], n
             if f"{tensor}_mask" in modules[path]._buffers:
                 continue
             weight = getattr(modules[path], tensor)
-            MaskPruning.register(modules[path], tensor, state[f"{name}_mask"].to(weight, copy=True))
+            thaw(modules[path], tensor)
+            MaskPruning.register(modules[path], tensor, masks[name].to(weight, copy=True))
         for path in consumers - {""}:
             watch(modules[path], RefreshChildren)
         if owned - {""}:

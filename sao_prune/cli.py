@@ -171,6 +171,9 @@ def main() -> NoReturn:
 
         # Wrong usage of the command line: typer brings its own copy of click's errors, which have this method.
         usage = getattr(error, "format_message", None)
+        if isinstance(error, OSError) and error.filename is not None:
+            # A folder that is none, or in which this user may not write.
+            error = LabError(f"{error.strerror}: {error.filename}")
         if usage is None and not isinstance(error, LabError):
             raise
         # Processes that train together run into the same error together: one of them tells.

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._torch import is_draft, tree_leaves, tree_map
+from ._torch import is_draft, tree_leaves, tree_map, without_autocast
 from .blocks import BlockModule, Execution
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
 from .files import replacing
+from .orthogonality import release
 from .tables import Column, Line, TableReport
 
 _INSTALL = "pip install 'sao-prune[onnx]'"
@@ -72,12 +73,14 @@ class ExportReport(TableReport):
         )
 
 
+@without_autocast()
 def export_onnx(
     model: nn.Module, example_input: Any, path: str | os.PathLike[str], *, fold: bool = True, dynamic_batch: bool = True
 ) -> ExportReport:
     """Export a model to ONNX in eval mode, its block layers as batched products and grouped convolutions.
 
-    The model itself stays as it is. Strided permutations become reshape and transpose.
+    The model itself stays as it is; what is held is exported with its present values. Strided permutations become
+    reshape and transpose.
 
     Args:
         model: any module, on the CPU, such as a compact one.
@@ -93,7 +96,7 @@ def export_onnx(
         ImportError: without the packages of the extra ``onnx``.
         TypeError: if the model is no module or the example is not made of tensors.
         ValueError: if the folder is missing, a layer is masked by what cannot be exported, torch cannot export the
-            model, or the exported model computes something else. Nothing is then written.
+            model, or the exported model computes something else or cannot be run. Nothing is then written.
 
     Example:
         >>> import sao_prune, tempfile, pytest
@@ -110,6 +113,7 @@ def export_onnx(
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     own = copy.deepcopy(model).eval()
     detach(own)
+    release(own)
     layers = [m for m in own.modules() if isinstance(m, BlockModule)]
     for layer in layers:
         layer.run_as(Execution())
@@ -177,16 +181,23 @@ def _error(path: Path, example_input: Any, expected: Any) -> float | None:
     """The largest relative difference of the file's outputs.
 
     Raises:
-        ValueError: if it is more than rounding.
+        ValueError: if it is more than rounding, or the file cannot be run.
     """
     try:
         runtime = import_module("onnxruntime")
     except ImportError:
         return None
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = [t.detach().numpy() for t in tree_leaves(example_input)]
-    names = [i.name for i in session.get_inputs()]
-    found = session.run(None, dict(zip(names, given)))
+    try:
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        given = [t.detach().numpy() for t in tree_leaves(example_input)]
+        names = [i.name for i in session.get_inputs()]
+        found = session.run(None, dict(zip(names, given)))
+    except Exception as error:
+        # Errors of its own, and numpy's of types that it lacks; the CPU has no products in bfloat16.
+        raise ValueError(
+            f"ONNX Runtime cannot run the exported model, so that it cannot be checked: {_first_line(error)}; export a "
+            "copy in float32, model.float()"
+        ) from error
     wanted = [t for t in tree_leaves(expected) if isinstance(t, Tensor)]
     worst = 0.0
     for new, old in zip(found, wanted):

@@ -217,7 +217,12 @@ def put(module: nn.Module, tensor: str, held: Held) -> None:
 def take_off(module: nn.Module, tensor: str) -> None:
     """Make a held tensor a plain parameter again, with its present values, in place."""
     _own_class(module)
+    trained = any(p.requires_grad for p in module.parametrizations[tensor].parameters())  # type: ignore[index, union-attr]
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+    # torch makes a buffer of what takes no gradient just now: a frozen weight, or any under no_grad.
+    value = getattr(module, tensor).detach()
+    delattr(module, tensor)
+    setattr(module, tensor, nn.Parameter(value, requires_grad=trained))
 
 
 def _own_class(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import remove as torch_remove
 from typing_extensions import Unpack
 
-from ._torch import without_modes
+from ._torch import as_numbers
 from .algorithms import Method, ResidualRecord, resolve
 from .algorithms.isometric import Isometric, values_after
 from .allocation import Allocation, Amount
@@ -31,7 +31,7 @@ from .seeds import Seed, base_seed
 
 
 # Topologies are drawn as numbers, whatever mode (fake tensors, for one) a model is looked at in.
-@without_modes()
+@as_numbers()
 def plan(
     model: nn.Module, sparsity: Amount | None = None, *, method: str | Method = "sao", **options: Unpack[PlanOptions]
 ) -> Report:
@@ -74,7 +74,7 @@ def plan(
     return _warn(result, layerwise=chosen.layerwise)
 
 
-@without_modes()
+@as_numbers()
 def apply(
     model: nn.Module,
     sparsity: Amount | None = None,
@@ -178,7 +178,8 @@ def remove(
         exclude: the same, for layers that stay masked.
         freeze_zeros: keep the zeros through further training, by a hook on each layer that masks the gradient. Without
             it the next optimizer step may revive them. Make a new optimizer: the momentum of one used so far would
-            revive them too. Copies and conversions of the model keep the hooks; a state dict has none.
+            revive them too. Copies and conversions of the model keep the hooks; a state dict has none. A layer that is
+            pruned anew trains where its new mask is.
 
     Returns:
         A `Report` of the model as it was, the layers that stay masked or dense in it as skipped.

@@ -155,9 +155,11 @@ def hold(
     settle_all(model)
     records: list[HeldRecord] = []
     ready: list[tuple[nn.Module, str, Held]] = []
-    found = list(_candidates(model))
+    found, shared = list(_candidates(model)), _shared(model)
     for (_, module, tensor, name, layout_of), skipped in zip(found, pick(_named(found), include, exclude)):
-        layout = skipped or layout_of()
+        parameter = module._parameters.get(tensor)
+        without = _META if parameter is not None and parameter.is_meta else None
+        layout = skipped or shared.get(id(parameter)) or without or layout_of()
         if isinstance(layout, str):
             records.append(HeldRecord(name, reason=layout))
             continue
@@ -257,11 +259,26 @@ def _candidates(model: nn.Module) -> Iterator[Found]:
                 yield weight.module, module, f"{weight.tensor}_orig", weight.name, layout
 
 
+def _shared(model: nn.Module) -> dict[int, str]:
+    """Why a parameter that several modules have cannot be held, by its id: each would get one of its own."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for tensor, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(dotted(path, tensor.removesuffix("_orig")))
+    return {
+        key: f"{' and '.join(names)} are one weight, and hold would give each its own: use one module twice instead"
+        for key, names in owners.items()
+        if len(names) > 1
+    }
+
+
 def _named(found: list[Found]) -> list[tuple[str, nn.Module, list[str]]]:
     return [(path, module, [tensor, tensor.removesuffix("_orig")]) for path, module, tensor, _, _ in found]
 
 
 _SPATIAL = "a spatial kernel stays orthogonal only in nn.ECOConv2d (nn.convert_eco puts it in place)"
+_META = "it is on the meta device, without values"
 
 
 def _eco_layout(module: ECOConv2d) -> Layout | str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ._torch import without_autocast
 from .algorithms import Draw, Method, Stage, resolve
 from .allocation import Allocation, Amount
 from .discovery import initialise_
@@ -234,6 +235,7 @@ class Pruner:
             if wanted:
                 site.listen()
 
+    @without_autocast()
     def _catch_up(self, optimizer: Any) -> Report | None:
         if self.count not in self._schedule.events:
             return None

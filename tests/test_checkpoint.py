@@ -166,6 +166,21 @@ def test_not_strict_takes_what_fits(tmp_path):
     assert torch.equal(bigger[4].weight, make(4)[4].weight)
 
 
+def test_tensors_that_share_memory_are_saved_apart(tmp_path, ending):
+    def network():
+        model = make()
+        schedule = torch.linspace(0, 1, 9)
+        model.register_buffer("now", schedule[1:])
+        model.register_buffer("before", schedule[:-1])
+        model.register_buffer("first", model[0].weight.data[0])
+        return model
+
+    model, fresh = network(), network()
+    sao_prune.load(fresh, sao_prune.save(model, tmp_path / f"m{ending}"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02]q\x00."])
 def test_damaged_files(tmp_path, ending, content):
     file = tmp_path / f"m{ending}"

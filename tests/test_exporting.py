@@ -99,3 +99,21 @@ def test_what_cannot_be_exported_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="cannot export Branches"):
         sao_prune.export_onnx(Branches(4, 4), torch.ones(2, 4), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_held_models_are_exported_with_their_values_also_inside_autocast(tmp_path):
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), torch.randn(2, 16)
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.hold(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = sao_prune.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False)
+    assert report.error is not None
+    assert report.error < 1e-6
+    assert hasattr(model[1], "parametrizations")
+
+
+def test_what_cannot_be_checked_leaves_no_file(tmp_path):
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).bfloat16(), torch.randn(2, 16).bfloat16()
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot run the exported model, .* model\.float\(\)"):
+        sao_prune.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False)
+    assert not list(tmp_path.iterdir())

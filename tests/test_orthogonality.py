@@ -142,6 +142,63 @@ def test_release_leaves_plain_parameters_with_the_same_values():
     sao_prune.remove(model)
 
 
+def masked():
+    model = mlp()
+    sao_prune.apply(model, groups=4, seed=0)
+    return model
+
+
+def compacted():
+    model = masked()
+    compact(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [masked, compacted])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_release_leaves_parameters_frozen_or_not_wherever_it_is_called(make, frozen, context):
+    model = make()
+    model.requires_grad_(not frozen)
+    parameters, buffers = ({name for name, _ in named} for named in (model.named_parameters(), model.named_buffers()))
+    hold(model)
+    with context():
+        release(model)
+    found = dict(model.named_parameters())
+    assert set(found) == parameters
+    assert {name for name, _ in model.named_buffers()} == buffers
+    assert all(p.requires_grad is not frozen and p.is_leaf for p in found.values())
+
+
+def tied_eco():
+    model = nn.Sequential(ECOConv2d(8, 8, 3, seed=0), ECOConv2d(8, 8, 3, seed=0), ECOConv2d(8, 8, 3, seed=1))
+    model[1].weight = model[0].weight
+    return model
+
+
+def tied_masked():
+    model = mlp(depth=5)
+    model[2].weight = model[1].weight
+    sao_prune.apply(model, groups=4, seed=0)
+    return model
+
+
+@pytest.mark.parametrize(("make", "tensor"), [(tied_eco, "weight"), (tied_masked, "weight_orig")])
+def test_tied_weights_stay_tied(make, tensor):
+    model = make()
+    report = hold(model)
+    assert len(report.held) == 1
+    assert all("are one weight" in record.reason for record in report.skipped)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(tensor)]
+    assert len(names) - len([name for name, _ in model.named_parameters() if name.endswith(tensor)]) == 1
+
+
+@pytest.mark.parametrize("make", [masked, compacted, tied_eco])
+def test_what_has_no_values_is_not_held(make):
+    with pytest.raises(ValueError, match=r"nothing to hold .* it is on the meta device"):
+        hold(make().to("meta"))
+
+
 def test_global_generator_is_left_alone():
     model = nn.Sequential(ECOConv2d(4, 8, 3, seed=0))
     state = torch.get_rng_state()

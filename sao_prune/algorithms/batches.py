@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,25 @@ from torch.nn import functional as F
 from .._torch import tree_leaves, tree_map
 
 _CHUNK = 2**23
+
+
+class Replayed:
+    """What an iterator gives, as often as it is asked for: what was read is kept.
+
+    Example:
+        >>> batches = Replayed(iter("abc"))
+        >>> next(iter(batches)), list(batches)
+        ('a', ['a', 'b', 'c'])
+    """
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source, self._read = source, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._read
+        for batch in self._source:
+            self._read.append(batch)
+            yield batch
 
 
 def read_batches(model: nn.Module, inputs: Any, samples: int) -> list[Any]:
@@ -35,6 +54,7 @@ def read_batches(model: nn.Module, inputs: Any, samples: int) -> list[Any]:
     missing = samples
     for number, batch in enumerate(source):
         taken = _input_of(model, batch, number)
+        _check_kind(taken, batches, number)
         count = _examples(taken, number)
         batches.append(taken if count <= missing else _first(taken, count, missing))
         missing -= min(count, missing)
@@ -63,6 +83,19 @@ def _input_of(model: nn.Module, batch: Any, number: int) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"calibration batch {number} holds NaN or infinite values")
     return batch
+
+
+def _check_kind(batch: Any, batches: list[Any], number: int) -> None:
+    """Refuse what is no more of the same: labels, where one batch was given in place of a list of batches."""
+    first = batches[0] if batches else batch
+    if not isinstance(batch, Tensor) or not isinstance(first, Tensor):
+        return
+    if batch.dim() != first.dim() or batch.is_floating_point() is not first.is_floating_point():
+        was, got = (f"{str(b.dtype).removeprefix('torch.')} {tuple(b.shape)}" for b in (first, batch))
+        raise ValueError(
+            f"calibration batch {number} is {got}, batch 0 {was}: inputs is a list of batches; if these are the inputs "
+            "and labels of one batch, give the inputs alone"
+        )
 
 
 def _examples(batch: Any, number: int) -> int:
@@ -155,7 +188,8 @@ class Rows:
 
 def moments(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor, bool]:
     """Mean and variance of every column, in one pass, and whether all of it was finite."""
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    count, mean = 0, torch.zeros((), device="cpu")
+    squares = mean.clone()
     for x in chunks:
         rows, own = len(x), x.mean(0, dtype=torch.float64)
         apart = (x - own.to(x.dtype)).square().sum(0, dtype=torch.float64)

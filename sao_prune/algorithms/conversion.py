@@ -80,7 +80,9 @@ def convert(
     for allocation in allocations:
         if getattr(model.get_submodule(allocation.weight.module), allocation.weight.tensor).is_meta:
             raise ValueError(f"{allocation.weight.name} is on the meta device: plan() works there, values need data")
-    batches = read_batches(model, options.inputs, options.samples)
+    with torch.random.fork_rng(devices=[]):
+        # A loader that shuffles draws its order from the global generator.
+        batches = read_batches(model, options.inputs, options.samples)
     copied, whole = evaluated(model), evaluated(model)
     dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
     batches = [floats_as(batch, dtype) for batch in batches]

@@ -52,7 +52,7 @@ class Part:
         self._given, self._number, self._place, self._name = given, number, place, name
         self._weight = weight[:, :, None] if weight.dim() == 2 else weight.flatten(2)
         self._centred = False
-        self.mean = self._mean_whole = self._mean_gap = self.energy = torch.empty(0)
+        self.mean = self._mean_whole = self._mean_gap = self.energy = torch.empty(0, device="cpu")
 
     @property
     def count(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
@@ -14,6 +14,7 @@ from ..allocation import Allocation
 from ..seeds import from_rank_zero
 from ..topology import GENERATORS
 from .base import Method, Stage, choice, register
+from .batches import Replayed
 from .conversion import convert
 from .draw import Draw, Values
 from .saliency import check_count
@@ -86,6 +87,9 @@ class Project(Method):
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
+        if isinstance(self.inputs, Iterator):
+            # Asked for once, a generator has nothing left for the next pruning of a schedule.
+            object.__setattr__(self, "inputs", Replayed(self.inputs))
         choice("topology", self.topology, ("clustered", *GENERATORS))
         choice("values", self.values, ("least_squares", "keep", "orthogonal"))
         check_count("samples", self.samples)

@@ -109,9 +109,10 @@ class RG(Method):
         kernel, longest = allocation.weight.kernel, max(allocation.weight.matrix)
         shape = (*units.shape, *kernel)
         if self.values == "normal":
-            values = torch.randn(shape, generator=generator)
+            values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         else:
-            values = (torch.rand(shape, generator=generator) * 2 - 1) * sqrt(3)
+            uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            values = (uniform * 2 - 1) * sqrt(3)
         degree = float(units.float().mean()) * longest
         mask = units.view(*units.shape, *(1,) * len(kernel))
         return values * mask * (self.gain / sqrt(max(degree, 1) * prod(kernel)))

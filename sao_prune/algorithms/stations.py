@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -222,6 +223,7 @@ class _Runner:
         self._model, self._batch, self._watched, self._done, self._sinks = model, batch, watched, done, sinks
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, daemon=True)
+        self._device = torch.get_default_device()
         self._error: BaseException | None = None
         self._quit = self._ended = False
         self.use: Use | None = None
@@ -260,7 +262,9 @@ class _Runner:
         self._mine.acquire()
         try:
             if not self._quit:
-                with torch.no_grad(), Stations(self._watched, self._stop, self._sinks):
+                # A default device is one thread's own. The CPU is every thread's.
+                default = nullcontext() if self._device.type == "cpu" else self._device
+                with default, torch.no_grad(), Stations(self._watched, self._stop, self._sinks):
                     call(self._model, self._batch)
         except _Quit:
             pass

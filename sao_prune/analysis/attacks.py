@@ -103,7 +103,7 @@ def pgd(
     worst = _Worst(x)
     with undisturbed(model):
         for _ in range(restarts):
-            moved = threat.start(x, torch.rand(x.shape, generator=generator))
+            moved = threat.start(x, torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu"))
             for step in range(steps + 1):
                 moved = moved.detach().requires_grad_(True)
                 logits = model(moved)
@@ -177,16 +177,17 @@ def _window(x: Tensor, moved: Tensor, threat: Threat, covered: float, generator:
     tall, wide = (max(1, min(n, round(n * covered**0.5))) for n in (height, width))
 
     def inside(size: int, length: int) -> Tensor:
-        first = (torch.rand(batch, 1, generator=generator) * (length - size + 1)).long()
-        at = torch.arange(length)
+        share = torch.rand(batch, 1, generator=generator, dtype=torch.float32, device="cpu")
+        first = (share * (length - size + 1)).long()
+        at = torch.arange(length, device="cpu")
         return ((at >= first) & (at < first + size)).to(x.device)
 
     rows, cols = inside(tall, height), inside(wide, width)
     window = rows[:, None, :, None] & cols[:, None, None, :]
     if threat.norm == "linf":
-        sign = torch.rand(batch, channels, 1, 1, generator=generator).to(x) - 0.5
+        sign = torch.rand(batch, channels, 1, 1, generator=generator, dtype=torch.float32, device="cpu").to(x) - 0.5
         return threat.project(x, torch.where(window, x + threat.eps * sign.sign(), moved))
-    noise = torch.randn(x.shape, generator=generator).to(x)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
     delta = moved - x + torch.where(window, noise * threat.eps / (tall * wide * channels) ** 0.5, 0.0)
     return threat.project(x, x + delta * (threat.eps / norms(delta).clamp(min=1e-12)))
 

@@ -113,7 +113,7 @@ def storage(model: nn.Module) -> Storage:
 def _support(shape: tuple[int, ...], topology: BlockTopology) -> Tensor:
     """Where a compact layer's blocks are, zeros of their values included."""
     rows, width = shape[:2]
-    local = torch.zeros(rows, width, dtype=torch.bool)
+    local = torch.zeros(rows, width, dtype=torch.bool, device="cpu")
     full = topology.mask()
     parts = full.shape[1] // width
     for part in range(parts):
@@ -149,5 +149,5 @@ def _order(topology: BlockTopology, cols: int, rows: int) -> int:
 
 def _is_regular(sets: Tensor, groups: int) -> bool:
     """Whether the sets are contiguous or dealt in turn, so that their number alone tells them."""
-    number = torch.arange(len(sets))
+    number = torch.arange(len(sets), device=sets.device)
     return torch.equal(sets, number % groups) or bool((sets.diff() >= 0).all())

@@ -199,7 +199,7 @@ def adjacency_eigenvalues(mask: MaskLike) -> Tensor:
     """
     values = spectrum(mask)
     rows, cols = mask.shape[:2]
-    zeros = torch.zeros(abs(rows - cols), dtype=values.dtype)
+    zeros = values.new_zeros(abs(rows - cols))
     return torch.cat([values, zeros, -values.flip(0)]) + 0.0
 
 

@@ -55,7 +55,7 @@ def bidiagonalise(op: LinearMap, start: Tensor, steps: int) -> Quadrature:
         betas.append(beta)
         left.append(p / beta)
     size = len(alphas)
-    bidiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    bidiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
     for index, value in enumerate(betas[: size - 1]):
         bidiagonal[index + 1, index] = value
     vectors, nodes, _ = torch.linalg.svd(bidiagonal)

@@ -52,13 +52,13 @@ def operator_norm(layer: nn.Module, iterations: int | None = None) -> Tensor:
         3.0
     """
     if isinstance(layer, _CONTRACTIONS):
-        return torch.ones(())
+        return torch.ones((), dtype=torch.float32, device="cpu")
     if isinstance(layer, SkewConv2d):
         # What its series leaves out of an orthogonal map.
-        return torch.tensor(1 + 1 / factorial(layer.terms[1]))
+        return torch.tensor(1 + 1 / factorial(layer.terms[1]), dtype=torch.float32, device="cpu")
     gain = None if iterations is None else _held_gain(layer)
     if gain is not None:
-        return torch.tensor(gain)
+        return torch.tensor(gain, dtype=torch.float32, device="cpu")
     if isinstance(layer, ECOConv2d | nn.Linear | nn.Conv2d):
         with _as_it_is(layer, iterations):
             return torch.stack([f * _largest(matrices, iterations) for f, matrices in _matrices(layer)]).amin()
@@ -84,7 +84,7 @@ def lipschitz_bound(layers: nn.Module | list[nn.Module], iterations: int | None 
         >>> bool(torch.isclose(bound, operator_norm(net[0]) * operator_norm(net[2])))
         True
     """
-    bound = torch.ones(())
+    bound = torch.ones((), dtype=torch.float32, device="cpu")
     for place, layer in enumerate(layers if isinstance(layers, list) else _chain(layers)):
         try:
             norm = operator_norm(layer, iterations)
@@ -186,10 +186,11 @@ def _largest(matrices: Tensor, iterations: int | None) -> Tensor:
     if iterations is None:
         exact = matrices.detach().cpu().to(torch.complex128 if matrices.is_complex() else torch.float64)
         if not bool(torch.isfinite(exact).all()):
-            return torch.tensor(torch.nan, dtype=torch.float64)
+            return torch.tensor(torch.nan, dtype=torch.float64, device="cpu")
         return torch.linalg.matrix_norm(exact, 2).amax()
     fixed = matrices.detach()
-    start = torch.randn(fixed.shape[-1], 1, generator=named_generator(0, "power method"))
+    generator = named_generator(0, "power method")
+    start = torch.randn(fixed.shape[-1], 1, generator=generator, dtype=torch.float32, device="cpu")
     right = start.to(fixed).expand(len(fixed), -1, -1)
     for _ in range(iterations):
         left = nn.functional.normalize(fixed @ right, dim=1)

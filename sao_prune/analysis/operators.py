@@ -87,7 +87,8 @@ def jacobian_map(model: Callable[[Tensor], Tensor], x: Tensor) -> LinearMap:
 
 def module_map(module: nn.Module, input_shape: tuple[int, ...]) -> LinearMap:
     """A linear module (its bias does not matter) on one sample of ``input_shape``, batch dimension left out."""
-    like = next(iter([*module.parameters(), *module.buffers()]), torch.zeros(()))
+    own = [*module.parameters(), *module.buffers()]
+    like = own[0] if own else torch.zeros(())
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     zero = torch.zeros(1, *input_shape, dtype=dtype, device=like.device)
     op = jacobian_map(module, zero)

@@ -141,7 +141,8 @@ def pgd_l2(
         >>> moved.norm().item() <= 1.0001
         True
     """
-    noise = torch.randn(x.shape, generator=named_generator(base_seed(seed), "pgd")).to(x)
+    generator = named_generator(base_seed(seed), "pgd")
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
     delta = noise * (0.5 * radius / norms(noise))
     worst, least = x.clone(), torch.full((len(x),), torch.inf, device=x.device)
     with frozen(model):

@@ -182,9 +182,9 @@ def _estimate(op: LinearMap, runs: list[Quadrature]) -> JacobianSpectrum:
 
 def _start(op: LinearMap, generator: torch.Generator, rademacher: bool = True) -> Tensor:
     if rademacher:
-        start = torch.randint(0, 2, (op.side,), generator=generator).double() * 2 - 1
+        start = torch.randint(0, 2, (op.side,), generator=generator, device="cpu").double() * 2 - 1
     else:
-        start = torch.randn(op.side, generator=generator, dtype=torch.float64)
+        start = torch.randn(op.side, generator=generator, dtype=torch.float64, device="cpu")
     return (start / sqrt(op.side)).to(op.device, op.dtype)
 
 

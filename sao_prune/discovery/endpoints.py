@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,7 +33,11 @@ _TORCHVISION_OUTPUTS = (
 
 
 def first_and_last(
-    model: nn.Module, layers: Sequence[tuple[str, int | None]], *, embedded: bool = False
+    model: nn.Module,
+    layers: Sequence[tuple[str, int | None]],
+    *,
+    embedded: bool = False,
+    unused: Collection[str] = (),
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Paths of the modules that count as first and as last.
 
@@ -45,13 +49,14 @@ def first_and_last(
         model: any module; timm models name their ends in ``pretrained_cfg`` and ``get_classifier``.
         layers: ``(module path, image channels)`` of every candidate, in order; ``None`` for one that reads no image.
         embedded: whether the model begins with an embedding.
+        unused: paths of those at the end of the order that the model was not seen to use, so that none is its last.
 
     Example:
         >>> first_and_last(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [("0", None), ("1", None)])
         (frozenset({'0'}), frozenset({'1'}))
     """
     paths = [path for path, _ in layers]
-    channels = dict(layers)
+    channels, used = dict(layers), [path for path in paths if path not in unused] or paths
     if not paths:
         return frozenset(), frozenset()
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
@@ -59,12 +64,12 @@ def first_and_last(
     last = _below(paths, [*_names(_entry(config, "classifier")), *_classifier_paths(model)])
     if type(model).__module__.startswith("torchvision.models."):
         ends = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in _TORCHVISION_OUTPUTS)]
-        last = list({*last, *ends, paths[-1]})
+        last = list({*last, *ends, used[-1]})
     if not first:
         read = next((c for c in channels.values() if c is not None), None) if embedded else channels[paths[0]]
         images = [path for path in paths if read is not None and channels[path] == read]
         first = images if images or embedded else paths[:1]
-    return frozenset(first), frozenset(last or paths[-1:])
+    return frozenset(first), frozenset(last or used[-1:])
 
 
 def token_embeddings(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

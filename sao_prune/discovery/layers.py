@@ -52,13 +52,15 @@ def walk(model: nn.Module, selection: Selection | None = None) -> list[PrunableW
     found = merge_tied(modules, [*known, *_raw_parameters(model, modules, selection.include)])
     check_patterns("include", selection.include, found)
     check_patterns("exclude", selection.exclude, found)
+    unused: set[str] = set()
     if selection.example_input is None:
         embedded = _embedding_registered_first(modules, {weight.module for weight in known})
     else:
-        found, embedded = _in_execution_order(model, modules, found, selection.example_input)
+        found, embedded, unused = _in_execution_order(model, modules, found, selection.example_input)
         known = [weight for weight in found if weight.kind != RAW]
     known = [weight for weight in known if adapter_reason(modules, weight.module) is None]
-    ends = first_and_last(model, [(w.module, image_channels(modules[w.module])) for w in known], embedded=embedded)
+    layers = [(weight.module, image_channels(modules[weight.module])) for weight in known]
+    ends = first_and_last(model, layers, embedded=embedded, unused=unused)
     return [_judge(weight, modules, selection, *ends) for weight in found]
 
 
@@ -121,8 +123,9 @@ def _embedding_registered_first(modules: Mapping[str, nn.Module], layers: set[st
 
 def _in_execution_order(
     model: nn.Module, modules: Mapping[str, nn.Module], found: list[PrunableWeight], example_input: Any
-) -> tuple[list[PrunableWeight], bool]:
-    """The weights in the order of their first use, and whether the model uses an embedding before any of them."""
+) -> tuple[list[PrunableWeight], bool, set[str]]:
+    """The weights in the order of their first use, those without one at the end; whether the model uses an embedding
+    before any of them; and the modules that have no use: auxiliary heads, for one, that only training has."""
     parameters = [parameter_of(modules[w.module], w.tensor) for w in found]
     embeddings = [w for m in token_embeddings(modules).values() if (w := m._parameters.get("weight")) is not None]
     uses = first_uses(model, [p for p in parameters if p is not None], embeddings, example_input)
@@ -131,7 +134,8 @@ def _in_execution_order(
     ordered = sorted(zip(parameters, found), key=lambda pair: rank.get(id(pair[0]), len(rank)))
     layers = {id(p) for p, w in ordered if w.kind != RAW}
     embedded = next((use.embedding for use in uses if use.embedding or use.key in layers), False)
-    return [w for _, w in ordered], embedded
+    used = {w.module for p, w in ordered if id(p) in rank}
+    return [w for _, w in ordered], embedded, {w.module for _, w in ordered} - used
 
 
 def _judge(

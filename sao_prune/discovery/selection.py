@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,6 +38,10 @@ class Selection:
     skip_first: bool = True
     skip_last: bool = True
     example_input: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for option in ("include", "exclude"):
+            object.__setattr__(self, option, _kept(getattr(self, option)))
 
 
 def check_patterns(option: str, selector: Selector | Mapping[str, Any] | None, found: list[PrunableWeight]) -> None:
@@ -81,6 +85,7 @@ def pick(
         >>> pick([("a", layer, ["weight"]), ("b", layer, ["weight"])], None, ["b.weight"])
         [None, 'excluded']
     """
+    include, exclude = _kept(include), _kept(exclude)
     names = [[path, *(dotted(path, tensor) for tensor in tensors)] for path, _, tensors in layers]
     known = [each[0] or each[-1] for each in names]
     for option, selector in (("include", include), ("exclude", exclude)):
@@ -98,6 +103,11 @@ def pick(
         else:
             out.append(EXCLUDED if exclude and takes(exclude, path, module, own) else None)
     return out
+
+
+def _kept(selector: Any) -> Any:
+    """A selector that can be asked more than once, as a generator of patterns cannot."""
+    return tuple(selector) if isinstance(selector, Iterator) else selector
 
 
 def _check(option: str, selector: object, names: Sequence[str], found: Callable[[str], bool]) -> None:

@@ -23,11 +23,14 @@ class Use(NamedTuple):
 class _UseRecorder(TorchFunctionMode):
     """Notes the first use of each watched tensor in any torch function, whoever calls it.
 
-    A tensor that is both, a layer's weight and tied to an embedding, is noted once in either role.
+    A tensor that is both, a layer's weight and tied to an embedding, is noted once in either role. Of a pruned weight
+    what counts is the use of its product with the mask, which a model may compute for all its layers beforehand.
     """
 
-    def __init__(self, layers: Iterable[Tensor], embeddings: Iterable[Tensor]) -> None:
+    def __init__(self, layers: Iterable[Tensor], embeddings: Iterable[Tensor], model: nn.Module) -> None:
         super().__init__()
+        known = (_behind(value) for module in model.modules() for value in vars(module).values())
+        self._masked = {id(parameter) for parameter in known if parameter is not None}
         self._layers = {id(t) for t in layers}
         self._embeddings = {id(t) for t in embeddings}
         self._only_embeddings = self._embeddings - self._layers
@@ -37,12 +40,21 @@ class _UseRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name != "__get__":
             for leaf in tree_leaves((args, kwargs)):
+                behind = _behind(leaf)
+                if behind is None and id(leaf) in self._masked:
+                    continue
+                leaf = leaf if behind is None else behind
                 looked_up = name.startswith("embedding") or id(leaf) in self._only_embeddings
                 watched = self._embeddings if looked_up else self._layers
                 if id(leaf) in watched:
                     watched.discard(id(leaf))
                     self.uses.append(Use(id(leaf), looked_up))
         return func(*args, **(kwargs or {}))
+
+
+def _behind(value: Any) -> nn.Parameter | None:
+    """The parameter that a masked weight is computed from (`sao_prune.prune`); ``None`` of anything else."""
+    return getattr(value, "stands_for", None) if isinstance(value, Tensor) else None
 
 
 def call(model: nn.Module, example_input: Any) -> Any:
@@ -101,7 +113,7 @@ def first_uses(
         ValueError: if the model fails on the example input.
     """
     devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
-    recorder = _UseRecorder(parameters, embeddings)
+    recorder = _UseRecorder(parameters, embeddings, model)
     with evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
         run(model, example_input)
     return recorder.uses

@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.prune import is_pruned
 
+from ..blocks import BlockModule
+from ..checkpoint import prune_like
 from ..model import apply, remove
+from ..naming import dotted
+from ..prune import pruning_hooks
 from ..pruner import Pruner
 from ..reporting import Report
 
@@ -27,6 +32,9 @@ except ImportError:
 
 class SparseTraining(Callback):  # type: ignore[misc]
     """Makes the model sparse before its optimizers and checkpoints are set up, once.
+
+    A model that it has made permanent gets the same masks back, over the same values, for as long as a trainer with
+    this callback fits, tests, .. it: checkpoints of the training have masks.
 
     Args:
         *args: as for `sao_prune.apply`, from ``sparsity`` on.
@@ -46,15 +54,34 @@ class SparseTraining(Callback):  # type: ignore[misc]
         super().__init__()
         self._args, self._options, self._permanent = args, options, permanent
         self.report: Report | None = None
+        self._removed: tuple[ref[nn.Module], dict[str, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_removed": None}
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Prune, unless that was done before."""
-        if not is_pruned(pl_module):
-            self.report = apply(pl_module, *self._args, **self._options)
+        if is_pruned(pl_module) or any(isinstance(module, BlockModule) for module in pl_module.modules()):
+            return
+        if self._removed is not None and self._removed[0]() is pl_module:
+            prune_like(dict(pl_module.named_modules(remove_duplicate=False)), self._removed[1])
+        else:
+            self.report, self._removed = apply(pl_module, *self._args, **self._options), None
 
     def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the pruning permanent, if asked to."""
-        if self._permanent:
+        if self._permanent and is_pruned(pl_module):
+            masks = {
+                dotted(path, hook._tensor_name): getattr(module, f"{hook._tensor_name}_mask")
+                for path, module in pl_module.named_modules(remove_duplicate=False)
+                for hook in pruning_hooks(module)
+            }
+            remove(pl_module)
+            self._removed = ref(pl_module), masks
+
+    def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Take the masks off again that a permanent model got for the time."""
+        if self._removed is not None and self._removed[0]() is pl_module and is_pruned(pl_module):
             remove(pl_module)
 
 

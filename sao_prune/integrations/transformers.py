@@ -18,6 +18,7 @@ class PrunerCallback(TrainerCallback):
     """Steps a `Pruner` after every optimizer step: ``Trainer(.., callbacks=[PrunerCallback(pruner)])``.
 
     Checkpoints of the trainer hold the masks; a resumed training finds the place in the schedule by its global step.
+    Another training of the same model, which counts its steps from zero, goes on where the last one left the schedule.
 
     Args:
         pruner: from `sao_prune.schedule`, on the trainer's model.
@@ -27,8 +28,9 @@ class PrunerCallback(TrainerCallback):
         self.pruner = pruner
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on where the trainer does."""
-        self.pruner.resume(state.global_step)
+        """Go on where the trainer does; a training that starts anew goes on with the masks that there are."""
+        if state.global_step:
+            self.pruner.resume(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune, if it is time."""

@@ -96,12 +96,16 @@ class ConvertReport(TableReport):
 
 @dataclass(frozen=True)
 class _Call:
-    """How one convolution was called on the example input."""
+    """How one convolution was called on the example input: height and width in and out, of every call."""
 
     name: str
     module: nn.Conv2d
-    size: tuple[int, int]
-    out: tuple[int, int]
+    sizes: list[tuple[tuple[int, int], tuple[int, int]]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """What it was called with first."""
+        return self.sizes[0][0]
 
 
 def convert_eco(
@@ -157,8 +161,10 @@ def convert_eco(
     ready: list[_Call] = []
     calls = _record_calls(model, example_input)
     skipped = pick([(call.name, call.module, ["weight"]) for call in calls], include, exclude)
+    tied = _tied(model)
     for call, unwanted in zip(calls, skipped):
-        reason = _obstacle(call, only_exact) or unwanted
+        reason = "its weight is tied to another module's" if call.module in tied else _obstacle(call, only_exact)
+        reason = reason or unwanted
         if reason is None:
             ready.append(call)
         records[call.name] = ConvertRecord(call.name, call.size, reason=reason)
@@ -172,9 +178,12 @@ def convert_eco(
     made = [(call, _eco_form(call, gain, int(named_generator(base, call.name).initial_seed()))) for call in chosen]
     warn_replaced([p for call, _ in made for p in call.module._parameters.values()], "convert_eco")
     for call, layer in made:
-        records[call.name] = ConvertRecord(call.name, call.size, layer.groups, layer.exact_at(call.size))
-        parent, _, child = call.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        exact = all(layer.exact_at(size) for size, _ in call.sizes)
+        records[call.name] = ConvertRecord(call.name, call.size, layer.groups, exact)
+        # A module may be in the model under several names.
+        for parent in list(model.modules()):
+            for child in [name for name, module in parent._modules.items() if module is call.module]:
+                setattr(parent, child, layer)
     return ConvertReport(tuple(records.values()), "convert_eco")
 
 
@@ -184,8 +193,8 @@ def _record_calls(model: nn.Module, example_input: Any) -> list[_Call]:
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
-        sizes = [(int(t.shape[-2]), int(t.shape[-1])) for t in (inputs[0], output)]
-        calls.setdefault(names[module], _Call(names[module], module, sizes[0], sizes[1]))
+        size, out = ((int(t.shape[-2]), int(t.shape[-1])) for t in (inputs[0], output))
+        calls.setdefault(names[module], _Call(names[module], module, [])).sizes.append((size, out))
 
     handles = [module.register_forward_hook(note) for module in names]
     try:
@@ -195,6 +204,16 @@ def _record_calls(model: nn.Module, example_input: Any) -> list[_Call]:
         for handle in handles:
             handle.remove()
     return list(calls.values())
+
+
+def _tied(model: nn.Module) -> set[nn.Module]:
+    """The modules that have a parameter in common with another: each would get one of its own."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    return {module for several in owners.values() if len(several) > 1 for module in several}
 
 
 def _obstacle(call: _Call, only_exact: bool) -> str | None:
@@ -208,11 +227,12 @@ def _obstacle(call: _Call, only_exact: bool) -> str | None:
     stride = conv.stride[0]
     if conv.stride[1] != stride:
         return f"stride {tuple(conv.stride)}"
-    if any(n % stride or n // stride != m for n, m in zip(call.size, call.out)):
-        return f"its output is {call.out} on {call.size}, not the input size divided by its stride {stride}"
-    fits = all((n // stride) % k == 0 or k % (n // stride) == 0 for n, k in zip(call.size, conv.kernel_size))
-    if only_exact and not fits:
-        return f"kernel size {tuple(conv.kernel_size)} does not divide the input size {call.size}"
+    for size, out in call.sizes:
+        if any(n % stride or n // stride != m for n, m in zip(size, out)):
+            return f"its output is {out} on {size}, not the input size divided by its stride {stride}"
+        fits = all((n // stride) % k == 0 or k % (n // stride) == 0 for n, k in zip(size, conv.kernel_size))
+        if only_exact and not fits:
+            return f"kernel size {tuple(conv.kernel_size)} does not divide the input size {size}"
     mask = conv._buffers.get("weight_mask")
     if mask is not None:
         try:
@@ -246,8 +266,11 @@ def _eco_form(call: _Call, gain: float, seed: int) -> ECOConv2d:
     )
     if conv.bias is not None and layer.bias is not None:
         layer.bias.data.copy_(conv.bias.detach())
+        layer.bias.requires_grad_(conv.bias.requires_grad)
     if topology is not None and stride == 1:
         _keep_eco_values(layer, weight)
+    stored = conv._parameters.get("weight" if mask is None else "weight_orig")
+    layer.weight.requires_grad_(stored is None or stored.requires_grad)
     return layer.train(conv.training)
 
 

@@ -96,7 +96,7 @@ class ECOConv2d(nn.Conv2d):
         unknown = set(options) - set(ECOOptions.__annotations__)
         if unknown:
             raise TypeError(f"unknown option {min(unknown)!r}; known: {', '.join(ECOOptions.__annotations__)}")
-        device, dtype = options.get("device"), options.get("dtype")
+        device, dtype = options.get("device") or torch.get_default_device(), options.get("dtype")
         super().__init__(in_channels * stride**2, out_channels, kernel_size, bias=False, device="meta", dtype=dtype)
         base, gain = base_seed(options.get("seed")), options.get("gain", 1.0)
         self.stride = (stride, stride)

@@ -73,11 +73,14 @@ class SkewConv2d(nn.Module):
         base = base_seed(seed)
         shape = (channels, channels // groups, kernel_size, kernel_size)
         scale = 1 / sqrt(shape[1] * kernel_size**2)
-        self.weight = nn.Parameter(torch.randn(shape, generator=named_generator(base, "values")) * scale)
+        values = (
+            torch.randn(shape, generator=named_generator(base, "values"), dtype=torch.float32, device="cpu") * scale
+        )
+        self.weight = nn.Parameter(values.to(torch.get_default_device(), torch.get_default_dtype()))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         generator = named_generator(base, "topology")
         order = make_topology("ramanujan", channels, channels, groups=groups, generator=generator).col_order
-        self.register_buffer("order", order)
+        self.register_buffer("order", order.to(torch.get_default_device()))
 
     def skew_kernel(self) -> Tensor:
         """The kernel of ``L``, shape of ``weight``, scaled so that ``|L| <= 1``."""

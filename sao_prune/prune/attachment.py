@@ -13,6 +13,7 @@ from torch.nn.utils.prune import PruningContainer
 from .._torch import is_fake
 from ..algorithms import Draw
 from .derived import MaskedWeight, settle
+from .frozen import thaw
 from .hooks import MaskPruning, RefreshAll, RefreshChildren, is_pruned_tensor, pruning_hooks, refresh, watch
 
 P = TypeVar("P", bound=MaskPruning)
@@ -155,6 +156,7 @@ def attach_all(modules: Mapping[str, nn.Module], draws: Sequence[Draw], method: 
     try:
         for owners, mask in zip(names, masks):
             for path, tensor in owners:
+                thaw(modules[path], tensor)
                 method.register(modules[path], tensor, mask)
         for path in owned:
             refresh(modules[path])

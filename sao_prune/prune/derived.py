@@ -89,6 +89,12 @@ class MaskedWeight(Tensor):
         if owner is not None:
             settle(owner, self._name)
 
+    @property
+    def stands_for(self) -> nn.Parameter | None:
+        """The parameter that it is computed from; ``None`` if its module is gone."""
+        owner = self._module if self._owner is None else self._owner()
+        return None if owner is None else owner._parameters.get(f"{self._name}_orig")
+
     def note_write(self) -> None:
         """Let what was written through a view reach the parameter.
 

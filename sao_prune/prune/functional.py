@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import singledispatch
-from numbers import Integral
+from numbers import Integral, Real
 from typing import ClassVar, TypeVar
 
 import torch
@@ -293,7 +293,8 @@ def _count(amount: int | float, left: int) -> int:
                 f"an integer amount is a number of units, from 0 to the {left} that are left, got {amount}"
             )
         return int(amount)
-    Budget(sparsity=amount)
+    if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= amount < 1:
+        raise ValueError(f"amount is a share in [0, 1), or a whole number of units, got {amount!r}")
     return left - round((1 - amount) * left)
 
 

@@ -152,7 +152,7 @@ class BlockTopology:
     def scatter(self, blocks: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         """Write block values, one ``(blocks, r, c)`` tensor a bucket, into an ``(m, n)`` matrix; zeros elsewhere."""
         if out is None:
-            like = blocks[0] if blocks else torch.empty(0, device="cpu")
+            like = blocks[0] if blocks else torch.empty(0, dtype=torch.float32, device="cpu")
             out = like.new_empty(self.shape)
         out.zero_()
         flat = out.view(-1)

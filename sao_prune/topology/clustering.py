@@ -258,11 +258,12 @@ def _anneal(energy: Tensor, rows: Tensor, cols: Tensor, generator: torch.Generat
 
 def _leading(matrix: Tensor, turned: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Right singular vectors of the largest singular values, randomly rotated among themselves: ``(n, count)``."""
-    basis = torch.randn(matrix.shape[1], count, generator=generator, device="cpu")
+    basis = torch.randn(matrix.shape[1], count, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
     for _ in range(_POWERS):
         images = (torch.linalg.qr(basis).Q.T @ turned).T
         basis = (images.T @ matrix).T
-    turn = torch.linalg.qr(torch.randn(count, count, generator=generator, device="cpu")).Q
+    turned_by = torch.randn(count, count, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
+    turn = torch.linalg.qr(turned_by).Q
     return torch.linalg.qr(basis).Q @ turn
 
 

@@ -35,8 +35,8 @@ def expander(rows: int, cols: int, nnz: int, generator: torch.Generator | None =
             f"a connected {rows} x {cols} support has from {rows + cols - 1} to {rows * cols} edges, got {nnz}; "
             "ask for less sparsity, or for a block topology, which need not be connected"
         )
-    seed = torch.randint(2**62, (1,), generator=generator) if generator else torch.tensor([torch.initial_seed()])
-    random = np.random.default_rng(int(seed) % 2**63)
+    drawn = torch.randint(2**62, (1,), generator=generator, device="cpu") if generator else torch.initial_seed()
+    random = np.random.default_rng(int(drawn) % 2**63)
     dense = 2 * nnz > rows * cols
     edges = _simple_graph(rows, cols, rows * cols - nnz if dense else nnz, random)
     mask = np.zeros((rows, cols), dtype=bool)

@@ -41,8 +41,8 @@ def radix(rows: int, cols: int, degree: int, place: int = 0) -> Tensor:
         raise ValueError(f"place counts layers from 0, got {place}")
     places = _places(size, degree)
     value = min(degree ** (place % places), size // degree)
-    node = torch.arange(size)
-    mask = torch.zeros(size, size, dtype=torch.bool)
+    node = torch.arange(size, device="cpu")
+    mask = torch.zeros(size, size, dtype=torch.bool, device="cpu")
     for digit in range(degree):
         mask[node, (node + digit * value) % size] = True
     return mask.repeat_interleave(rows // size, 0).repeat_interleave(cols // size, 1)

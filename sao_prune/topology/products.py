@@ -71,13 +71,13 @@ def _near_root(number: int) -> int:
 
 def _lifted(rows: int, cols: int, lifts: int, generator: torch.Generator) -> Tensor:
     """The complete graph ``rows x cols``, lifted."""
-    mask = torch.ones(rows, cols, dtype=torch.bool)
+    mask = torch.ones(rows, cols, dtype=torch.bool, device="cpu")
     # Below the degree itself too, or a graph of degree two would fall apart within its bound.
     bound = min(sqrt(rows - 1) + sqrt(cols - 1), sqrt(rows * cols) * (1 - 1e-9))
     for _ in range(lifts):
         best, least = mask.double(), float("inf")
         for _ in range(_TRIES):
-            signs = torch.randint(0, 2, mask.shape, generator=generator).double() * 2 - 1
+            signs = torch.randint(0, 2, mask.shape, generator=generator, device="cpu").double() * 2 - 1
             signed = signs * mask
             largest = float(torch.linalg.matrix_norm(signed, ord=2))
             if largest < least - 1e-9:

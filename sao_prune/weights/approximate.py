@@ -63,12 +63,12 @@ def approximate_isometry(
         return ApproximateIsometry(tall.matrix.T.contiguous(), tall.residual, tall.iterations)
     edges = mask.cpu().nonzero()
     side = mask.shape[0]
-    values = torch.randn(len(edges), generator=generator, dtype=torch.float64)
+    values = torch.randn(len(edges), generator=generator, dtype=torch.float64, device="cpu")
     values /= mask.cpu().sum(1).double().sqrt()[edges[:, 0]]
     columns = _columns(edges, side)
 
     def loss_and_gradient(values: Tensor) -> tuple[Tensor, Tensor]:
-        error = -torch.eye(side, dtype=torch.float64).flatten()
+        error = -torch.eye(side, dtype=torch.float64, device="cpu").flatten()
         for members, pairs in columns:
             w = values[members]
             error.index_add_(0, pairs.flatten(), (w[:, :, None] * w[:, None, :]).flatten())
@@ -78,7 +78,7 @@ def approximate_isometry(
         return error.square().sum(), gradient
 
     loss, steps = _minimise(loss_and_gradient, values, iterations)
-    matrix = torch.zeros(mask.shape)
+    matrix = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
     matrix[edges[:, 0], edges[:, 1]] = (gain * values).float()
     return ApproximateIsometry(matrix, sqrt(loss / side), steps)
 
@@ -110,7 +110,7 @@ def _columns(edges: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:
     starts = counts.cumsum(0) - counts
     out = []
     for degree in counts[counts > 0].unique().tolist():
-        members = order[starts[counts == degree][:, None] + torch.arange(degree)]
+        members = order[starts[counts == degree][:, None] + torch.arange(degree, device="cpu")]
         rows = edges[members, 0]
         out.append((members, rows[:, :, None] * side + rows[:, None, :]))
     return out

@@ -7,7 +7,9 @@ it is dilated so that it just fills its (circular) input (thesis sections 2.5.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ def free_frequencies(kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         [1, 4, 5, 10, 13]
     """
     if not kernel:
-        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    index = torch.arange(prod(kernel)).view(kernel)
+        only = torch.zeros(1, dtype=torch.long, device="cpu")
+        return only, only.clone()
+    index = torch.arange(prod(kernel), device="cpu").view(kernel)
     dims = tuple(range(len(kernel)))
     partner = index.flip(dims).roll((1,) * len(kernel), dims)
     return torch.unique(torch.minimum(index, partner).flatten(), return_inverse=True)
@@ -52,7 +55,8 @@ def kernel_from_frequencies(frequencies: Tensor, kernel: tuple[int, ...]) -> Ten
     """
     _, equals = free_frequencies(kernel)
     spectrum = frequencies.movedim(0, -1)[..., equals.to(frequencies.device)]
-    return spectrum @ _cosines(kernel).to(spectrum)
+    with _exactly(spectrum):
+        return spectrum @ _cosines(kernel).to(spectrum)
 
 
 def frequencies_from_kernel(taps: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -70,7 +74,8 @@ def frequencies_from_kernel(taps: Tensor, kernel: tuple[int, ...]) -> Tensor:
         [1.0, 1.0]
     """
     free, _ = free_frequencies(kernel)
-    spectrum = taps @ (_cosines(kernel).to(taps) * prod(kernel)).T
+    with _exactly(taps):
+        spectrum = taps @ (_cosines(kernel).to(taps) * prod(kernel)).T
     return spectrum[..., free.to(taps.device)].movedim(-1, 0)
 
 
@@ -117,14 +122,19 @@ def eco_blocks(
     return out
 
 
+def _exactly(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which the meta device does not know."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _cosines(kernel: tuple[int, ...]) -> Tensor:
     """``(taps, taps)``: row ``p`` is the inverse transform of a unit at frequency ``p``.
 
     Only cosines: the sines cancel between ``p`` and ``-p``.
     """
-    phase = torch.zeros(1, 1, dtype=torch.float64)
+    phase = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
     for k in kernel:
-        along = torch.arange(k, dtype=torch.float64)
+        along = torch.arange(k, dtype=torch.float64, device="cpu")
         angle = along[:, None] * along / k
         phase = (phase[:, None, :, None] + angle[None, :, None, :]).flatten(2).flatten(0, 1)
     return (2 * torch.pi * phase).cos() / prod(kernel)

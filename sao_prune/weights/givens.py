@@ -39,7 +39,7 @@ def givens_matrix(rows: int, cols: int, nnz: int, generator: torch.Generator, *,
         return givens_matrix(cols, rows, nnz, generator, gain=gain).T.contiguous()
     if cols < 1 or not cols <= nnz <= rows * cols:
         raise ValueError(f"an orthogonal {rows} x {cols} matrix has from {cols} to {rows * cols} non-zeros, got {nnz}")
-    seed = int(torch.randint(2**62, (1,), generator=generator))
+    seed = int(torch.randint(2**62, (1,), generator=generator, device="cpu"))
     random = np.random.default_rng(seed)
     planes, supports = _planes(rows, cols, nnz, random)
     angles = random.uniform(0, 2 * pi, len(planes))

@@ -434,6 +434,8 @@ class Brittle(nn.Module):
         (mlp(6, 8, 4), 7, TypeError, "an iterable of batches, got int"),
         (mlp(6, 8, 4), ["words"], TypeError, "batch 0 is a str"),
         (mlp(6, 8, 4), torch.zeros(4, 5), ValueError, "does not run on the calibration data"),
+        (mlp(6, 8, 4), [torch.zeros(4, 6), torch.zeros(4).long()], ValueError, "give the inputs alone"),
+        (mlp(6, 8, 4), (torch.zeros(4, 6), torch.zeros(4)), ValueError, r"batch 1 is float32 \(4,\), batch 0"),
         (Brittle(), X, ValueError, "inputs of two.weight are not finite"),
     ],
 )
@@ -540,3 +542,22 @@ def test_a_small_network_keeps_more_than_with_kept_values_on_random_sets():
         losses[topology, values] = float(F.mse_loss(model.eval()(x), net(x)))
     assert losses["ramanujan", "least_squares"] < losses["ramanujan", "keep"]
     assert losses["clustered", "least_squares"] < losses["ramanujan", "keep"]
+
+
+def test_a_generator_of_batches_lasts_for_a_whole_schedule():
+    found, first = [], mlp(6, 8, 8, 4)
+    for inputs in (list(X.split(5)), (batch for batch in X.split(5))):
+        model = copy.deepcopy(first)
+        over = sao_prune.Schedule(start=1, end=2, steps=2)
+        pruner = sao_prune.schedule(model, Project(inputs=inputs, samples=24), groups=4, over=over, seed=0)
+        assert pruner.step() is not None
+        assert pruner.step() is not None
+        found.append(model.state_dict())
+    assert same(*found)
+
+
+def test_a_loader_that_shuffles_leaves_the_global_generator_alone():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), 5, shuffle=True)
+    model, state = mlp(6, 8, 4), torch.get_rng_state()
+    sao_prune.apply(model, groups=2, method=Project(inputs=loader), seed=0, **ALL)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
+import sao_prune
 from sao_prune.discovery import Selection, walk
 
 ALL = {"skip_first": False, "skip_last": False}
@@ -102,6 +103,50 @@ def test_execution_order_needs_an_example_input():
     assert net.training
     with pytest.raises(ValueError, match="does not run on the example input"):
         walk(net, Selection(example_input=torch.randn(1, 5)))
+
+
+class Heads(nn.Module):
+    """Layers in another order than they are called in, and heads that only training has."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(8, 4)
+        self.second = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.first = nn.Linear(8, 8)
+        self.inp = nn.Linear(8, 8)
+        self.helper = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+    def forward(self, x):
+        x = self.first(self.inp(x))
+        x = self.second(self.attention(x, x, x)[0])
+        return (self.out(x), self.helper(x)) if self.training else self.out(x)
+
+
+@pytest.mark.parametrize("masked", [(), ("second",), ("first", "attention"), ("out", "helper.0")])
+def test_ends_and_order_are_those_of_what_runs_whatever_is_pruned_already(masked):
+    x = torch.randn(3, 2, 8)
+    model = Heads()
+    if masked:
+        sao_prune.apply(model, groups=2, include=[f"{name}*" for name in masked], seed=0, **ALL)
+    found = walk(model, Selection(example_input=x))
+    assert [w.name for w in found[:6]] == [
+        "inp.weight", "first.weight", "attention.in_proj_weight", "attention.out_proj.weight", "second.weight",
+        "out.weight",
+    ]  # fmt: skip
+    pruned = {name for name in model.state_dict() if name.endswith("_orig")}
+    reasons = {w.name: w.reason for w in found if f"{w.name}_orig" not in pruned}
+    assert reasons.pop("inp.weight") == "first layer"
+    assert reasons.pop("out.weight", "last layer") == "last layer"
+    assert set(reasons.values()) == {None}
+
+
+def test_auxiliary_classifiers_of_torchvision_leave_the_real_one_the_last():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.googlenet(num_classes=10, init_weights=False)
+    for options in ({}, {"example_input": torch.randn(1, 3, 32, 32)}):
+        last = {w.name for w in walk(model, Selection(**options)) if w.reason == "last layer"}
+        assert last == {"aux1.fc2.weight", "aux2.fc2.weight", "fc.weight"}
 
 
 def test_patterns_and_predicates():

@@ -77,6 +77,25 @@ def test_transformers(tmp_path):
     assert same(dict(model.state_dict()), dict(again.state_dict()))
 
 
+@pytest.mark.parametrize("method", ["gmp", "lrp", sao_prune.RG(values="keep")])
+def test_a_second_training_with_transformers_leaves_what_is_pruned_pruned(method):
+    transformers = pytest.importorskip("transformers")
+    from sao_prune.integrations.transformers import PrunerCallback
+
+    model = network()
+    over = sao_prune.Schedule(start=1, end=3, steps=3, shape="linear")
+    pruner = sao_prune.schedule(model, method, groups=4, over=over, seed=0)
+    callback, found = PrunerCallback(pruner), []
+    for _ in range(2):
+        state = transformers.TrainerState()
+        callback.on_train_begin(None, state, None)
+        for state.global_step in range(1, 4):
+            callback.on_optimizer_step(None, state, None)
+            found.append(pruner.sparsity)
+    assert found == sorted(found)
+    assert found[-1] == found[2] > 0
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")

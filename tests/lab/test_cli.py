@@ -40,6 +40,15 @@ def test_run_and_report(call: Call, micro: Micro, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert "+0.00" in compared
     assert (tmp_path / "micro" / "comparison.html").is_file()
+    status, _, err = call("report", tmp_path / "micro", tmp_path / "micro", "--out", __file__)
+    assert (status, err) == (2, f"sao-prune: File exists: {__file__}\n")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(call: Call) -> None:
+    status, _, err = call("figures", "--out", f"{__file__}/here")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert __file__ in err
 
 
 @pytest.mark.parametrize(

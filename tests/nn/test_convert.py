@@ -71,3 +71,44 @@ def test_bad_input():
         convert_eco(network(), X, last=0)
     with pytest.raises(TypeError, match="Module"):
         convert_eco("net", X)
+
+
+class Levels(nn.Module):
+    """A head that all levels of a pyramid share, as detectors have it, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(4, 4, 3, padding=1)
+        self.same = nn.ModuleList([self.head, nn.Conv2d(4, 4, 3, padding=1)])
+
+    def forward(self, sizes):
+        return [self.same[1](self.same[0](self.head(torch.ones(1, 4, n, n)))) for n in sizes]
+
+
+def test_a_module_with_several_names_is_replaced_under_all_of_them():
+    model = Levels()
+    report = convert_eco(model, ([6, 3],), seed=0)
+    assert [record.name for record in report.converted] == ["head", "same.1"]
+    assert isinstance(model.head, ECOConv2d)
+    assert model.head is model.same[0]
+
+
+def test_a_convolution_is_exact_only_if_it_is_for_every_size_that_it_meets():
+    with pytest.raises(ValueError, match=r"head: kernel size \(3, 3\) does not divide the input size \(5, 5\)"):
+        convert_eco(Levels(), ([6, 5],), seed=0)
+    report = convert_eco(Levels(), ([6, 5],), only_exact=False, seed=0)
+    assert not any(record.exact for record in report.converted)
+
+
+def test_tied_weights_stay_tied_and_frozen_ones_frozen():
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    report = convert_eco(model, torch.ones(1, 4, 6, 6), seed=0)
+    assert {record.name: record.reason for record in report.skipped} == {
+        "0": "its weight is tied to another module's",
+        "1": "its weight is tied to another module's",
+    }
+    assert model[1].weight is model[0].weight
+    assert not any(p.requires_grad for p in model[2].parameters())
+    assert all(p.requires_grad for p in model[3].parameters())

@@ -128,7 +128,8 @@ def test_gradient_of_the_masked_weight_reaches_the_parameter():
         (lambda: prune.sao(nn.Linear(4, 4), "bias", sparsity=0.5), "cannot be pruned|no prunable weight"),
         (lambda: prune.sao(nn.Linear(4, 4)), "say how sparse"),
         (lambda: prune.sao(nn.Conv2d(4, 4, 3, groups=4), sparsity=0.5), "depthwise"),
-        (lambda: prune.kernel_l1(nn.Linear(4, 4), amount=2.0), "sparsity is a share"),
+        *((lambda a=a: prune.kernel_l1(nn.Linear(4, 4), amount=a), "amount is a share") for a in (2.0, "x")),
+        (lambda: prune.kernel_l1(nn.Linear(4, 4), amount=float("nan")), "amount is a share .* got nan"),
         (lambda: prune.global_kernel_l1([], amount=0.5), "at least one"),
     ],
 )
@@ -181,7 +182,7 @@ def test_integer_amounts_are_numbers_of_units():
     for wrong in (-1, 17):
         with pytest.raises(ValueError, match="from 0 to the 16 that are left"):
             prune.kernel_l1(nn.Linear(4, 4), amount=wrong)
-    with pytest.raises(ValueError, match="finite number, got True"):
+    with pytest.raises(ValueError, match=r"amount is a share .* got True"):
         prune.kernel_l1(nn.Linear(4, 4), amount=True)
 
 

@@ -137,6 +137,58 @@ def test_frozen_zeros_survive_training(net, frozen):
     assert still is frozen
 
 
+def prune_again(model, how, tmp_path):
+    if how == "load":
+        other = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        sao_prune.apply(other, groups=2, seed=1)
+        sao_prune.load(model, sao_prune.save(other, tmp_path / "m.pt"))
+    elif how == "functional":
+        sao_prune.prune.sao(model[1], groups=2, seed=1)
+    else:
+        sao_prune.apply(model, groups=2, method=how, seed=1)
+
+
+@pytest.mark.parametrize("how", ["sao", "rg", "load", "functional"])
+def test_what_is_pruned_anew_trains_where_its_new_mask_is(how, tmp_path):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.remove(model, freeze_zeros=True)
+    prune_again(model, how, tmp_path)
+    for _ in range(2):
+        model(torch.randn(9, 8)).square().sum().backward()
+    assert torch.equal(model[1].weight_orig.grad != 0, model[1].weight_mask != 0)
+    sao_prune.remove(model, include=["1"])
+    model.zero_grad()
+    model(torch.randn(9, 8)).square().sum().backward()
+    assert bool((model[1].weight.grad != 0).all())
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_what_is_loaded_trains_unless_it_has_the_zeros_that_are_frozen(same, tmp_path):
+    model, other = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))) for _ in range(2))
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.remove(model, freeze_zeros=True)
+    source = copy.deepcopy(model) if same else other
+    sao_prune.load(model, sao_prune.save(source, tmp_path / "m.pt"))
+    for _ in range(2):
+        model(torch.randn(9, 8)).square().sum().backward()
+    assert torch.equal(model[1].weight.grad != 0, model[1].weight != 0)
+
+
+def test_zeros_stay_frozen_where_pruning_anew_fails(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    sao_prune.apply(model, groups=4, seed=0)
+    sao_prune.remove(model, freeze_zeros=True)
+    support = model[1].weight != 0
+    monkeypatch.setattr("sao_prune.prune.attachment.watch", lambda module, hook: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sao_prune.apply(model, groups=2, seed=1)
+    monkeypatch.undo()
+    for _ in range(2):
+        model(torch.randn(9, 8)).square().sum().backward()
+    assert torch.equal(model[1].weight.grad != 0, support)
+
+
 def _ddp_worker(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

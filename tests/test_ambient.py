@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import sao_prune
 from sao_prune import SAO, SNIP, GraSP, Project, SynFlow, analysis
+from sao_prune.blocks import layout
 from sao_prune.nn import ECOConv2d, SkewConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore::sao_prune.SparsityWarning")
@@ -190,3 +191,44 @@ def test_calibration_runs_the_model_with_the_default_device_of_its_caller() -> N
     with torch.device("meta"):
         sao_prune.apply(model, groups=2, method=Project(inputs=torch.ones(4, 8, device="cpu")), seed=0)
     assert set(seen) == {"meta"}
+
+
+class Mixed(nn.Module):
+    """Layers with several weights, besides those of `Residual`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Residual()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.recurrent = nn.LSTM(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.body.stem(x).flatten(2).mT
+        tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.body(x) + self.head(self.recurrent(tokens)[0].mean(1))
+
+
+@pytest.mark.parametrize("groups", [4, 3])
+@pytest.mark.parametrize("topology", ["interleaved", "ramanujan"])
+@pytest.mark.parametrize("ambient", ["type", "device"])
+def test_compact_models(ambient: str, topology: str, groups: int, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, fresh, direct = Mixed().eval(), Mixed().eval(), Mixed().eval()
+    direct.load_state_dict(model.state_dict())
+    options: dict[str, Any] = {"groups": groups, "method": SAO(topology=topology), "seed": 0}
+    sao_prune.apply(model, **options)
+    expected = model(X)
+    layout.layout_of_topology.cache_clear()
+    layout._KNOWN.clear()
+    with AMBIENTS[ambient]():
+        sao_prune.apply(direct, form="compact", **options)
+        sao_prune.compact(model, example_input=X)
+        found = [model(X), direct(X)]
+        sao_prune.save(model, tmp_path / "model.safetensors")
+        sao_prune.load(fresh, tmp_path / "model.safetensors")
+        found.append(fresh(X))
+        sao_prune.expand(model)
+        found.append(model(X))
+    for y in found:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

@@ -132,6 +132,42 @@ def test_a_module_that_is_used_twice(tmp_path, ending):
     assert torch.allclose(fresh(x), dense(x))
 
 
+class Twice(nn.Module):
+    """A linear layer, a convolution and an attention that stand under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Linear(16, 16)
+        self.one = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.two, self.same, self.head = self.one, self.attention, nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(torch.relu(self.first(x)))
+        x = self.two(self.one(x[:, :, None, None])).flatten(1)
+        return self.head(self.same(x, x, x)[0])
+
+
+def test_compact_modules_under_two_names(tmp_path, ending):
+    torch.manual_seed(0)
+    models = {name: Twice().eval() for name in ("masked", "compact", "dense", "other", "scaled")}
+    x = torch.randn(5, 16)
+    for name, seed in (("masked", 0), ("other", 1), ("scaled", 0)):
+        sao_prune.apply(models[name], groups=4, seed=seed, skip_first=False)
+    expected = models["masked"](x)
+    masked = sao_prune.save(models["masked"], tmp_path / f"masked{ending}")
+    sao_prune.load(models["compact"], masked)
+    for name in ("compact", "other", "scaled"):
+        sao_prune.compact(models[name])
+    path = sao_prune.save(models["compact"], tmp_path / f"compact{ending}")
+    for name, file in (("dense", path), ("other", path), ("masked", path), ("scaled", masked)):
+        sao_prune.load(models[name], file)
+        torch.testing.assert_close(models[name](x), expected)
+        assert models[name].first is models[name].again
+    sao_prune.expand(models["dense"])
+    torch.testing.assert_close(models["dense"](x), expected)
+
+
 def test_a_hostile_checkpoint_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": make().state_dict(), "extra": Evil()}, "m.pt")

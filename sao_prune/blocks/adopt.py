@@ -42,7 +42,8 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
     Raises:
         ValueError: naming the first layer that does not fit; nothing is changed then.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): path for path, module in model.named_modules()}
     outer: dict[str, dict[str, dict[int | None, BlockTopology]]] = {
         path: {} for path, module in modules.items() for p in _paths(state) if _calls(module, modules.get(p))
     }
@@ -57,9 +58,10 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> Changes:
         if shape != topology.shape and not _holds(module, topology):
             raise ValueError(f"{path}: the checkpoint's layer is {_times(topology.shape)}, the model's {_times(shape)}")
         _check_blocks(path, state, blocks_shape(topology, _kernel(module)))
-        if not isinstance(module, BlockModule) or module.topology != topology:
+        if path == first[id(module)] and (not isinstance(module, BlockModule) or module.topology != topology):
             forms.append((module, _form(path, module, topology)))
-    whole = [(modules[path], _composite(path, modules[path], tensors, state)) for path, tensors in outer.items()]
+    named = [(path, modules[path], tensors) for path, tensors in outer.items() if path == first[id(modules[path])]]
+    whole = [(module, _composite(path, module, tensors, state)) for path, module, tensors in named]
     replaced = _blocks_from_dense(modules, state)
     changes: Changes = []
     try:

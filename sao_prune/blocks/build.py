@@ -116,7 +116,8 @@ def _layer(module: nn.Module, form: LayerForm, draw: Draw, seed: int) -> nn.Modu
     bias = block._parameters["bias"]
     if bias is not None and bias.is_meta:
         bound = 1 / sqrt(draw.weight.matrix[1] * prod(draw.weight.kernel))
-        values = torch.rand(bias.shape, generator=named_generator(seed, "bias", draw.weight.name))
+        generator = named_generator(seed, "bias", draw.weight.name)
+        values = torch.rand(bias.shape, generator=generator, dtype=torch.float32, device="cpu")
         block._parameters["bias"] = nn.Parameter(((values * 2 - 1) * bound).to(bias.dtype), bias.requires_grad)
     return block
 

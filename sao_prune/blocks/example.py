@@ -151,8 +151,9 @@ def _drawn(data: Any, generator: torch.Generator) -> Any:
     if "tensor" in data:
         shape, (low, high), dtype = data["tensor"], data["range"], _TYPES[data["dtype"]]
         if dtype.is_floating_point:
-            return (torch.rand(shape, generator=generator) * (high - low) + low).to(dtype)
-        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+            share = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return (share * (high - low) + low).to(dtype)
+        return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(dtype)
     if "items" in data:
         items = [_drawn(each, generator) for each in data["items"]]
         return tuple(items) if data["tuple"] else items

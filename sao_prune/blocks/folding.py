@@ -123,7 +123,7 @@ def _order(first: BlockTopology, then: BlockTopology) -> torch.Tensor | None:
     orders = (torch.argsort(a * (int(b.max()) + 1) + b, stable=True) for a, b in ((rows, cols), (cols, rows)))
     costs = {_cost(first, then, order): order for order in reversed(list(orders))}
     least = min(costs)
-    return costs[least] if least < _cost(first, then, torch.arange(len(rows))) else None
+    return costs[least] if least < _cost(first, then, torch.arange(len(rows), device=rows.device)) else None
 
 
 def _cost(first: BlockTopology, then: BlockTopology, order: torch.Tensor) -> int:
@@ -136,7 +136,8 @@ def _cost(first: BlockTopology, then: BlockTopology, order: torch.Tensor) -> int
 
 def _relabel_rows(layer: BlockModule, order: torch.Tensor) -> None:
     old = layer.topology
-    _replace(layer, old, BlockTopology(old.row_set[order], old.col_set), order, torch.arange(len(old.col_set)))
+    new = BlockTopology(old.row_set[order], old.col_set)
+    _replace(layer, old, new, order, torch.arange(len(old.col_set), device=order.device))
     if layer.bias is not None:
         layer.bias.copy_(layer.bias[order])
 
@@ -144,7 +145,7 @@ def _relabel_rows(layer: BlockModule, order: torch.Tensor) -> None:
 def _relabel_cols(layer: BlockModule, order: torch.Tensor) -> None:
     old = layer.topology
     new = BlockTopology(old.row_set, old.col_set[order])
-    _replace(layer, old, new, torch.arange(len(old.row_set)), order)
+    _replace(layer, old, new, torch.arange(len(old.row_set), device=order.device), order)
 
 
 def _replace(
@@ -167,5 +168,5 @@ def _places(members: torch.Tensor) -> torch.Tensor:
     """The position of every channel in the flattened members of all blocks."""
     flat = members.flatten()
     place = torch.empty_like(flat)
-    place[flat] = torch.arange(len(flat))
+    place[flat] = torch.arange(len(flat), device=flat.device)
     return place

@@ -189,13 +189,15 @@ def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
                     for b in topology.buckets
                 ]
             )
-            exact = len(slots) == groups * rows * cols and torch.equal(slots, torch.arange(len(slots)))
-        inputs = torch.zeros(groups * cols, dtype=torch.long)
-        inputs[col_place] = torch.arange(len(col_place))
-        outputs = torch.zeros(groups * rows, dtype=torch.long)
-        outputs[row_place] = torch.arange(len(row_place))
+            exact = len(slots) == groups * rows * cols and torch.equal(
+                slots, torch.arange(len(slots), device=slots.device)
+            )
+        natural = torch.arange(len(col_place), device=col_place.device)
+        inputs = natural.new_zeros(groups * cols)
+        inputs[col_place] = natural
+        outputs = natural.new_zeros(groups * rows)
+        outputs[row_place] = torch.arange(len(row_place), device=row_place.device)
         into, out = Permutation.of(inputs, col_place), Permutation.of(row_place, outputs)
-        natural = torch.arange(len(col_place))
         dealt = torch.equal(col_place, natural % groups * cols + natural // groups)
         runs = _runs(row_place, groups, rows)
         return Layout(topology, merge, groups, rows, cols, into, out, None if exact else slots, dealt, runs)
@@ -204,8 +206,9 @@ def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
 def _runs(place: Tensor, groups: int, rows: int) -> tuple[tuple[int, int], ...]:
     """`Layout.runs`; empty where that is no short way to tell it."""
     counts = torch.bincount(place // rows, minlength=groups)
-    first = torch.arange(groups) * rows
-    expected = torch.cat([torch.arange(count) + start for count, start in zip(counts.tolist(), first)])
+    device = place.device
+    first = torch.arange(groups, device=device) * rows
+    expected = torch.cat([torch.arange(count, device=device) + start for count, start in zip(counts.tolist(), first)])
     if len(place) == groups * rows or not torch.equal(place, expected):
         return ()
     widths, lengths = torch.unique_consecutive(counts, return_counts=True)
@@ -231,7 +234,7 @@ def _places(sets: Tensor, group: Tensor, groups: int) -> tuple[int, Tensor]:
     order = order[torch.argsort(group[order], stable=True)]
     start = counts.cumsum(0) - counts
     place = torch.empty_like(group)
-    place[order] = torch.arange(len(group)) - start[group[order]] + group[order] * width
+    place[order] = torch.arange(len(group), device=group.device) - start[group[order]] + group[order] * width
     return width, place
 
 

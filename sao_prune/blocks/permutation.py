@@ -127,7 +127,7 @@ def is_column_major(x: Tensor) -> bool:
 def _strides(index: Tensor) -> tuple[int, int, int] | None:
     """``(a, b, run)`` when ``index`` is ``arange(n).view(a, b, run).transpose(0, 1)`` flattened."""
     n = len(index)
-    natural = torch.arange(n)
+    natural = torch.arange(n, device=index.device)
     steps = torch.nonzero(index != natural).flatten()
     if len(steps) == 0:
         return 1, 1, n

@@ -203,7 +203,7 @@ def given_by(draw: Draw, like: Tensor) -> Given:
         parts = draw.weight.parts
         if part is None and parts > 1 and copies != parts:
             # The matrices share their inputs' sets, so that blocks of several of them are one.
-            dense = torch.zeros(draw.weight.shape, dtype=like.dtype)
+            dense = torch.zeros(draw.weight.shape, dtype=like.dtype, device="cpu")
             draw.write_(dense)
             return gather(draw.weight, dense, topology, None, copies).to(like)
         by_shape: dict[tuple[int, int], list[Tensor]] = {}

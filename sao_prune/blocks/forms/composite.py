@@ -193,7 +193,8 @@ def _by_first_input(topology: BlockTopology) -> tuple[Tensor, Tensor]:
     """The sets of outputs and of inputs, numbered by the first input of each."""
     groups, cols = topology.groups, topology.col_set
     first = cols.new_full((groups + 1,), len(cols))
-    first.scatter_reduce_(0, torch.where(cols < 0, groups, cols), torch.arange(len(cols)), "amin")
+    natural = torch.arange(len(cols), device=cols.device)
+    first.scatter_reduce_(0, torch.where(cols < 0, groups, cols), natural, "amin")
     first[-1] = -1
     return first[topology.row_set], first[topology.col_set]
 

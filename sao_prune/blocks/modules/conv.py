@@ -89,7 +89,7 @@ class BlockConv(BlockModule):
             values.append(block.new_zeros(*block.shape, *self.kernel_size))
             values[-1][centre] = block
         self.set_topology(topology, nn.Parameter(stack_blocks(topology, values)))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+        self.register_parameter("bias", nn.Parameter(self.blocks.detach().new_zeros(outputs)) if bias else None)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

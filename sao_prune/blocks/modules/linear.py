@@ -67,7 +67,9 @@ class BlockLinear(BlockModule):
         generator = seed or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         blocks = orthogonal_blocks([topology], [generator])[0]
         self.set_topology(topology, nn.Parameter(stack_blocks(topology, blocks)))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_features)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(self.blocks.detach().new_zeros(self.out_features)) if bias else None
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

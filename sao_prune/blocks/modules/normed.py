@@ -46,7 +46,9 @@ class NormedConv2d(nn.Conv2d):
         module.__class__ = cls
         weight = module._parameters["weight"]
         assert weight is not None
-        module.__dict__["whole"] = tuple(encode_sets(torch.zeros(n, dtype=torch.long)) for n in weight.shape[:2])
+        module.__dict__["whole"] = tuple(
+            encode_sets(torch.zeros(n, dtype=torch.long, device="cpu")) for n in weight.shape[:2]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """As of any convolution."""

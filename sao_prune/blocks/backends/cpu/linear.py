@@ -84,10 +84,11 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
 def _of_window(layout: Layout, places: int, last: bool) -> Layout:
     """The layout of a convolution of images that are a single window: of a linear layer whose inputs are all pixels,
     channels innermost or, if not ``last``, outermost."""
-    first, place = layout.inputs.inverse * places, torch.arange(places)
+    first = layout.inputs.inverse * places
+    place = torch.arange(places, device=first.device)
     position = (first + place[:, None] if last else first[:, None] + place).flatten()
-    index = torch.zeros(layout.groups * layout.cols * places, dtype=torch.long)
-    index[position] = torch.arange(len(position))
+    index = position.new_zeros(layout.groups * layout.cols * places)
+    index[position] = torch.arange(len(position), device=position.device)
     return replace(layout, cols=layout.cols * places, inputs=Permutation.of(index, position), _on={})
 
 

@@ -99,6 +99,7 @@ class HoldReport(TableReport):
         return f"{len(self.held)} weights held orthogonal{released}, {len(self.skipped)} skipped"
 
 
+@torch.inference_mode(False)  # its parameters could never be trained
 def hold(
     model: nn.Module,
     *,
@@ -182,6 +183,7 @@ def hold(
     return HoldReport(tuple(records), "held")
 
 
+@torch.inference_mode(False)  # its parameters could never be trained
 def release(model: nn.Module, *, include: Selector | None = None, exclude: Selector = ()) -> HoldReport:
     """Undo `hold`, in place: plain parameters with the values they have now.
 

@@ -232,3 +232,21 @@ def test_compact_models(ambient: str, topology: str, groups: int, tmp_path: Any)
         found.append(model(X))
     for y in found:
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained() -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    sao_prune.apply(model, groups=4, seed=0)
+    with torch.inference_mode():
+        x = X.clone()
+        expected = model(x)
+        sao_prune.compact(model, example_input=x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        sao_prune.hold(model)
+    model(X).sum().backward()
+    with torch.inference_mode():
+        sao_prune.release(model)
+        sao_prune.expand(model)
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -31,6 +31,7 @@ from .swap import Changes, become, restore
 from .tuning import of_first_rank, tuned
 
 
+@torch.inference_mode(False)  # its parameters could never be trained
 def compact(
     model: nn.Module,
     *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from ..discovery import Selector, pick
@@ -22,6 +23,7 @@ from .swap import become
 Block: TypeAlias = BlockModule | BlockComposite
 
 
+@torch.inference_mode(False)  # its parameters could never be trained
 def expand(
     model: nn.Module,
     form: Literal["masked", "baked"] | None = None,

@@ -112,7 +112,7 @@ class Epilogue:
         owner, norm, activation, then, *others = members = self.members()
         if (norm is not None, activation is not None, then is not None) != self._present[:3] or owner is None:
             return False
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
+        if x.is_meta or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
             return False
         compiling = torch.compiler.is_compiling()
         if not compiling and not self._is_at_home():

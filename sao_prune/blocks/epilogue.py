@@ -254,9 +254,12 @@ def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
 def detach(model: nn.Module) -> None:
     """Let every module of a model compute itself."""
     for module in model.modules():
-        for name in ("epilogue", "whole"):
-            module.__dict__.pop(name, None)
-        if module.__dict__.pop("absorbed", None) is not None:
-            module.__class__ = kind_of(module)
+        # What a model has under these names itself is its own.
+        for name in ("epilogue", "absorbed"):
+            if isinstance(module.__dict__.get(name), Epilogue):
+                del module.__dict__[name]
+                module.__class__ = kind_of(module)
+        if isinstance(module, tuple(OWNERS)):
+            module.__dict__.pop("whole", None)
         if type(module) in OWNERS:
             module.__class__ = OWNERS[type(module)]

@@ -80,7 +80,9 @@ def _plain(key: str) -> str:
 
 
 def complete_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill in, in place, the entries of tied weights that a checkpoint holds once, under one of their names."""
+    """Fill in, in place, the entries of tied weights, and of modules under several names, that a checkpoint holds once,
+    under one of their names."""
+    _complete_modules(model, state)
     owners: dict[int, list[str]] = {}
     for key, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, nn.Parameter):
@@ -90,3 +92,20 @@ def complete_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
         source = next((name for name in names if name not in lacking), None)
         for name in lacking if source is not None else ():
             state.update({f"{name}{s}": state[f"{source}{s}"] for s in _SUFFIXES if f"{source}{s}" in state})
+
+
+def _complete_modules(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The same of modules whose other names the checkpoint has not, whatever form they have in it."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    same = {path: names for names in paths.values() if len(names) > 1 for path in names}
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        for start in (m.start() for m in re.finditer(r"\.", key)):
+            if key[:start] in same:
+                entries.setdefault(key[:start], {})[key[start:]] = value
+    for path, found in entries.items():
+        for other in same[path]:
+            if other not in entries:
+                state.update({other + end: value for end, value in found.items()})

@@ -168,6 +168,30 @@ def test_compact_modules_under_two_names(tmp_path, ending):
     torch.testing.assert_close(models["dense"](x), expected)
 
 
+@pytest.mark.parametrize("form", ["dense", "masked", "compact"])
+@pytest.mark.parametrize("kept", [min, max])
+def test_modules_under_two_names_that_are_saved_under_one(tmp_path, form, kept):
+    """As tools write them that leave out what shares memory, under either name."""
+    torch.manual_seed(0)
+    model, fresh, x = Twice().eval(), Twice().eval(), torch.randn(5, 16)
+    for each in (model, fresh):
+        each.norm = each.also = nn.BatchNorm1d(16)
+    model.norm.running_mean.fill_(3.0)
+    if form != "dense":
+        sao_prune.apply(model, groups=4, seed=0, skip_first=False)
+    expected = model(x)
+    if form == "compact":
+        sao_prune.compact(model)
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    state = model.state_dict()
+    torch.save({kept(each): state[kept(each)] for each in names.values()}, tmp_path / "m.pt")
+    sao_prune.load(fresh, tmp_path / "m.pt")
+    torch.testing.assert_close(fresh(x), expected)
+    assert torch.equal(fresh.also.running_mean, model.norm.running_mean)
+
+
 def test_a_hostile_checkpoint_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": make().state_dict(), "extra": Evil()}, "m.pt")

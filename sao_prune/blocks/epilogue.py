@@ -112,7 +112,7 @@ class Epilogue:
         owner, norm, activation, then, *others = members = self.members()
         if (norm is not None, activation is not None, then is not None) != self._present[:3] or owner is None:
             return False
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
+        if x.is_meta or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
             return False
         compiling = torch.compiler.is_compiling()
         if not compiling and not self._is_at_home():
@@ -254,9 +254,12 @@ def attach(epilogue: Epilogue, homes: Homes | None = None) -> None:
 def detach(model: nn.Module) -> None:
     """Let every module of a model compute itself."""
     for module in model.modules():
-        for name in ("epilogue", "whole"):
-            module.__dict__.pop(name, None)
-        if module.__dict__.pop("absorbed", None) is not None:
-            module.__class__ = kind_of(module)
+        # What a model has under these names itself is its own.
+        for name in ("epilogue", "absorbed"):
+            if isinstance(module.__dict__.get(name), Epilogue):
+                del module.__dict__[name]
+                module.__class__ = kind_of(module)
+        if isinstance(module, tuple(OWNERS)):
+            module.__dict__.pop("whole", None)
         if type(module) in OWNERS:
             module.__class__ = OWNERS[type(module)]

@@ -300,3 +300,16 @@ def test_meta_model_never_holds_a_dense_weight():
         sao_prune.apply(tokens, groups=2, form="compact", skip_first=False, skip_last=False)
     with pytest.raises(ValueError, match="no blocks"):
         sao_prune.apply(_mlp(), sparsity=0.5, method="lmp", form="compact")
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_compact_models_compute_shapes_on_the_meta_device(fuse):
+    convs = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2)]
+    net = nn.Sequential(*convs, nn.Flatten(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 16))
+    sao_prune.apply(net, groups=2, seed=0, skip_last=False)
+    x = torch.randn(2, 3, 8, 8)
+    sao_prune.compact(net, example_input=x, fuse=fuse)
+    net.to("meta")
+    assert net(x.to("meta")).shape == (2, 16)
+    net(x.to("meta")).sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in net.parameters())

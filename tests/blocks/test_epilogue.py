@@ -316,3 +316,19 @@ def test_norms_of_timm_that_are_something_else_run_themselves():
     other = nn.Sequential(BlockConv2d(interleaved(16, 16, 4), 3, padding=1), BatchNormAct2d(16, act_layer=HardSwish))
     other, x = _made(other, x)
     assert _names(other) == [()]
+
+
+@needs_compiler
+def test_attributes_of_a_model_by_the_same_names_stay():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Conv2d(8, 8, 1))
+    sao_prune.apply(net, groups=2, seed=0)
+    own = {"whole": True, "absorbed": "nothing", "epilogue": 3.0}
+    for module in (net, net[6]):
+        module.__dict__.update(own)
+    sao_prune.compact(net, example_input=torch.randn(2, 3, 8, 8))
+    assert net[3].epilogue is not None
+    sao_prune.expand(net)
+    for module in (net, net[6]):
+        assert {name: module.__dict__.get(name) for name in own} == own

@@ -289,3 +289,63 @@ def test_first_layers_of_any_kind(channels, options):
             assert_all_close([net(x)], [dense(x)], 1e-5)
     compiled = torch.compile(net.train(), fullgraph=True, backend="aot_eager")
     assert_all_close([compiled(x)], [dense.train()(x)], 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["one channel", "a larger kernel", "double precision", "frozen"])
+def test_first_weights_that_are_replaced(change, training):
+    net, x = _three(nn.ReLU())
+    dense = copy.deepcopy(net)
+    sao_prune.compact(net, example_input=x)
+    found = []
+    for model in (net.train(training), dense.train(training)):
+        weight = model[0].weight.detach().clone(memory_format=torch.preserve_format)
+        weight = weight.sum(1, keepdim=True) if change == "one channel" else weight
+        weight = F.pad(weight, (1, 1, 1, 1)) if change == "a larger kernel" else weight
+        weight = weight.double() if change == "double precision" else weight
+        model[0].weight = nn.Parameter(weight, requires_grad=change != "frozen")
+        try:
+            y = model(x[:, : weight.shape[1]])
+        except RuntimeError:
+            found.append(None)
+            continue
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for m in (model[0], model[1]) for p in m.parameters() if p.requires_grad)])
+    assert (found[0] is None) == (found[1] is None) == (change == "double precision")
+    if found[0] is not None:
+        assert_all_close(*found)
+
+
+@needs_compiler
+def test_images_of_other_channels_are_refused_as_by_torch():
+    net, x = _three(nn.ReLU())
+    dense = copy.deepcopy(net)
+    sao_prune.compact(net, example_input=x)
+    messages = []
+    for model in (net, dense):
+        with pytest.raises(RuntimeError) as error:
+            model(torch.randn(2, 5, 9, 9))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [True, False])
+def test_first_weights_are_computed_once(training):
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, w: Tensor) -> Tensor:
+            self.calls += 1
+            return w.clone()
+
+    net, x = _three(nn.ReLU())
+    sao_prune.compact(net, example_input=x)
+    counting = Counting()
+    parametrize.register_parametrization(net[0], "weight", counting)
+    for gradients in (True, False):
+        counting.calls = 0
+        with torch.set_grad_enabled(gradients):
+            net.train(training)(x)
+        assert counting.calls == 1

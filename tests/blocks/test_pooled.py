@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,3 +129,49 @@ def test_pools_of_a_compact_model(tmp_path):
     torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
     expand(net)
     assert [type(m) for m in net] == kinds
+
+
+_ODD: list[dict[str, Any]] = [
+    {"kernel_size": [2, 2]},
+    {"kernel_size": (2,)},
+    {"kernel_size": 2, "stride": (2,)},
+    {"kernel_size": 2, "padding": (1,)},
+    {"kernel_size": np.int64(2)},
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", _ODD, ids=str)
+def test_options_in_every_spelling_of_torch(options):
+    net, x = _net(), torch.randn(2, 3, 23, 22)
+    net[2] = nn.MaxPool2d(**options)
+    expected = net(x)
+    compact(net, example_input=x)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": (3,)},
+        {"kernel_size": 20},
+        {"stride": None},
+        {"padding": 1},
+        {"dilation": 2},
+        {"ceil_mode": True},
+        {"return_indices": True},
+    ],
+    ids=str,
+)
+def test_options_that_change_afterwards(change):
+    net, x = _net(), torch.randn(2, 16, 23, 22).contiguous(memory_format=torch.channels_last)
+    pool = copy.deepcopy(net[2])
+    compact(net)
+    assert type(net[2]) is NativeMaxPool2d
+    for each in (net[2], pool):
+        each.__dict__.update(change)
+    found, expected = net[2](x), pool(x)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

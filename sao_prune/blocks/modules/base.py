@@ -274,7 +274,7 @@ def blocks_shape(topology: BlockTopology, kernel: tuple[int, ...]) -> tuple[int,
 
 def cast(x: Tensor, blocks: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands in the type of autocast, where that is on."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x, blocks, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)

@@ -61,9 +61,11 @@ class NormedConv2d(nn.Conv2d):
         return epilogue.done(self._normed(x, norm, activation))
 
     def _normed(self, x: Tensor, norm: BatchNorm, activation: str) -> Tensor:
-        if self._is_one_block(x):
+        # Once: what parametrizes a weight computes it whenever it is asked for.
+        weight = self.weight
+        if self._is_one_block(x, weight):
             options = list(self.stride), list(self.padding), list(self.dilation), 1
-            own = x.contiguous(memory_format=torch.channels_last), self.weight.unsqueeze(0), self.bias
+            own = x.contiguous(memory_format=torch.channels_last), weight.unsqueeze(0), self.bias
             return normed(norm, own, self.whole, activation, NORMED.backend, options)
         mean, variance = norm.running_mean, norm.running_var
         if norm.training:
@@ -74,24 +76,27 @@ class NormedConv2d(nn.Conv2d):
             assert variance is not None
             scale, shift, _ = cpu.affine(norm.weight, norm.bias, mean, variance, norm.eps)
             bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
-            return _IN_PLACE[activation](self._conv_forward(x, self.weight * scale.view(-1, 1, 1, 1), bias))
-        z = super().forward(x)
+            return _IN_PLACE[activation](self._conv_forward(x, weight * scale.view(-1, 1, 1, 1), bias))
+        z = self._conv_forward(x, weight, self.bias)
         y, mean, variance = batch_norm(z, norm.weight, norm.bias, mean, variance, activation, norm.eps)
         if norm.training:
             track(norm, y, mean, variance)
         return y  # type: ignore[no-any-return]
 
-    def _is_one_block(self, x: Tensor) -> bool:
+    def _is_one_block(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels know the convolution and take less time for it than torch, as was measured: with stride 1
         a third, with others only for large kernels, and not backwards."""
         if self.in_channels > _FEW or self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
-        if x.dim() != 4 or x.dtype is not torch.float32 or self.weight.dtype is not torch.float32:
+        if x.dim() != 4 or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+            return False
+        # A weight that was replaced may have other channels, an image ones that torch is to refuse.
+        if not [len(sets) for sets in self.whole] == list(weight.shape[:2]) == [weight.shape[0], x.shape[1]]:
             return False
         large = self.kernel_size[0] * self.kernel_size[1] > _SMALL and not torch.is_grad_enabled()
         if not large and self.stride != (1, 1):
             return False
-        last = self.weight.is_contiguous(memory_format=torch.channels_last)
+        last = weight.is_contiguous(memory_format=torch.channels_last)
         return last and cpu.suits(self.kernel_size, Geometry(self.stride, self.padding, self.dilation), True)
 
 

@@ -21,7 +21,7 @@ from .blocks import BlockModule
 from .blocks.adopt import adopt
 from .blocks.build import settle
 from .blocks.calls import to_contiguous
-from .blocks.plan import carry_out, machine, plan_of
+from .blocks.plan import machine, plan_of, put_back
 from .blocks.resume import resume
 from .blocks.swap import Changes, restore
 from .discovery.trace import evaluating
@@ -159,7 +159,7 @@ def load(
         raise CheckpointError(f"the checkpoint does not fit the model, which is unchanged: {error}") from None
     title = "model"
     with ExitStack() as undo:
-        undo.callback(carry_out, model, before)
+        undo.callback(put_back, model, before)
         undo.callback(restore, changes)
         warn_replaced(_replaced(changes), "load")
         undo.callback(_fill(model, state, strict))

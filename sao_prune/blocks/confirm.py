@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._torch import tree_leaves, version
 from ..naming import dotted
 from .autotune import with_steps
-from .calls import record_calls
+from .calls import record_calls, to_contiguous
 from .eligible import layers
 from .example import Example, keep_example
 from .forms import LayerForm, form_of
@@ -64,6 +64,7 @@ def confirm(
     except Exception as error:
         carry_out(model, bare)
         if example_input is not None:
+            to_contiguous(formats)
             raise
         return formats, f"the model does not run on what the plan says that it takes ({error})"
     for path, example in examples.items():

@@ -25,7 +25,7 @@ from .example import Example, keep_example
 from .forms import Ineligible, LayerForm, parameter_of
 from .fusion import chains
 from .modules import NORMED, BlockComposite, BlockModule
-from .plan import Choice, Plan, Steps, carry_out, normed, plan_of
+from .plan import Choice, Plan, Steps, carry_out, normed, plan_of, put_back
 from .report import CompactRecord, CompactReport
 from .swap import Changes, become, restore
 from .tuning import of_first_rank, tuned
@@ -111,14 +111,14 @@ def compact(
         chosen = _chosen(model, whole, single, calls, example_input, tune, plan, follow, first, before)
         undo = _convert(model, whole, single, chosen)
     except BaseException:
-        carry_out(model, before)
+        put_back(model, before)
         raise
     try:
         if calls is not None:
             _verify(model, example_input, calls.output)
     except BaseException:
         undo()
-        carry_out(model, before)
+        put_back(model, before)
         raise
     if not any(True for module in model.modules() for _ in pruning_hooks(module)):
         for module in model.modules():

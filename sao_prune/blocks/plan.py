@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -149,6 +149,11 @@ def carry_out(model: nn.Module, plan: Plan) -> list[nn.Module]:
         elif _is_normed(layer, choice) and _join(layer, choice.steps, modules, homes, taken):
             NormedConv2d.become(layer)
     return to_channels_last(model) if plan.channels_last else []
+
+
+def put_back(model: nn.Module, plan: Plan) -> None:
+    """Make a model run as it did by its `plan_of`, after an error; all memory formats stay."""
+    carry_out(model, replace(plan, channels_last=False))
 
 
 def _is_normed(layer: nn.Module | None, choice: Choice) -> TypeGuard[nn.Module]:

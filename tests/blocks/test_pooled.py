@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import sao_prune
-from sao_prune.blocks import compact, expand
+from sao_prune.blocks import Execution, Plan, compact, expand
 from sao_prune.blocks.max_pool import max_pool
 from sao_prune.blocks.modules import NativeMaxPool2d
+from sao_prune.blocks.plan import Choice
 
 from .cases import needs_compiler
 
@@ -175,3 +177,29 @@ def test_options_that_change_afterwards(change):
     found, expected = net[2](x), pool(x)
     assert type(found) is type(expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("verb", ["compact", "compact by a plan", "load", "load what runs otherwise"])
+def test_pools_and_formats_after_an_error(verb, tmp_path):
+    """Of a model of which a part is compact, or that runs as no plan says."""
+    torch.manual_seed(0)
+    stages = [(nn.Conv2d(n, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)) for n in (3, 32, 32)]
+    whole, x = nn.Sequential(*(m for stage in stages for m in stage)), torch.randn(2, 3, 33, 32)
+    sao_prune.apply(whole, groups=4, skip_last=False)
+    net = copy.deepcopy(whole)
+    plan = compact(whole, example_input=x).plan
+    sao_prune.save(whole, tmp_path / "net.safetensors")
+    if verb == "load what runs otherwise":
+        compact(net, plan=Plan({name: Choice(Execution()) for name in ("4", "8")}))
+    else:
+        compact(net[4])
+    kinds = [type(m) for m in net]
+    strides = [p.stride() for p in net.parameters()]
+    act: Any = partial(compact, net, plan=plan if "plan" in verb else None)
+    if "load" in verb:
+        act = partial(sao_prune.load, net, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="does not run on the example input"):
+        act(example_input=torch.randn(2, 4, 33, 32))
+    assert [type(m) for m in net] == kinds
+    assert [p.stride() for p in net.parameters()] == strides

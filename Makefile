@@ -60,7 +60,7 @@ asan: $(STAMP)
 	export CC="env -u LD_PRELOAD gcc $(ASAN)" LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0; \
 	$(BIN)/python -c "from sao_prune.blocks.backends import cpu; raise SystemExit(cpu.why_unavailable())" && \
 	$(BIN)/python -m pytest -q -s -p no:cacheprovider -k "not derivatives and not registration" \
-	tests/blocks/test_cpu.py tests/blocks/test_conv.py tests/blocks/test_storages.py tests/blocks/test_memory.py tests/blocks/test_operators.py
+	tests/blocks/test_cpu.py tests/blocks/test_conv.py tests/blocks/test_storages.py tests/blocks/test_memory.py tests/blocks/test_operators.py tests/blocks/test_pooled.py tests/blocks/test_normed.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

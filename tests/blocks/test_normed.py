@@ -243,6 +243,8 @@ def test_owners_become_compact_themselves(tmp_path):
     assert_all_close([net(x)], [other(x)])
     sao_prune.expand(net)
     assert_all_close([net(x)], [other(x)])
+    assert type(net[0]) is nn.Conv2d
+    assert not {"epilogue", "whole"} & net[0].__dict__.keys()
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ from torch import nn
 from ...discovery import is_standardised
 from ...prune import MaskPruning, refresh
 from ...prune.standardised import bake_standardising
+from ..absorbed import OWNERS
 from ..modules import (
     BlockConv1d,
     BlockConv2d,
@@ -43,8 +44,11 @@ class LayerForm(Form):
         new: BlockModule = self.block_class.__new__(self.block_class)
         new.__dict__.update(fields(module))
         new.__dict__.pop("epilogue", None)
+        if type(module) in OWNERS:
+            new.__dict__.pop("whole", None)
         drop_weight(new, "weight")
-        new.__dict__.update(_dense_class=type(module), _masked=own.masked, execution=Execution())
+        kind = OWNERS.get(type(module), type(module))
+        new.__dict__.update(_dense_class=kind, _masked=own.masked, execution=Execution())
         self._prepare(new, module)
         new.set_topology(topology, nn.Parameter(blocks.contiguous(), requires_grad=weight.requires_grad))
         reorder(new, ["blocks"])

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sao_prune
-from sao_prune.blocks import BlockConv1d, BlockConv2d, BlockConv3d, BlockModule, Execution
+from sao_prune.blocks import BlockConv1d, BlockConv2d, BlockConv3d, BlockLinear, BlockModule, Execution, operators
 from sao_prune.topology import interleaved
 
-from .cases import NATIVE, assert_same, needs_compiler, randomise, set_dense, topologies
+from .cases import LAYOUTS, NATIVE, assert_all_close, assert_same, needs_compiler, randomise, set_dense, topologies
 
 _CLASSES = {1: BlockConv1d, 2: BlockConv2d, 3: BlockConv3d}
 
@@ -55,6 +55,33 @@ def test_a_kernel_as_large_as_the_image(dims, topology, kernel, channels_last, b
     layer.double().run_as(Execution(channels_last=channels_last and dims == 2))
     shape = (3, layer.in_channels) if batched else (layer.in_channels,)
     assert_same(layer, dense.double(), torch.randn(*shape, *(kernel,) * dims, dtype=torch.float64))
+
+
+@needs_compiler
+@given(
+    st.sampled_from([topology(192, 160, 2) for topology in LAYOUTS.values()]),
+    st.sampled_from([(), (1, 1), (2, 3)]),
+    st.integers(1, 17),
+    st.sampled_from(["", "relu", "gelu", "tanh"]),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_few_rows_of_large_blocks(topology, kernel, batch, act, channels_last):
+    """Whether the kernels or BLAS multiply them, and in rows and columns."""
+    layer = BlockConv2d(topology, kernel) if kernel else BlockLinear(topology)
+    randomise(layer)
+    layer.run_as(NATIVE)
+    x = torch.randn(batch, layer.weight_shape[1], *kernel)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last) if kernel else x.t().contiguous().t()
+    operator, geometry = (operators.block_conv, [[1, 1], [0, 0], [1, 1], 1]) if kernel else (operators.block_linear, [])
+    sets = layer.row_set, layer.col_set
+    found, wanted = [], []
+    for dtype, into in ((torch.float32, found), (torch.float64, wanted)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, layer.blocks, layer.bias)]
+        y = operator(*leaves, *sets, act, "cpu", *geometry)[0]
+        into += [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    assert_all_close([t.double() for t in found], wanted, 1e-4)
 
 
 @needs_compiler

@@ -10,15 +10,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...functional import Geometry
+from ...functional import MATRIX, Geometry
 from ...layout import Layout
 from ...permutation import Permutation, dense, is_channels_last, is_column_major
+from .. import torch as plain
 from ..torch import Gradients, is_transposed
 from .launch import LINE, PLANS, Call, Derivative, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
 OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
 _WIDEST = 4  # stride, as in geometry.h
+_FEW, _LARGE = 16, 1 << 12  # rows of a batch, weights of a block
 
 
 def suits(kernel: Sequence[int], geometry: Geometry, channels_last: bool) -> bool:
@@ -36,7 +38,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `backends.torch.forward`, of convolutions that `suits`."""
     operand, flat, call = call_for(x, weight, layout, geometry)
-    y, kept, _ = call.forward(operand, dense(flat), None if bias is None else dense(bias), PLANS[activation, keep])
+    if _are_few(operand, flat, call):
+        y, kept = plain.forward(operand, flat, bias, call.layout, MATRIX, activation, keep)
+    else:
+        y, kept, _ = call.forward(operand, dense(flat), None if bias is None else dense(bias), PLANS[activation, keep])
     return shaped(y, x, geometry), None if kept is None else shaped(kept, x, geometry)
 
 
@@ -52,11 +57,14 @@ def backward(
 ) -> Gradients:
     """As `backends.torch.backward`."""
     operand, flat, call = call_for(x, weight, layout, geometry)
-    derivative = None
-    if activation and values is not None:
+    grad = as_operand(grad, x, geometry, call)
+    kept = None if values is None else as_operand(values, x, geometry, call)
+    if _are_few(operand, flat, call):
+        dx, dw, db = plain.backward(grad, operand, flat, call.layout, MATRIX, needs, activation, kept)
+    else:
         act = OF_RESULT.get(activation, "known derivative")
-        derivative = Derivative(act, as_operand(values, x, geometry, call))
-    dx, dw, db = call.backward(as_operand(grad, x, geometry, call), operand, dense(flat), needs, derivative)
+        derivative = Derivative(act, kept) if activation and kept is not None else None
+        dx, dw, db = call.backward(grad, operand, dense(flat), needs, derivative)
     dw = dw if dw is None or flat is weight else dw.view(weight.shape)
     return None if dx is None else shaped_as(dx, x, geometry), dw, db
 
@@ -78,6 +86,13 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
     if max(*kernel, *geometry.stride) > 1 or any(geometry.padding):
         return x.contiguous(memory_format=torch.channels_last), weight, Rows(layout, False, kernel, geometry)
     return rows_of(x.movedim(1, -1)), weight.flatten(2), Rows(layout, False)
+
+
+def _are_few(rows: Tensor, weight: Tensor, call: Call) -> bool:
+    """Whether a batch has so few rows, and blocks are so large, that BLAS is done with them before the kernels have laid
+    them out: measured."""
+    large = weight.shape[1] * weight.shape[2] >= _LARGE
+    return large and isinstance(call, Rows) and not call.kernel and len(rows) <= _FEW
 
 
 @lru_cache(maxsize=256)

@@ -89,7 +89,7 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
 
 
 def _are_few(rows: Tensor, weight: Tensor, call: Call) -> bool:
-    """Whether there are so few rows, and blocks are so large, that BLAS is done before the kernels have laid them out."""
+    """Whether rows are so few, and blocks so large, that BLAS is done before the kernels have laid them out."""
     large = weight.shape[1] * weight.shape[2] >= _LARGE
     return large and isinstance(call, Rows) and not call.kernel and len(rows) <= _FEW
 

@@ -177,7 +177,7 @@ def hold(
             f"nothing to hold in {type(model).__name__}: it needs layers that sao_prune.apply, compact or "
             f"nn.ECOConv2d made" + (f" ({reasons})" if reasons else "")
         )
-    warn_replaced([module._parameters[tensor] for module, tensor, _ in ready], "hold")
+    warn_replaced([module._parameters[tensor] for module, tensor, _ in ready], "hold", 4)
     for module, tensor, held in ready:
         put(module, tensor, held)
     return HoldReport(tuple(records), "held")
@@ -227,7 +227,8 @@ def release(model: nn.Module, *, include: Selector | None = None, exclude: Selec
                 f"{dotted(path, tensor)} is held and has a further parametrization ({type(steps[-1]).__name__}): "
                 "remove that first; nothing was released"
             )
-    warn_replaced((p for _, m, tensor in targets for p in m.parametrizations[tensor].parameters()), "release")  # type: ignore[index]
+    gone = [p for _, m, tensor in targets for p in m.parametrizations[tensor].parameters()]  # type: ignore[index]
+    warn_replaced(gone, "release", 4)
     for _, module, tensor in targets:
         take_off(module, tensor)
     records = [

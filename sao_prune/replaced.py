@@ -26,7 +26,7 @@ def warn_replaced(parameters: Iterable[nn.Parameter | None], verb: str, stacklev
     Args:
         parameters: the ones that will not be the model's any more, but still are.
         verb: who replaces them.
-        stacklevel: of the warning; 3 is whoever called the verb that calls this.
+        stacklevel: of the warning; 3 is whoever called the verb that calls this, 4 if the verb has a decorator.
 
     Warns:
         StaleOptimizerWarning: naming the optimizers.

@@ -107,7 +107,7 @@ def compact(
             raise ValueError(_nothing(model, records))
         whole = composites_of(eligible)
         single = [candidate_of(e) for e in ready if isinstance(e.form, LayerForm)]
-        warn_replaced([parameter_of(e.module, e.weight.tensor) for e in ready if e.weight is not None], "compact")
+        warn_replaced([parameter_of(e.module, e.weight.tensor) for e in ready if e.weight is not None], "compact", 4)
         chosen = _chosen(model, whole, single, calls, example_input, tune, plan, follow, first, before)
         undo = _convert(model, whole, single, chosen)
     except BaseException:
@@ -163,7 +163,7 @@ def _note(model: nn.Module) -> str:
     note = f"no native kernels ({reason}), so layers run by torch's products"
     if not _warned and not cpu.is_switched_off():
         _warned = True
-        warnings.warn(f"sao_prune: {note}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"sao_prune: {note}", RuntimeWarning, stacklevel=4)
     return note
 
 

@@ -68,7 +68,7 @@ def expand(
     for name, module in targets:
         _check_plain(name, module)
     blocks = [m for _, target in targets for m in target.modules() if isinstance(m, BlockModule)]
-    warn_replaced([module._parameters.get("blocks") for module in blocks], "expand")
+    warn_replaced([module._parameters.get("blocks") for module in blocks], "expand", 4)
     settle_all(model)
     # All of them first: if one fails, for want of memory say, the model is as it was.
     forms = [dense_form(module, None if form is None else form == "masked") for _, module in targets]

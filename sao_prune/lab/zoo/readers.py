@@ -17,7 +17,19 @@ _READERS = frozenset(
 # Experts are read one by one, or all of them by grouped products; transformers' Conv1D adds its bias. Views change
 # nothing.
 _EXPERT_READERS = frozenset(
-    ("addmm", "bmm", "matmul", "grouped_mm", "_grouped_mm", "__getitem__", "transpose", "t", "view", "reshape")
+    (
+        "addmm",
+        "bmm",
+        "matmul",
+        "grouped_mm",
+        "_grouped_mm",
+        "__getitem__",
+        "transpose",
+        "t",
+        "permute",
+        "view",
+        "reshape",
+    )
 )
 
 

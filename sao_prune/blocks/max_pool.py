@@ -17,8 +17,16 @@ from .operands import check_memory
 from .permutation import is_channels_last
 
 Found = Sequence[Tensor | None]
-#: The most places of a window, as a byte numbers them.
-MOST = 256
+# The most places of a window, as a byte numbers them, and a stride that the kernels' numbers have room for.
+_MOST, _WIDEST = 256, (1 << 31) - 1
+
+
+def knows(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether the kernels know such windows: in two dimensions, in images for half at least."""
+    if not len(kernel) == len(stride) == len(padding) == 2:
+        return False
+    small = min(*kernel, *stride) > 0 and prod(kernel) <= _MOST and max(stride) <= _WIDEST
+    return small and all(0 <= 2 * p <= k for p, k in zip(padding, kernel))
 
 
 def _attributes(x: Tensor, attributes: Any) -> tuple[tuple[int, ...], Geometry]:
@@ -28,13 +36,13 @@ def _attributes(x: Tensor, attributes: Any) -> tuple[tuple[int, ...], Geometry]:
         RuntimeError: telling what was given.
     """
     kernel, stride, padding = (tuple(numbers) for numbers in attributes)
-    fits = x.dim() == 4 and len(kernel) == len(stride) == len(padding) == 2 and 0 < prod(kernel) <= MOST
-    fits = fits and min(*kernel, *stride) > 0 and all(0 <= 2 * p <= k for p, k in zip(padding, kernel))
     geometry = Geometry(stride, padding, (1,) * len(kernel))
+    fits = x.dim() == 4 and knows(kernel, stride, padding)
     if not fits or min(geometry.output(x.shape[2:], kernel)) < 1:
         given = f"a kernel of {kernel}, stride {stride}, padding {padding} and an input of shape {tuple(x.shape)}"
         raise RuntimeError(
-            f"expected windows of at most {MOST} places that lie in images for more than half, got {given}"
+            f"expected windows of at most {_MOST} places, no more than {_WIDEST} apart, that lie in images for half at "
+            f"least, got {given}"
         )
     return kernel, geometry
 

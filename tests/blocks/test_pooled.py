@@ -82,11 +82,28 @@ def test_registration_and_derivatives(order, dtype):
         ((2, 3, 4, 4), ([2, 2], [2, 2], [2, 0])),
         ((2, 3, 4, 4), ([5, 2], [2, 2], [0, 0])),
         ((2, 3, 40, 40), ([17, 17], [2, 2], [0, 0])),
+        ((2, 3, 40, 40), ([2, 2], [2, 2**64], [0, 0])),
+        ((2, 3, 40, 40), ([2, 2], [2**63, 2], [0, 0])),
     ],
 )
 def test_other_windows_are_refused(shape, options):
     with pytest.raises(RuntimeError, match="expected windows of at most 256 places"):
         max_pool(torch.randn(shape), *options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stride", [2**31, 2**40, 2**63, 2**64])
+def test_strides_that_no_kernel_has_room_for_are_torchs(stride):
+    """A kernel's numbers would wrap around, and a stride of 2^64 end in a division by zero."""
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for kind in (nn.MaxPool2d, NativeMaxPool2d):
+        try:
+            y = kind(2, stride=stride)(x)
+            found.append(torch.autograd.grad(y.sum(), x)[0])
+        except (RuntimeError, ValueError) as error:
+            found.append(type(error))
+    assert found[0] is found[1] or torch.equal(*found)
 
 
 def test_places_of_another_result_are_refused():

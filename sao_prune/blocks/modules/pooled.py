@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import cpu
-from ..max_pool import MOST, max_pool, serves
+from ..max_pool import knows, max_pool, serves
 from .base import is_plain
 
 _Options = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -41,11 +41,9 @@ def _is_taken(x: Tensor) -> bool:
 def _options(module: nn.MaxPool2d) -> _Options | None:
     """Kernel, stride and padding, where the kernels know them."""
     kernel, stride, padding = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
-    if not (kernel and stride and padding) or module.return_indices or module.ceil_mode:
+    if module.return_indices or module.ceil_mode or _pair(module.dilation) != (1, 1):
         return None
-    small = min(*kernel, *stride) > 0 and kernel[0] * kernel[1] <= MOST and _pair(module.dilation) == (1, 1)
-    inside = all(0 <= 2 * p <= k for p, k in zip(padding, kernel))
-    return (kernel, stride, padding) if small and inside else None
+    return (kernel, stride, padding) if knows(kernel, stride, padding) else None
 
 
 def _pair(value: Any) -> tuple[int, ...]:

@@ -37,5 +37,5 @@ images or sounds. The stages:
 
 Outputs are equal if they differ by no more than 1e-5 of the largest; those of a compact model may do so in double
 precision where the network magnifies what single precision rounds off, and its gradients may then lie as far again
-from those in double precision as the original's do. Memory is the peak of the whole process, of
-which Python and the libraries take about 0.4 GiB."""
+from those in double precision as the original's do, if in double precision they agree to 1e-6 of their norm.
+Memory is the peak of the whole process, of which Python and the libraries take about 0.4 GiB."""

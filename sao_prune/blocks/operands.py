@@ -58,6 +58,8 @@ def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where
 
 
 def _check_kernel(x: Tensor, weight: Tensor, where: Geometry) -> None:
+    if min(*where.stride, *where.dilation) < 1 or min(where.padding) < 0:
+        raise RuntimeError(f"expected strides and dilations of at least 1 and no negative padding, got {where}")
     for size, kernel, padding, dilation in zip(x.shape[2:], weight.shape[3:], where.padding, where.dilation):
         if size + 2 * padding < dilation * (kernel - 1) + 1:
             given = f"a kernel of {tuple(weight.shape[3:])} on an image of {tuple(x.shape[2:])}"

@@ -272,3 +272,17 @@ def test_pixels_that_no_output_has_seen_may_be_anything(kernel, stride):
     layer.zero_grad()
     layer(spoilt).sum().backward()
     assert layer.blocks.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("options", [{"stride": 0}, {"stride": -1}, {"padding": -1}, {"dilation": 0}, {"dilation": -1}])
+def test_geometries_that_are_none_are_refused(options, native):
+    layer = BlockConv2d(interleaved(16, 16, 4), 3)
+    layer.run_as(NATIVE if native else Execution())
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    where = {"stride": 1, "padding": 1, "dilation": 1, **options}
+    with pytest.raises(RuntimeError, match="expected strides and dilations of at least 1"):
+        operators.block_conv(
+            x, layer.blocks, layer.bias, layer.row_set, layer.col_set, "", layer.execution.backend,
+            *([n, n] for n in where.values()), 1,
+        )  # fmt: skip

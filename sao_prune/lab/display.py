@@ -47,6 +47,9 @@ class Display(Protocol):
     def start(self, steps: int, done: int) -> None:
         """Work begins; ``done`` of the ``steps`` are on the disk already."""
 
+    def expect(self, steps: int) -> None:
+        """So many steps there are in all by now: what trials show may ask for more."""
+
     def step(self, title: str, detail: str, steps: int = 1) -> None:
         """``steps`` more are done of what ``title`` names."""
 
@@ -75,6 +78,10 @@ class PlainDisplay(AbstractContextManager["PlainDisplay"]):
     def start(self, steps: int, done: int) -> None:
         """See `Display`."""
         self._steps, self._done = steps, done
+
+    def expect(self, steps: int) -> None:
+        """See `Display`."""
+        self._steps = steps
 
     def step(self, title: str, detail: str, steps: int = 1) -> None:
         """See `Display`."""
@@ -132,6 +139,10 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
     def start(self, steps: int, done: int) -> None:
         """See `Display`."""
         self._progress.update(self._task, total=steps, completed=done)
+
+    def expect(self, steps: int) -> None:
+        """See `Display`."""
+        self._progress.update(self._task, total=steps)
 
     def step(self, title: str, detail: str, steps: int = 1) -> None:
         """See `Display`."""

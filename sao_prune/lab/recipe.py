@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -114,10 +114,16 @@ class PruneSpec:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The grid that every method's learning rate is chosen from, and the seeds it is chosen with."""
+    """The grid that every method's learning rate is chosen from, and the seeds it is chosen with.
+
+    Attributes:
+        extend: how many rates beyond the grid are tried for a method whose best one is the grid's lowest or highest;
+            a grid of one rate stays as it is.
+    """
 
     grid: tuple[float, ...] = rule(gt=0)
     seeds: tuple[int, ...] = rule((0,), ge=0)
+    extend: int = rule(0, ge=0)
 
     def problem(self) -> tuple[str, str] | None:
         """No value twice."""
@@ -125,6 +131,22 @@ class LearningRates:
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 return key, "a value is given twice"
         return None
+
+    def beyond(self, rates: Collection[float], best: float) -> float | None:
+        """The rate that follows ``rates`` on the side of the best one, in their steps; none if it is between others.
+
+        Example:
+            >>> rates = LearningRates((0.3, 0.1, 0.03), extend=2)
+            >>> rates.beyond(rates.grid, 0.3), rates.beyond(rates.grid, 0.1), rates.beyond(rates.grid, 0.03)
+            (1.0, None, 0.01)
+        """
+        inwards = sorted(rates, reverse=best == max(rates))
+        if best != inwards[0]:
+            return None
+        near = inwards[0] / inwards[1]
+        far = inwards[1] / inwards[2] if len(inwards) > 2 else near
+        # Two steps take turns in grids such as 0.3, 0.1, 0.03.
+        return float(f"{inwards[0] * (far if 0.5 < far / near < 2 else near):.6g}")
 
 
 @dataclass(frozen=True)

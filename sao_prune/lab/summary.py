@@ -30,7 +30,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate of the grid, and what it reached on the held-out part of the training set.
+    """A learning rate that was tried, and what it reached on the held-out part of the training set.
 
     Attributes:
         accuracy: mean over the seeds that decide, as a fraction; ``None`` before all of them are done.
@@ -52,7 +52,7 @@ class Row:
         execution: how the training ran: masked or compact.
         against_sao: the paired comparison with SAO on the same network at the same amount; none for SAO itself, or
             below two seeds in common.
-        rates: the grid that ``lr`` was chosen from; empty where it leaves no choice.
+        rates: those that ``lr`` was chosen from, beyond the grid too; empty where it leaves no choice.
         accuracies: of the finished final runs, in the order of the recipe's seeds; ``seeds`` are theirs.
         losses: of the same runs on the test set, nats; ``None`` where one is not finite.
         speeds: optimizer steps a second of the same runs, by the wall clock and by the processor's time over all
@@ -161,7 +161,7 @@ def summarise(folder: Path, warn: Callable[[str], None]) -> Summary:
         recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         rows=tuple(_compared(row, _sao_of(row, rows)) for row in rows),
         done=len(done),
-        trials=sum(count_trials(configuration)[0] for configuration in recipe.every_configuration()),
+        trials=sum(count_trials(configuration, records)[0] for configuration in recipe.every_configuration()),
         seconds=sum(record["result"].get("seconds", 0.0) for record in used),
         cpu_seconds=sum(record["result"].get("cpu_seconds", 0.0) for record in used),
         environments=tuple(sorted({_environment(record) for record in used})),
@@ -179,6 +179,7 @@ def _row(configuration: Configuration, records: Mapping[str, Record]) -> Row:
     done = [records[trial.key]["result"] for trial in trials]
     measured = None if spectrum is None else records.get(spectrum.key, {}).get("result")
     first = done[0] if done else (measured or {})
+    rates = tuple(_rates(configuration, records))
     starts = [records.get(trial.start.key, {}).get("result", {}) for trial in trials if trial.start is not None]
 
     def typical(key: str) -> float | None:
@@ -196,12 +197,12 @@ def _row(configuration: Configuration, records: Mapping[str, Record]) -> Row:
         seconds=typical("seconds"),
         cpu_seconds=typical("cpu_seconds"),
         execution=first.get("execution", ""),
-        rates=tuple(_rates(configuration, records)),
+        rates=rates,
         accuracies=tuple(result["accuracy"] for result in done),
         seeds=tuple(trial.seed for trial in trials),
         curves=tuple(tuple(result["curve"]["accuracy"]) for result in done),
         spectrum=measured,
-        notes=tuple(_notes(configuration, lr, done, first)),
+        notes=tuple(_notes(configuration, lr, [rate.lr for rate in rates], done, first)),
         losses=tuple(result["loss"] for result in done),
         speeds=tuple(_speeds(done)),
         # Equal for all seeds, which have equally many weights.
@@ -231,7 +232,7 @@ def _robustness(configuration: Configuration, done: Sequence[Record]) -> dict[st
 
 
 def _rates(configuration: Configuration, records: Mapping[str, Record]) -> Iterator[Rate]:
-    """What each rate of the grid reached so far."""
+    """What each rate reached so far, those beyond the grid included."""
     choosing = selection_trials(configuration, records)
     if choosing is None:
         choosing = {lr: [] for lr in configuration.setting.lr.grid}
@@ -242,10 +243,12 @@ def _rates(configuration: Configuration, records: Mapping[str, Record]) -> Itera
         yield Rate(lr, mean, sum(result["status"] != "ok" for result in done))
 
 
-def _notes(configuration: Configuration, lr: float | None, done: list[Record], first: Record) -> Iterator[str]:
+def _notes(
+    configuration: Configuration, lr: float | None, rates: Sequence[float], done: list[Record], first: Record
+) -> Iterator[str]:
     if first.get("note"):
         yield first["note"]
-    diverged, rates = sum(result["status"] != "ok" for result in done), configuration.setting.lr.grid
+    diverged = sum(result["status"] != "ok" for result in done)
     if diverged:
         yield f"{diverged} of {len(done)} runs diverged"
     broken = sum(result.get("robustness", {}).get("broken", 0) for result in done)

@@ -142,7 +142,7 @@ class Sweep:
         Raises:
             LabError: at the end, if a trial failed; the others are done.
         """
-        self._display.start(sum(count_trials(configuration)[1] for configuration in self._configurations), 0)
+        self._display.start(self._steps(), 0)
         self._account()
         self._display.methods(self._progress(set()))
         under_way: dict[Future[Record], Trial] = {}
@@ -158,6 +158,7 @@ class Sweep:
                 break
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 self._collect(under_way.pop(future), future)
+            self._display.expect(self._steps())
             self._account()
             self._display.methods(self._progress({trial.key for trial in under_way.values()}))
         if self._failed:
@@ -231,6 +232,10 @@ class Sweep:
                     f"{configuration.title}: {accuracy:.1%} on the test set (mean of {len(finals)}), lr {lr:g}"
                 )
 
+    def _steps(self) -> int:
+        """Of all trials, as far as they are known."""
+        return sum(count_trials(configuration, self._log.records)[1] for configuration in self._configurations)
+
     def _progress(self, busy: Set[str]) -> list[MethodProgress]:
         """How far each method is, in the order of the recipe."""
         records, found = self._log.records, dict[str, MethodProgress]()
@@ -243,7 +248,7 @@ class Sweep:
             for trial in done:
                 if trial.kind in best:
                     best[trial.kind] = max(best[trial.kind] or 0.0, records[trial.key]["result"]["accuracy"])
-            left = count_trials(configuration)[0] - len(done) - running
+            left = count_trials(configuration, records)[0] - len(done) - running
             found[title] = MethodProgress(
                 title,
                 before.done + len(done),

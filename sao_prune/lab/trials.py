@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from statistics import fmean
 from typing import Any
@@ -98,6 +98,9 @@ def _said(spec: Any) -> dict[str, Any]:
 def selection_trials(configuration: Configuration, records: Mapping[str, Record]) -> dict[float, list[Trial]] | None:
     """The trainings that decide between learning rates, by rate; none where the grid leaves no choice.
 
+    Where the best of the grid is its lowest or highest rate, those beyond it that the recipe allows are among them as
+    soon as that is known.
+
     Returns:
         ``None`` while a -T method waits for the learning rate of its dense phase.
     """
@@ -107,7 +110,14 @@ def selection_trials(configuration: Configuration, records: Mapping[str, Record]
     start_lr = _start_lr(configuration, records)
     if start_lr is None and configuration.method.is_trained_first:
         return None
-    return {lr: [_training("select", configuration, seed, lr, start_lr) for seed in rates.seeds] for lr in rates.grid}
+    trials = {lr: _selection(configuration, lr, start_lr) for lr in rates.grid}
+    for _ in range(rates.extend):
+        best = _best(configuration, trials, records)
+        further = None if best is None else rates.beyond(trials, best)
+        if further is None:
+            break
+        trials[further] = _selection(configuration, further, start_lr)
+    return trials
 
 
 def choose_lr(configuration: Configuration, records: Mapping[str, Record]) -> float | None:
@@ -123,6 +133,12 @@ def choose_lr(configuration: Configuration, records: Mapping[str, Record]) -> fl
         return None
     if not trials:
         return configuration.setting.lr.grid[0]
+    return _best(configuration, trials, records)
+
+
+def _best(
+    configuration: Configuration, trials: Mapping[float, Sequence[Trial]], records: Mapping[str, Record]
+) -> float | None:
     ranks = {}
     for lr, group in trials.items():
         keys = [trial.key for trial in group]
@@ -167,12 +183,20 @@ def known_trials(configuration: Configuration, records: Mapping[str, Record]) ->
     )
 
 
-def count_trials(configuration: Configuration) -> tuple[int, int]:
-    """How many trials a configuration has, and their steps."""
+def count_trials(configuration: Configuration, records: Mapping[str, Record]) -> tuple[int, int]:
+    """How many trials a configuration has as far as is known by now, and their steps."""
     setting = configuration.setting
-    rates = len(setting.lr.grid) * len(setting.lr.seeds) if len(setting.lr.grid) > 1 else 0
-    trainings, spectra = rates + len(setting.seeds), int(spectrum_trial(configuration) is not None)
+    choosing = selection_trials(configuration, records)
+    rates = len(setting.lr.grid) if choosing is None else len(choosing)
+    trainings, spectra = (
+        rates * len(setting.lr.seeds) + len(setting.seeds),
+        int(spectrum_trial(configuration) is not None),
+    )
     return trainings + spectra, trainings * configuration.train.epochs + spectra
+
+
+def _selection(configuration: Configuration, lr: float, start_lr: float | None) -> list[Trial]:
+    return [_training("select", configuration, seed, lr, start_lr) for seed in configuration.setting.lr.seeds]
 
 
 def _training(kind: str, configuration: Configuration, seed: int, lr: float, start_lr: float | None) -> Trial:

@@ -60,6 +60,9 @@ class Silent:
     def start(self, steps: int, done: int) -> None:
         self.total, self.done = steps, done
 
+    def expect(self, steps: int) -> None:
+        self.total = steps
+
     def step(self, title: str, detail: str, steps: int = 1) -> None:
         self.done += steps
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from sao_prune.lab.errors import LabError, ResultsError
-from sao_prune.lab.recipe import load_recipe
+from sao_prune.lab.recipe import Configuration, load_recipe
 from sao_prune.lab.report import write_report
 from sao_prune.lab.summary import summarise
 from sao_prune.lab.sweep import RunOptions, run_recipe
-from sao_prune.lab.trials import Trial, choose_lr, final_trials, selection_trials
+from sao_prune.lab.trials import Trial, choose_lr, count_trials, final_trials, selection_trials
 from sao_prune.lab.work import Worker, Workplace
 from tests.patience import PATIENCE
 
@@ -112,10 +113,61 @@ def test_learning_rates_are_chosen_on_the_held_out_part_only(micro: Micro, tmp_p
 
 
 def test_a_grid_of_one_is_not_searched(micro: Micro) -> None:
-    recipe = load_recipe(micro(("[0.1, 0.01]", "0.1")))
+    recipe = load_recipe(micro(("[0.1, 0.01]", "0.1, extend: 2")))
     configuration = next(recipe.configurations())
     assert selection_trials(configuration, {}) == {}
+    assert count_trials(configuration, {})[0] == 1 + 2
     assert choose_lr(configuration, {}) == 0.1
+
+
+def tried(configuration: Configuration, best: float) -> list[float]:
+    """The rates that are tried, in turn, where accuracy falls from ``best`` to both sides."""
+    records: dict[str, dict] = {}
+    for _ in range(9):
+        choosing = selection_trials(configuration, records)
+        missing = [trial for trials in choosing.values() for trial in trials if trial.key not in records]
+        if not missing:
+            assert choose_lr(configuration, records) == min(choosing, key=lambda lr: abs(math.log(lr / best)))
+            return list(choosing)
+        assert choose_lr(configuration, records) is None
+        assert count_trials(configuration, records)[0] == 1 + len(choosing) + 2
+        for trial in missing:
+            accuracy = -abs(math.log(trial.lr / best))
+            records[trial.key] = {"result": {"status": "ok", "accuracy": accuracy, "loss": 1.0}}
+    raise AssertionError(best)
+
+
+@pytest.mark.parametrize(
+    ("grid", "best", "rates"),
+    [
+        ("[0.3, 0.1, 0.03]", 0.1, [0.3, 0.1, 0.03]),
+        ("[0.3, 0.1, 0.03]", 0.01, [0.3, 0.1, 0.03, 0.01, 0.003]),
+        ("[0.03, 0.1, 0.3]", 1.0, [0.03, 0.1, 0.3, 1.0, 3.0]),
+        ("[0.3, 0.1, 0.03]", 1e-9, [0.3, 0.1, 0.03, 0.01, 0.003, 0.001]),
+        ("[0.03, 0.01, 0.001]", 0.1, [0.03, 0.01, 0.001, 0.09, 0.27]),
+        ("[0.1, 0.01]", 0.001, [0.1, 0.01, 0.001, 0.0001]),
+    ],
+)
+def test_a_grid_is_extended_until_the_best_rate_is_inside(
+    micro: Micro, grid: str, best: float, rates: list[float]
+) -> None:
+    configuration = next(load_recipe(micro(("[0.1, 0.01]", f"{grid}, extend: 3"))).configurations())
+    assert tried(configuration, best) == rates
+
+
+def test_a_run_extends_its_grids_and_says_so(micro: Micro, tmp_path: Path, display) -> None:
+    wide = run_recipe(micro(FEW), RunOptions(tmp_path / "runs"), display)
+    before = len(lines(wide))
+    folder = run_recipe(micro(FEW, ("[0.1, 0.01]", "[0.1, 0.01], extend: 1")), RunOptions(tmp_path / "runs"), display)
+    assert display.done == display.total
+    assert len(lines(folder)) > before
+    summary = write_report(folder, pytest.fail)
+    assert summary.done == summary.trials
+    for row in summary.rows:
+        rates = [rate.lr for rate in row.rates]
+        assert len(rates) == 3
+        assert any("edge" in note for note in row.notes) == (row.lr in (min(rates), max(rates)))
+    assert "up to 1 beyond it were tried" in (folder / "report.md").read_text()
 
 
 def test_a_diverged_trial_is_a_result(micro: Micro, tmp_path: Path, display) -> None:

@@ -149,8 +149,8 @@ COLUMNS = (
 
 
 def rates_of(group: Group) -> tuple[float, ...]:
-    """The learning rates that the group's methods chose from; none where the grid left no choice."""
-    return tuple(dict.fromkeys(rate.lr for row in group.rows for rate in row.rates))
+    """The learning rates that the group's methods chose from, the highest first; none where the grid left no choice."""
+    return tuple(sorted({rate.lr for row in group.rows for rate in row.rates}, reverse=True))
 
 
 def rate_text(rate: Rate) -> str:

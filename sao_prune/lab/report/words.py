@@ -33,6 +33,7 @@ def choice(summary: Summary) -> str:
     settings = summary.recipe.settings
     rates = several(", ".join(f"{lr:g}" for lr in setting.lr.grid) for setting in settings)
     searched = [setting for setting in settings if len(setting.lr.grid) > 1]
+    beyond = several(str(setting.lr.extend) for setting in searched if setting.lr.extend)
     if not searched:
         return f"Learning rate {rates} for every method, as the recipe says: none was chosen."
     part = several(f"{100 * setting.data.holdout:g} %" for setting in searched)
@@ -42,6 +43,7 @@ def choice(summary: Summary) -> str:
         f"Each row's learning rate is the one of {rates} with the best {criterion} on a held-out {part} of the "
         f"training set (mean over {seeds}), after a training on the rest that is otherwise the same. A rate that "
         "diverged comes last; ties go to the lower held-out loss. The test set has no part in the choice."
+        + (f" Where the best was the lowest or highest rate, up to {beyond} beyond it were tried." if beyond else "")
         + (" A -T method's dense phase has the rate that dense chose." if _trained_first(summary) else "")
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ class TuningCache:
     ``SAO_PRUNE_TUNING_CACHE=0`` keeps nothing.
 
     Args:
-        machine: what the timings depend on besides what they are of.
+        machine: what the timings depend on besides what they are of and the code that was timed.
     """
 
     def __init__(self, machine: str) -> None:
         self._entries: dict[str, Any] = {}
         self._new = False
         folder = None if os.environ.get(SWITCH) == "0" else cpu.cache_folder()
-        self._file = None if folder is None else folder / f"timings-{sha256(machine.encode()).hexdigest()[:16]}.json"
+        name = sha256(f"{machine}, {_code()}".encode()).hexdigest()[:16]
+        self._file = None if folder is None else folder / f"timings-{name}.json"
         if self._file is not None:
             self._entries = _read(self._file)
 
@@ -52,6 +54,15 @@ class TuningCache:
                 scratch.write_text(json.dumps(kept))
         except OSError:
             return
+
+
+@lru_cache
+def _code() -> str:
+    """What tells this version of the block layers from others: timings of other code are none of this one."""
+    digest = sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _short(key: str) -> str:

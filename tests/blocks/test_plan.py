@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sao_prune
-from sao_prune.blocks import Execution, Plan, sequences, tuning
+from sao_prune.blocks import Execution, Plan, sequences, tuning, tuning_cache
 from sao_prune.blocks.autotune import default_execution
 from sao_prune.blocks.backends import cpu
 
@@ -139,6 +139,9 @@ def test_timings_are_taken_once(monkeypatch, tmp_path):
     for text in ("{", "[]", json.dumps(dict.fromkeys(json.loads(file.read_text()), "nonsense"))):
         file.write_text(text)
         assert sao_prune.compact(_net(), example_input=X, tune="infer").plan is not None
+    monkeypatch.setattr(tuning_cache, "_code", lambda: "another version")
+    sao_prune.compact(_net(), example_input=X, tune="infer")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_default_rule():

@@ -102,11 +102,6 @@ static coefficients channel_numbers(const float *all, long channels, long channe
                           own + 5 * channels};
 }
 
-INLINE vec part(const float *p, long count) {
-    vec r = {0};
-    for (long i = 0; i < count; i++) r[i] = p[i];
-    return r;
-}
 INLINE void keep_part(float *p, vec v, long count) {
     for (long i = 0; i < count; i++) p[i] = v[i];
 }

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("rows.c", "planes.c", "mlp.c", "stack.c", "norm.c", "pool.c")
+_SOURCES = ("rows.c", "planes.c", "mlp.c", "stack.c", "norm.c", "pool.c", "few.c")
 _HEADERS = ("panel.h", "inner.h", "geometry.h", "moments.h", "act.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "SAO_PRUNE_NATIVE"
@@ -30,6 +30,7 @@ _SIGNATURES = {
     "rows_backward": [_pointer] * 6 + _GEOMETRY + [_int] * 3 + [_long, _int] + [_pointer, _int, _int, _pointer],
     "planes_forward": [_pointer] * 4 + _GEOMETRY + [_int] + _FORWARD,
     "planes_backward": [_pointer] * 6 + _GEOMETRY + [_int] + [_pointer, _int, _pointer],
+    "few_forward": [_pointer] * 4 + [_long] * 6 + [_pointer] * 2 + [_int] * 2,
     "mlp_forward": [_pointer] * 6 + _MLP,
     "mlp_backward": [_pointer] * 10 + _MLP,
     "stack_forward": [_pointer, _long] + [_pointer] * 4 + [_long, _int, _long, _int],

@@ -15,12 +15,13 @@ from ...layout import Layout
 from ...permutation import Permutation, dense, is_channels_last, is_column_major
 from .. import torch as plain
 from ..torch import Gradients, is_transposed
+from .few import FEW, are_few, few_forward
 from .launch import LINE, PLANS, Call, Derivative, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
 OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
 _WIDEST = 4  # stride, as in geometry.h
-_FEW, _LARGE = 16, 1 << 12  # rows of a batch, weights of a block
+_LARGE = 1 << 12  # weights of a block
 
 
 def suits(kernel: Sequence[int], geometry: Geometry, channels_last: bool) -> bool:
@@ -37,11 +38,15 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, geometry: Geometry, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `backends.torch.forward`, of convolutions that `suits`."""
+    bias = None if bias is None else dense(bias)
+    if not geometry.stride and not keep and are_few(x, layout):
+        return few_forward(x, dense(weight), bias, layout, activation), None
     operand, flat, call = call_for(x, weight, layout, geometry)
-    if _are_few(operand, flat, call):
-        y, kept = plain.forward(operand, flat, bias, call.layout, MATRIX, activation, keep)
+    kept = None
+    if not keep and isinstance(call, Rows) and not call.kernel and are_few(operand, call.layout):
+        y = few_forward(operand, dense(flat), bias, call.layout, activation)
     else:
-        y, kept, _ = call.forward(operand, dense(flat), None if bias is None else dense(bias), PLANS[activation, keep])
+        y, kept, _ = call.forward(operand, dense(flat), bias, PLANS[activation, keep])
     return shaped(y, x, geometry), None if kept is None else shaped(kept, x, geometry)
 
 
@@ -59,7 +64,7 @@ def backward(
     operand, flat, call = call_for(x, weight, layout, geometry)
     grad = as_operand(grad, x, geometry, call)
     kept = None if values is None else as_operand(values, x, geometry, call)
-    if _are_few(operand, flat, call):
+    if _by_blas(operand, flat, call):
         dx, dw, db = plain.backward(grad, operand, flat, call.layout, MATRIX, needs, activation, kept)
     else:
         act = OF_RESULT.get(activation, "known derivative")
@@ -88,10 +93,10 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
     return rows_of(x.movedim(1, -1)), weight.flatten(2), Rows(layout, False)
 
 
-def _are_few(rows: Tensor, weight: Tensor, call: Call) -> bool:
-    """Whether rows are so few, and blocks so large, that BLAS is done before the kernels have laid them out."""
+def _by_blas(rows: Tensor, weight: Tensor, call: Call) -> bool:
+    """Whether rows are so few, and blocks so large, that BLAS has gradients before the kernels have laid them out."""
     large = weight.shape[1] * weight.shape[2] >= _LARGE
-    return large and isinstance(call, Rows) and not call.kernel and len(rows) <= _FEW
+    return large and isinstance(call, Rows) and not call.kernel and len(rows) <= FEW
 
 
 @lru_cache(maxsize=256)

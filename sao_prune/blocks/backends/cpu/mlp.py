@@ -11,6 +11,7 @@ from ...functional import MATRIX
 from ...layout import Layout
 from ...permutation import dense
 from ..torch import is_transposed
+from .few import are_few, few_forward
 from .launch import ACTS, call, panel_lines
 from .linear import shaped
 from .memory import empty, empty_like
@@ -31,10 +32,12 @@ def mlp_forward(
     activation: str,
 ) -> Tensor:
     """``(..., n)`` to ``(..., m)``; the weights are packed."""
+    w1, b1, w2, b2 = [t if t is None else dense(t) for t in (w1, b1, w2, b2)]  # type: ignore[assignment]
+    if are_few(x, layout1):
+        return few_forward(few_forward(x, w1, b1, layout1, activation), w2, b2, layout2, "")
     flat = _flat(x, x)
     y = empty((len(flat), layout2.channels, *flat.shape[2:]))
-    tensors = [None if t is None else dense(t) for t in (w1, b1, w2, b2)]
-    call("mlp_forward", flat, *tensors, y, *_arguments(flat, w1, layout1, w2, layout2, activation))
+    call("mlp_forward", flat, w1, b1, w2, b2, y, *_arguments(flat, w1, layout1, w2, layout2, activation))
     return shaped(y, x, MATRIX)
 
 
@@ -49,7 +52,7 @@ def mlp_backward(
     activation: str,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x, w1, b1, w2, b2``, as far as they are needed; what is between is computed again, to the bit."""
+    """Gradients of ``x, w1, b1, w2, b2``, as far as they are needed; what is between is computed again."""
     flat, outer = _flat(x, x), _flat(grad, x)
     w1, w2 = dense(w1), dense(w2)
     b1 = None if b1 is None else dense(b1)

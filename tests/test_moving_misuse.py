@@ -118,7 +118,7 @@ def test_a_compact_layer_that_is_none_any_more_trains_on_and_is_named(verb):
     verb(model)
     backward(model)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    with pytest.raises(RuntimeError, match="no compact layer any more|is held"):
+    with pytest.raises(RuntimeError, match=r"no compact layer any more|is held"):
         pruner.step()
 
 

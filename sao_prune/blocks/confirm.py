@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import tree_leaves, version
+from ..discovery.trace import eagerly
 from ..naming import dotted
 from .autotune import with_steps
 from .calls import record_calls, to_contiguous
@@ -59,7 +60,7 @@ def confirm(
             return formats, reason
         inputs = {path: each.draw() for path, each in plan.examples.items() if path in modules}
     try:
-        with _eagerly(model), _keeping_buffers(model):
+        with eagerly(), _keeping_buffers(model):
             reason = _fuse(model, bare, None if all_steps else plan, inputs)
     except Exception as error:
         carry_out(model, bare)
@@ -148,11 +149,6 @@ def _below(path: str, steps: Steps) -> Steps:
 
     between, rest = (tuple(dotted(path, name) for name in names) for names in (steps.between, steps.rest))
     return Steps(named(steps.norm), named(steps.activation), between, named(steps.then), rest)
-
-
-def _eagerly(model: nn.Module) -> AbstractContextManager[Any]:
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

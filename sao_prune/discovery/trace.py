@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Compiled modules and functions run as they are written, so that what they do is seen, and nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 def run(model: nn.Module, example_input: Any) -> Any:
     """`call`, with an error that says that the input is at fault.
 
@@ -114,6 +120,6 @@ def first_uses(
     """
     devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
     recorder = _UseRecorder(parameters, embeddings, model)
-    with evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
+    with evaluating(model), eagerly(), torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
         run(model, example_input)
     return recorder.uses

@@ -212,6 +212,9 @@ def worst_case(
     Returns:
         A `WorstCase`.
 
+    Raises:
+        ValueError: for counts below one, or images outside the threat's range.
+
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
         >>> x, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
@@ -219,6 +222,7 @@ def worst_case(
         >>> list(found.after), found.worst <= found.clean
         (['pgd', 'margin', 'search'], True)
     """
+    threat.check(x)
     attacks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "pgd": lambda a, y: pgd(model, a, y, threat, steps=steps, restarts=restarts, seed=seed),
         "margin": lambda a, y: pgd(model, a, y, threat, steps=steps, restarts=restarts, loss="margin", seed=seed),

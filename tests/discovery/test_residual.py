@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import sao_prune.models  # noqa: F401 - registers its networks with timm
+import sao_prune
+import sao_prune.models
 from sao_prune.discovery.dataflow import record
 from sao_prune.discovery.residual import ResidualBlock, find_residuals
 
@@ -66,6 +67,42 @@ def test_recording_leaves_modes_and_the_random_state_alone() -> None:
     assert model[1].training
     assert not model[0].training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Counting(nn.Module):
+    """Counts its calls in buffers, one written in place and one replaced; fails if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x: Tensor, fail: bool = False) -> Tensor:
+        self.calls += 1
+        self.last = x[0].detach()
+        y = self.head(x + self.fc(x))
+        if fail:
+            raise RuntimeError("told to")
+        return y
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("fail", [False, True])
+def test_what_a_forward_writes_to_buffers_is_undone(inference: bool, fail: bool) -> None:
+    with torch.inference_mode(inference):
+        model, x = Counting(), torch.randn(2, 4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = dict(model.named_buffers())
+    for look in (record, lambda net, given: sao_prune.plan(net, groups=2, example_input=given, skip_first=False)):
+        with torch.inference_mode(inference):
+            if fail:
+                with pytest.raises(ValueError, match="told to"):
+                    look(model, (x, True))
+            else:
+                look(model, (x,))
+        assert all(buffer is own[name] for name, buffer in model.named_buffers())
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_it_works_on_the_meta_device() -> None:

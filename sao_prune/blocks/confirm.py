@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves
-from ..discovery.trace import eagerly, keeping_buffers
+from .._torch import eagerly, tree_leaves
+from ..discovery.trace import keeping_buffers
 from ..naming import dotted
 from .autotune import with_steps
 from .calls import record_calls, to_contiguous

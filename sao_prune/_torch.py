@@ -6,9 +6,10 @@ this version of torch lacks. Written against torch 2.8 to 2.14.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -206,6 +207,12 @@ def _shares_storage(a: Tensor, b: Tensor) -> bool:
 
 #: Whether two tensors share memory.
 is_alias: Callable[[Tensor, Tensor], bool] = private("_C._is_alias_of", "masked weights", _shares_storage)
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Compiled modules and functions run as they are written, so that what they do is seen, and nothing is compiled."""
+    # Where it was not imported nothing is compiled, and importing it takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 # ---- Export -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from math import log
 from typing import Any
 
@@ -22,8 +22,8 @@ from .prune import MaskPruning, Snapshot, attach_all, settle_all, written
 from .reporting import LayerRecord, Report, done, skipped
 from .scheduling import Moves, Schedule
 from .seeds import Seed, base_seed, from_rank_zero
-from .sites import MaskedSite, site_of
-from .topology import chain
+from .sites import MaskedSite, Site, optimizers_in, site_of
+from .topology import BlockTopology, chain
 
 
 def schedule(
@@ -104,7 +104,7 @@ def schedule(
     snapshot = Snapshot(modules.values())
     attach_all(modules, whole, MaskPruning)
     try:
-        pruner._catch_up(None)
+        pruner._catch_up(())
     except BaseException:
         # Nothing but masks of ones was added: without them the model is as it was.
         snapshot.restore()
@@ -174,7 +174,8 @@ class Pruner:
         """Count an optimizer step, and prune if the schedule says so.
 
         Args:
-            optimizer: a torch optimizer or a wrapper of one, whose state is zeroed where entries vanish.
+            optimizer: a torch optimizer, a wrapper of one, or a list of several, whose states are zeroed where entries
+                vanish.
 
         Returns:
             The `Report` of what is left if it pruned, else ``None``.
@@ -182,10 +183,12 @@ class Pruner:
         Raises:
             RuntimeError: if the masks are not those that the last pruning left, or no gradient was seen that the method
                 needs.
+            TypeError: if the optimizer is none.
         """
+        optimizers = optimizers_in(optimizer)
         self.count += 1
         try:
-            report = self._catch_up(optimizer)
+            report = self._catch_up(optimizers)
         except BaseException:
             self.count -= 1
             raise
@@ -198,6 +201,7 @@ class Pruner:
             "count": self.count,
             "seed": self._seed,
             "method": self._method.name,
+            "options": _plain_options(self._method),
             "schedule": asdict(self._schedule),
             "kept": dict(self._kept),
         }
@@ -206,13 +210,22 @@ class Pruner:
         """Go on where a saved run was; load the model's state too, which has the masks.
 
         Raises:
-            ValueError: if the state is of another schedule, method or model.
+            ValueError: if the state is of another schedule, method or model, or no state of a pruner.
         """
-        for name, mine in (("method", self._method.name), ("schedule", asdict(self._schedule))):
-            if state.get(name) != mine:
-                raise ValueError(f"the state is of {name} {state.get(name)!r}, this pruner has {mine!r}")
-        if set(state.get("kept", ())) != set(self._kept):
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state must be what Pruner.state_dict gave, got {state!r}")
+        mine = self.state_dict()
+        for name in ("method", "options", "schedule"):
+            # States from before options were kept have none.
+            theirs = state.get(name, mine["options"] if name == "options" else None)
+            if theirs != mine[name]:
+                raise ValueError(f"the state is of {name} {theirs!r}, this pruner has {mine[name]!r}")
+        if set(state.get("kept") or ()) != set(self._kept):
             raise ValueError("the state is of a model with other pruned layers")
+        for name, least in (("count", 0), ("seed", None)):
+            value = state.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+                raise ValueError(f"the state's {name} must be a whole number, got {value!r}")
         self.count, self._seed, self._kept = state["count"], state["seed"], dict(state["kept"])
         self._listen()
 
@@ -236,12 +249,11 @@ class Pruner:
                 site.listen()
 
     @without_autocast()
-    def _catch_up(self, optimizer: Any) -> Report | None:
+    def _catch_up(self, optimizers: Sequence[Any]) -> Report | None:
         if self.count not in self._schedule.events:
             return None
         settle_all(self._model)
-        for site in self._sites:
-            _ = site.parameter
+        trained = [site.parameter.requires_grad for site in self._sites]
         units = [site.units() for site in self._sites]
         for allocation, unit in zip(self._final, units):
             if int(unit.sum()) != self._kept[allocation.weight.name]:
@@ -249,36 +261,53 @@ class Pruner:
                     f"the mask of {allocation.weight.name} is not what the last pruning left: load the state of the "
                     "model as well as that of the pruner, and change no masks in between"
                 )
+        # What is frozen is not trained, so that nothing says where its entries should be; it can be pruned.
+        live = [index for index, one in enumerate(trained) if one or not self._method.moving]
+        sites = [self._sites[index] for index in live]
         with torch.no_grad():
-            stage = self._stage(units)
-            weights = [site.values() for site in self._sites]
-            draws = from_rank_zero(lambda: self._method.revise(self._model, stage, weights, self._seed))
-            new = [site.prepare(draw) for site, draw in zip(self._sites, draws)]
-            settlement = self._method.settle(self._model, stage.allocations, draws)
+            stage = self._stage(live, units)
+            weights = [site.values() for site in sites]
+            drawn = from_rank_zero(lambda: self._method.revise(self._model, stage, weights, self._seed)) if live else []
+            new = [site.prepare(draw) for site, draw in zip(sites, drawn)]
+            settlement = self._method.settle(self._model, stage.allocations, drawn)
             with written(self._model, settlement.values):
-                for site, draw, prepared in zip(self._sites, draws, new):
-                    site.write(draw, prepared, optimizer)
+                for site, draw, prepared in zip(sites, drawn, new):
+                    site.write(draw, prepared, optimizers)
+        asked_for, draws = list(self._final), [self._unmoved(site, unit) for site, unit in zip(self._sites, units)]
+        notes = {draw.weight.name: draw.note for draw in draws} | {draw.weight.name: "" for draw in drawn}
+        for index, allocation, draw in zip(live, stage.allocations, drawn):
+            asked_for[index], draws[index] = allocation, draw
         self._kept = {draw.weight.name: draw.nnz if self._method.fine else draw.edges for draw in draws}
-        self.report = self._reported(stage.allocations, draws, settlement.notes)
+        self.report = self._reported(asked_for, draws, {**notes, **settlement.notes})
         return self.report
 
-    def _stage(self, units: Sequence[Tensor]) -> Stage:
-        over = self._schedule
-        if isinstance(over, Schedule):
-            return Stage([self._now(a, over) for a in self._final], self._final, units, self.count)
-        gradients = self._gradients() if self._method.hears else ()
-        topologies = [site.topologies() for site in self._sites]
-        return Stage(self._final, self._final, units, self.count, over.decay(self.count), gradients, topologies)
+    def _unmoved(self, site: Site, units: Tensor) -> Draw:
+        """A draw that leaves a site as it is."""
+        note = "it is frozen, so nothing moved"
+        if not self._method.structured:
+            return Draw(site.weight, units=units, note=note)
+        there = site.topologies() or tuple(BlockTopology.from_mask(part) for part in units)
+        return Draw(site.weight, there, note=note)
 
-    def _gradients(self) -> list[Tensor | None]:
+    def _stage(self, live: Sequence[int], units: Sequence[Tensor]) -> Stage:
+        over, final = self._schedule, [self._final[index] for index in live]
+        units = [units[index] for index in live]
+        if isinstance(over, Schedule):
+            return Stage([self._now(a, over) for a in final], final, units, self.count)
+        sites = [self._sites[index] for index in live]
+        gradients = self._gradients(sites) if self._method.hears and sites else ()
+        topologies = [site.topologies() for site in sites]
+        return Stage(final, final, units, self.count, over.decay(self.count), gradients, topologies)
+
+    def _gradients(self, sites: Sequence[Site]) -> list[Tensor | None]:
         """The dense gradients of the last optimizer step, the mean over all ranks.
 
         Raises:
             RuntimeError: if there are none at all.
         """
-        gradients = [site.gradient for site in self._sites]
+        gradients = [site.gradient for site in sites]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for index, site in enumerate(self._sites):
+            for index, site in enumerate(sites):
                 held = gradients[index]
                 some = torch.tensor(float(held is not None), device=site.parameter.device)
                 total = site.values().zero_() if held is None else held.contiguous()
@@ -315,3 +344,8 @@ class Pruner:
         done_ = "moved" if self._method.moving else "pruned"
         title = f"{done_}: {self._method.name}, after {self.count} optimizer steps"
         return Report(tuple(records), self._parameters, title)
+
+
+def _plain_options(method: Method) -> dict[str, Any]:
+    """The options of a method that are numbers or text, which a resumed run has to share."""
+    return {f.name: v for f in fields(method) if isinstance(v := getattr(method, f.name), int | float | str | None)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ class Site:
         """All of a draw that can fail, touching nothing."""
         raise NotImplementedError
 
-    def write(self, draw: Draw, prepared: Any, optimizer: Any) -> None:
-        """Carry out a draw: values, gradient and optimizer state."""
+    def write(self, draw: Draw, prepared: Any, optimizers: Iterable[Any]) -> None:
+        """Carry out a draw: values, gradient and the optimizers' states."""
         raise NotImplementedError
 
     def listen(self) -> None:
@@ -105,7 +106,7 @@ class MaskedSite(Site):
     def prepare(self, draw: Draw) -> Tensor:
         return draw.mask(self.parameter.detach())
 
-    def write(self, draw: Draw, prepared: Tensor, optimizer: Any) -> None:
+    def write(self, draw: Draw, prepared: Tensor, optimizers: Iterable[Any]) -> None:
         weight, original = self.weight, self.parameter
         kept = prepared * self._mask()
         original.data.mul_(kept)
@@ -113,7 +114,7 @@ class MaskedSite(Site):
         original.data.mul_(prepared)
         if original.grad is not None:
             original.grad.mul_(kept.to(original.grad.dtype))
-        for value in _state_of(optimizer, original):
+        for value in _state_of(optimizers, original):
             value.mul_(kept.to(value.dtype))
         for path, tensor in ((weight.module, weight.tensor), *weight.aliases):
             module = self._model.get_submodule(path)
@@ -152,7 +153,13 @@ class CompactSite(Site):
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self._layer.blocks
+        blocks = self._layer._parameters.get("blocks")
+        if blocks is None:
+            raise RuntimeError(
+                f"{self.weight.name} is held or parametrized: blocks that are kept orthogonal cannot move; call "
+                "sao_prune.release(model) first, or stop calling the pruner's step"
+            )
+        return blocks
 
     def units(self) -> Tensor:
         return self._layer.topology.mask()[None]
@@ -171,9 +178,11 @@ class CompactSite(Site):
             values = stack_blocks(after, _gathered(after, matrix)).view(self.parameter.shape)
         return before, after, values
 
-    def write(self, draw: Draw, prepared: tuple[BlockTopology, BlockTopology, Tensor | None], optimizer: Any) -> None:
+    def write(
+        self, draw: Draw, prepared: tuple[BlockTopology, BlockTopology, Tensor | None], optimizers: Iterable[Any]
+    ) -> None:
         layer, (before, after, values) = self._layer, prepared
-        _move_inputs(layer, before, after, _state_of(optimizer, layer.blocks))
+        _move_inputs(layer, before, after, _state_of(optimizers, layer.blocks))
         if values is not None:
             layer.blocks.data.copy_(values)
 
@@ -190,7 +199,10 @@ class CompactSite(Site):
             self._hook = None
 
     def _note(self, layer: Any, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad or self._listener is None:
+        # A layer that was expanded takes its hooks along.
+        if not isinstance(layer, BlockModule) or self._listener is None:
+            return
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
         x, listener = inputs[0].detach(), self._listener
 
@@ -239,12 +251,35 @@ def mask_units(weight: PrunableWeight, mask: Tensor, fine: bool = False) -> Tens
     return (stacked.flatten(3).any(3) if weight.kernel and not fine else stacked).cpu()
 
 
-def _state_of(optimizer: Any, parameter: nn.Parameter) -> list[Tensor]:
-    """The optimizer's tensors of a parameter's own shape."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    state = getattr(optimizer, "state", {}).get(parameter, {})
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+def optimizers_in(given: Any) -> list[Any]:
+    """The optimizers that a user names: none, one, a wrapper of one, or several.
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> sgd = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+        >>> len(optimizers_in(None)), len(optimizers_in(sgd)), len(optimizers_in([sgd, sgd]))
+        (0, 1, 2)
+    """
+    if given is None:
+        return []
+    inner = given
+    while not isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, type) and hasattr(getattr(inner, "state", None), "get"):
+        return [inner]
+    if isinstance(inner, Iterable) and not isinstance(inner, str | dict | Tensor):
+        return [optimizer for one in inner for optimizer in optimizers_in(one)]
+    raise TypeError(
+        f"optimizer must be a torch.optim.Optimizer, a wrapper of one, or several of them in a list, got {given!r}"
+    )
+
+
+def _state_of(optimizers: Iterable[Any], parameter: nn.Parameter) -> list[Tensor]:
+    """The optimizers' tensors of a parameter's own shape."""
+    states = [optimizer.state.get(parameter) or {} for optimizer in optimizers]
+    return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def _gathered(topology: BlockTopology, matrix: Tensor) -> Blocks:

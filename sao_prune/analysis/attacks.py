@@ -87,7 +87,7 @@ def pgd(
         Shape of ``x``; of every sample the point with the smallest margin.
 
     Raises:
-        ValueError: for another loss, or counts below one.
+        ValueError: for another loss, counts below one, or inputs outside the threat's range.
 
     Example:
         >>> x, label = torch.tensor([[0.6, 0.4]]), torch.tensor([0])
@@ -99,6 +99,7 @@ def pgd(
         raise ValueError(f"loss must be one of {get_args(Loss)}, got {loss!r}")
     if min(steps, restarts) < 1:
         raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
+    threat.check(x)
     generator = named_generator(base_seed(seed), "pgd", loss)
     worst = _Worst(x)
     with undisturbed(model):
@@ -136,7 +137,7 @@ def random_search(
         Shape of ``x``; of every sample the point with the smallest margin.
 
     Raises:
-        ValueError: if ``x`` is no batch of images.
+        ValueError: if ``x`` is no batch of images, or outside the threat's range.
 
     Example:
         >>> x, label = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
@@ -146,6 +147,7 @@ def random_search(
     """
     if x.dim() != 4:
         raise ValueError(f"random_search needs images (batch, channels, height, width), got shape {tuple(x.shape)}")
+    threat.check(x)
     generator = named_generator(base_seed(seed), "random search")
     worst = _Worst(x)
     with undisturbed(model), torch.no_grad():

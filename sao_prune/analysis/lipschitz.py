@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import factorial, sqrt
+from math import ceil, factorial, prod, sqrt
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,6 +17,7 @@ from ..seeds import named_generator
 
 # Their derivative is never larger than one, in any direction.
 _CONTRACTIONS = (nn.Identity, nn.Flatten, nn.Dropout, nn.ReLU, nn.Tanh, nn.Sigmoid, MaxMin)
+_KNOWN = (*_CONTRACTIONS, SkewConv2d, ECOConv2d, nn.Linear, nn.Conv2d)
 
 
 @runtime_checkable
@@ -51,6 +52,8 @@ def operator_norm(layer: nn.Module, iterations: int | None = None) -> Tensor:
         >>> round(operator_norm(layer).item(), 6)
         3.0
     """
+    if not _is_of_its_kind(layer):
+        raise TypeError(f"no Lipschitz bound is known for {type(layer).__name__}")
     if isinstance(layer, _CONTRACTIONS):
         return torch.ones((), dtype=torch.float32, device="cpu")
     if isinstance(layer, SkewConv2d):
@@ -59,10 +62,8 @@ def operator_norm(layer: nn.Module, iterations: int | None = None) -> Tensor:
     gain = None if iterations is None else _held_gain(layer)
     if gain is not None:
         return torch.tensor(gain, dtype=torch.float32, device="cpu")
-    if isinstance(layer, ECOConv2d | nn.Linear | nn.Conv2d):
-        with _as_it_is(layer, iterations):
-            return torch.stack([f * _largest(matrices, iterations) for f, matrices in _matrices(layer)]).amin()
-    raise TypeError(f"no Lipschitz bound is known for {type(layer).__name__}")
+    with _as_it_is(layer, iterations):
+        return torch.stack([f * _largest(matrices, iterations) for f, matrices in _matrices(layer)]).amin()
 
 
 def lipschitz_bound(layers: nn.Module | list[nn.Module], iterations: int | None = None) -> Tensor:
@@ -128,6 +129,13 @@ def margin_constants(model: nn.Module, iterations: int | None = None) -> Tensor:
     return distances * lipschitz_bound(features, iterations).to(distances)
 
 
+def _is_of_its_kind(layer: nn.Module) -> bool:
+    """Whether a layer computes what its known class does: one that is derived from it may add a skip, or scale."""
+    kind = next((kind for kind in _KNOWN if isinstance(layer, kind)), None)
+    steps = ("forward", "_conv_forward")
+    return kind is not None and all(getattr(type(layer), s, None) is getattr(kind, s, None) for s in steps)
+
+
 def _chain(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, Chained):
         return model.chain()
@@ -135,7 +143,7 @@ def _chain(model: nn.Module) -> list[nn.Module]:
 
 
 def _flat(model: nn.Module) -> Iterator[nn.Module]:
-    if not isinstance(model, nn.Sequential):
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         yield model
         return
     for child in model:
@@ -178,7 +186,16 @@ def _matrices(layer: nn.Module) -> list[tuple[float, Tensor]]:
         kernel.permute(0, 1, 3, 4, 2).reshape(g, r * h * w, c),
         kernel.permute(0, 1, 3, 2, 4).reshape(g, r * h, c * w),
     )
-    return [(sqrt(h * w), matrices) for matrices in shapes]
+    return [(_repeats(layer) * sqrt(h * w), matrices) for matrices in shapes]
+
+
+def _repeats(layer: nn.Conv2d) -> float:
+    """By how much an output longer than its input, which circular padding repeats, is longer in l2 than one turn."""
+    if layer.padding_mode != "circular" or isinstance(layer.padding, str):
+        return 1.0
+    beyond = [2 * p - d * (k - 1) for p, d, k in zip(layer.padding, layer.dilation, layer.kernel_size)]
+    # Padding is at most the input's length.
+    return sqrt(prod(1 + ceil(b / p) for b, p in zip(beyond, layer.padding) if b > 0))
 
 
 def _largest(matrices: Tensor, iterations: int | None) -> Tensor:

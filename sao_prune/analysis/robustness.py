@@ -29,7 +29,7 @@ class Certificate:
 
 
 def certified_radii(logits: Tensor, labels: Tensor, lipschitz: float | Tensor = 1.0) -> Tensor:
-    """How far (l2) each input can move before its prediction may change; 0 where it is wrong already.
+    """How far (l2) each input can move before its prediction may change; 0 where it is wrong, or a logit not finite.
 
     ``margin / (sqrt(2) L)``: the difference of two outputs of an ``L``-Lipschitz function is ``sqrt(2) L``-Lipschitz
     (Tsuzuku et al., NeurIPS 2018; Singla and Feizi, ICML 2021). Where the constants of the differences themselves are
@@ -53,10 +53,12 @@ def certified_radii(logits: Tensor, labels: Tensor, lipschitz: float | Tensor = 
         >>> certified_radii(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])).tolist()
         [1.4142135381698608, 0.0]
     """
-    if not isinstance(lipschitz, Tensor):
+    finite = logits.isfinite().all(1)
+    if not isinstance(lipschitz, Tensor) or not lipschitz.dim():
         if not lipschitz > 0:
-            raise ValueError(f"lipschitz must be positive, got {lipschitz}")
-        return margins(logits, labels).clamp(min=0) / (sqrt(2) * lipschitz)
+            raise ValueError(f"lipschitz must be positive, got {float(lipschitz)}")
+        lipschitz = lipschitz.to(logits) if isinstance(lipschitz, Tensor) else lipschitz
+        return torch.where(finite, margins(logits, labels).clamp(min=0) / (sqrt(2) * lipschitz), 0.0)
     classes = logits.shape[1]
     if lipschitz.shape != (classes, classes):
         raise ValueError(f"lipschitz must be a number or {classes} x {classes}, got shape {tuple(lipschitz.shape)}")
@@ -66,7 +68,7 @@ def certified_radii(logits: Tensor, labels: Tensor, lipschitz: float | Tensor = 
     # A logit's difference to itself has no constant.
     constants = lipschitz[labels].scatter(1, labels[:, None], 1.0)
     quotients = torch.where(differences > 0, differences / constants, 0.0)
-    return quotients.scatter(1, labels[:, None], torch.inf).amin(1)
+    return torch.where(finite, quotients.scatter(1, labels[:, None], torch.inf).amin(1), 0.0)
 
 
 def certified_accuracy(
@@ -210,6 +212,9 @@ def worst_case(
     Returns:
         A `WorstCase`.
 
+    Raises:
+        ValueError: for counts below one, or images outside the threat's range.
+
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
         >>> x, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
@@ -217,6 +222,7 @@ def worst_case(
         >>> list(found.after), found.worst <= found.clean
         (['pgd', 'margin', 'search'], True)
     """
+    threat.check(x)
     attacks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "pgd": lambda a, y: pgd(model, a, y, threat, steps=steps, restarts=restarts, seed=seed),
         "margin": lambda a, y: pgd(model, a, y, threat, steps=steps, restarts=restarts, loss="margin", seed=seed),

@@ -40,6 +40,22 @@ class Threat:
         if not (self.eps >= 0 and self.low < self.high):
             raise ValueError(f"eps must not be negative and low below high, got {self.eps}, {self.low}, {self.high}")
 
+    def check(self, x: Tensor) -> None:
+        """Refuse inputs outside the range, which an attack would move there, further than ``eps``.
+
+        Raises:
+            ValueError: with the range that they have.
+        """
+        if not x.numel():
+            return
+        least, most = (float(end) for end in x.detach().aminmax())
+        slack = 1e-6 * (self.high - self.low)
+        if least < self.low - slack or most > self.high + slack:
+            raise ValueError(
+                f"inputs must lie in [{self.low:g}, {self.high:g}], got {least:g} to {most:g}: standardise them inside "
+                "the model, or give the range that they have, Threat(low=.., high=..)"
+            )
+
     def project(self, x: Tensor, moved: Tensor) -> Tensor:
         """The allowed inputs nearest to the moved ones (in l2: nearly, where the range counts too)."""
         delta = moved - x

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, version
+from .._torch import eagerly, tree_leaves
+from ..discovery.trace import keeping_buffers
 from ..naming import dotted
 from .autotune import with_steps
 from .calls import record_calls, to_contiguous
@@ -59,7 +59,7 @@ def confirm(
             return formats, reason
         inputs = {path: each.draw() for path, each in plan.examples.items() if path in modules}
     try:
-        with _eagerly(model), _keeping_buffers(model):
+        with eagerly(), keeping_buffers(model):
             reason = _fuse(model, bare, None if all_steps else plan, inputs)
     except Exception as error:
         carry_out(model, bare)
@@ -148,30 +148,6 @@ def _below(path: str, steps: Steps) -> Steps:
 
     between, rest = (tuple(dotted(path, name) for name in names) for names in (steps.between, steps.rest))
     return Steps(named(steps.norm), named(steps.activation), between, named(steps.then), rest)
-
-
-def _eagerly(model: nn.Module) -> AbstractContextManager[Any]:
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-@contextmanager
-def _keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """What a run writes to buffers is undone."""
-    kept = [
-        (module, name, buffer, version(buffer), buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, before, copy in kept:
-                module._buffers[name] = buffer
-                if before is None or version(buffer) != before:
-                    buffer.copy_(copy)
 
 
 def _relative_error(new: Any, old: Tensor) -> float:

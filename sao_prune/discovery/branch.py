@@ -83,6 +83,12 @@ class BranchReader:
                 self.scales += node.held
             elif node.op in ADDS and node.held and in_branch:
                 self.shifts += node.held
+            elif in_branch and (affine := _affine(node)):
+                self.shifts.append(affine[0])
+                self.scales.append(affine[1])
+            elif in_branch and node.op in (*PAIRED, *ODD):
+                where = "follows another" if self.layers else "stands before its first layer"
+                obstacle = obstacle or f"in its branch {_article(node.op)} {where}"
             elif node.op not in (*SAME, *VIEWS) and (in_branch or node.op not in ("getitem", "pad", *POOLS)):
                 obstacle = obstacle or f"its {'branch' if in_branch else 'shortcut'} has {_article(node.op)}"
             if node.sources != (previous,) and obstacle is None:
@@ -91,6 +97,15 @@ class BranchReader:
         if in_branch and pending and obstacle is None:
             obstacle = "its branch ends in an activation"
         return obstacle
+
+
+def _affine(node: Node) -> tuple[str, str] | None:
+    """Shift and scale of ``addcmul(shift, scale, x)``, where both are the model's."""
+    if node.op != "addcmul" or node.argument(3, "value", 1) != 1:
+        return None
+    shift, *factors = node.argument(0, "input"), node.argument(1, "tensor1"), node.argument(2, "tensor2")
+    scales = [factor for factor in factors if isinstance(factor, Held)]
+    return (shift.name, scales[0].name) if isinstance(shift, Held) and len(scales) == 1 else None
 
 
 def branch_layer(graph: Graph, node: Node) -> BranchLayer | None:

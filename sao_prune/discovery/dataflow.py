@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_leaves, tree_map
-from .trace import evaluating, run
+from .trace import looking, run
 
 Values = Mapping[str, Tensor]
 Override = Callable[["Node", tuple[Any, ...], Values], Mapping[str, Tensor]]
@@ -179,7 +179,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def record(model: nn.Module, example_input: Any) -> Graph:
-    """The graph of one forward pass in evaluation mode, without gradients; every mode is restored.
+    """The graph of one forward pass in evaluation mode, without gradients; modes and buffers are restored.
 
     Args:
         model: any module; on the meta device shapes are followed and nothing is computed.
@@ -199,6 +199,7 @@ def record(model: nn.Module, example_input: Any) -> Graph:
     inputs = tuple(t for t in tree_leaves(moved) if isinstance(t, Tensor))
     held = [*model.named_buffers(), *model.named_parameters()]
     names = {id(t): name for name, t in held}
-    with evaluating(model), torch.random.fork_rng(devices=[]), torch.no_grad(), _Recorder(inputs, names) as recorder:
+    recorder = _Recorder(inputs, names)
+    with looking(model), recorder:
         run(model, moved)
     return Graph(tuple(recorder.nodes), inputs, {name: tuple(t.shape) for name, t in held})

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from .._torch import tree_leaves, tree_map
+from .._torch import eagerly, tree_leaves, tree_map, version
 
 
 class Use(NamedTuple):
@@ -90,6 +91,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """What a run writes to buffers is undone; lazy ones, which have no values yet, are left to it."""
+    kept = [
+        (module, name, buffer, version(buffer), buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before, copy in kept:
+            module._buffers[name] = buffer
+            if before is None or version(buffer) != before:
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(copy)
+
+
+@contextmanager
+def looking(model: nn.Module, devices: Sequence[int] = ()) -> Iterator[None]:
+    """For a run that only looks: in eval mode, as it is written, without gradients; all that it changes is restored.
+
+    Args:
+        model: that is to run.
+        devices: CUDA devices whose generators are to stay as they are.
+    """
+    generators = torch.random.fork_rng(devices=list(devices))
+    with evaluating(model), keeping_buffers(model), eagerly(), generators, torch.no_grad():
+        yield
+
+
 def run(model: nn.Module, example_input: Any) -> Any:
     """`call`, with an error that says that the input is at fault.
 
@@ -107,13 +140,13 @@ def first_uses(
 ) -> list[Use]:
     """The first uses of layers' weights and of embeddings, in their order; unused ones are missing.
 
-    Runs the model once in eval mode without gradients and restores every module's mode.
+    Runs the model once in eval mode without gradients and restores every module's mode and buffers.
 
     Raises:
         ValueError: if the model fails on the example input.
     """
     devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
     recorder = _UseRecorder(parameters, embeddings, model)
-    with evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
+    with looking(model, devices), recorder:
         run(model, example_input)
     return recorder.uses

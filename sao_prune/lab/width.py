@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod, sqrt
+from math import inf, prod, sqrt
+from numbers import Real
 
 import torch
 from torch import nn
@@ -24,12 +25,20 @@ def widened(value: int, groups: float, multiple: int = 8) -> int:
     Returns:
         The width.
 
+    Raises:
+        ValueError: for a width or multiple that is no whole number of at least 1, or groups below 1.
+
     Source: Sparse-IFT (Thangarasa et al., 2023), https://arxiv.org/abs/2303.11525.
 
     Example:
         >>> widened(64, 4), widened(64, 8), widened(64, 1)
         (128, 184, 64)
     """
+    for name, given in (("value", value), ("multiple", multiple)):
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
+    if isinstance(groups, bool) or not isinstance(groups, Real) or not 1 <= groups < inf:
+        raise ValueError(f"groups must be a number of at least 1, got {groups!r}")
     return max(multiple, round(value * sqrt(groups) / multiple) * multiple)
 
 

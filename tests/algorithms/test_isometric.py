@@ -263,6 +263,23 @@ def test_models_say_which_blocks_are_exact(
     model(torch.randn(2, *shape)).sum().backward()
 
 
+def test_affine_layers_and_scales_of_timms_resmlp_become_neutral() -> None:
+    from functools import partial
+
+    from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+
+    block = partial(ResBlock, init_values=1e-4)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_blocks": 2, "mlp_ratio": 4, "num_classes": 4}
+    model = MlpMixer(**shape, block_layer=block, norm_layer=Affine)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    method = SAO(residual="isometric", measure=True)
+    report = sao_prune.apply(model, groups=4, method=method, example_input=torch.randn(2, 3, 32, 32), seed=0)
+    blocks = report.residuals[:-1]
+    assert [record.status for record in blocks] == ["exact"] * 4
+    assert all(record.after == pytest.approx((1, 1), abs=1e-5) for record in blocks)
+
+
 def test_nothing_is_changed_if_anything_fails() -> None:
     model = timm.create_model("sao_resnet", depth=8, img_size=8)
     before = copy.deepcopy(model.state_dict())

@@ -97,3 +97,16 @@ def test_bad_input():
         pgd(model, x, labels, Threat(), restarts=0)
     with pytest.raises(ValueError, match="images"):
         random_search(model[1], x.flatten(1), labels, Threat())
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_inputs_outside_the_range_are_refused_instead_of_being_moved_into_it(norm):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x, labels = torch.randn(8, 1, 2, 2) * 3, torch.zeros(8, dtype=torch.long)
+    threat = Threat(norm, 0.1)
+    for attack in (pgd, random_search, worst_case):
+        with pytest.raises(ValueError, match=r"inputs must lie in \[0, 1\], got .*standardise"):
+            attack(net, x, labels, threat)
+    wide = Threat(norm, 0.1, low=float(x.min()), high=float(x.max()))
+    assert worst_case(net, x, labels, wide, queries=5).worst <= 1
+    assert worst_case(net, x[:0], labels[:0], threat, queries=5).right.numel() == 0

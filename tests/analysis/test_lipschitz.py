@@ -17,6 +17,11 @@ LAYERS = {
     "skew": (SkewConv2d(4, 6, 3, seed=0), (4, 6, 6), False),
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (4, 6, 6), False),
     "conv, strided": (nn.Conv2d(4, 6, 3, stride=2, groups=2), (4, 7, 7), False),
+    "conv, circular": (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (2, 5, 5), False),
+    "conv, circular, a longer output": (nn.Conv2d(2, 2, 1, padding=3, padding_mode="circular"), (2, 4, 3), False),
+    "conv, circular, twice around": (nn.Conv2d(2, 2, 3, padding=3, padding_mode="circular"), (2, 3, 3), False),
+    "conv, circular, dilated": (nn.Conv2d(2, 2, 3, padding=3, dilation=2, padding_mode="circular"), (2, 6, 6), False),
+    "conv, circular, same": (nn.Conv2d(2, 2, 4, padding="same", padding_mode="circular"), (2, 5, 5), False),
     "activation": (MaxMin(), (4, 3, 3), False),
 }
 
@@ -31,6 +36,10 @@ def test_no_layer_stretches_more_than_its_bound(name):
         parameter.data += 0.2 * torch.randn_like(parameter)
     if isinstance(layer, MaxMin):
         true = torch.ones(())
+    elif "circular" in name:
+        x = torch.zeros(1, *shape)
+        jacobian = torch.autograd.functional.jacobian(layer, x).reshape(-1, x.numel())
+        true = torch.linalg.matrix_norm(jacobian, 2)
     else:
         true = analysis.singular_values(layer.eval(), shape if len(shape) == 3 else None).max()
     bound, near = analysis.operator_norm(layer), analysis.operator_norm(layer, iterations=50).detach()
@@ -80,3 +89,37 @@ def test_what_has_no_bound_is_named():
         analysis.operator_norm(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
     with pytest.raises(ValueError, match="3 x 3"):
         analysis.certified_radii(torch.zeros(1, 3), torch.zeros(1, dtype=torch.long), torch.ones(2, 2))
+
+
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.std(), bias)
+
+
+class Steep(nn.ReLU):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Skip(nn.Linear(2, 2)), Doubled(2, 2), Standardised(2, 2, 3), Steep(), nn.Sequential(Skip(nn.Linear(2, 2)))],
+)
+def test_what_computes_something_else_than_its_kind_has_no_bound(layer):
+    with pytest.raises(TypeError, match="no Lipschitz bound is known for"):
+        analysis.lipschitz_bound(layer)
+
+
+def test_parametrized_layers_are_still_of_their_kind():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)).eval()
+    assert analysis.operator_norm(layer) == pytest.approx(torch.linalg.matrix_norm(layer.weight, 2).item(), rel=1e-5)

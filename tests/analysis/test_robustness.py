@@ -39,3 +39,22 @@ def test_bad_input():
     for constant in (0.0, float("nan"), torch.full((2, 2), -1.0), torch.ones(3, 3)):
         with pytest.raises(ValueError, match="lipschitz"):
             analysis.certified_radii(torch.eye(2), torch.tensor([0, 1]), constant)
+
+
+@pytest.mark.parametrize("lipschitz", [1.0, torch.tensor(1.0), torch.ones(3, 3)], ids=["number", "scalar", "matrix"])
+def test_logits_that_are_not_finite_certify_nothing(lipschitz):
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor([[inf, 0.0, 1.0], [2.0, -inf, 1.0], [nan, 0.0, 1.0], [2.0, nan, 1.0], [3.0, 0.0, 1.0]])
+    radii = analysis.certified_radii(logits, torch.zeros(5, dtype=torch.long), lipschitz)
+    assert radii[:4].tolist() == [0, 0, 0, 0]
+    assert radii[4] > 0
+
+
+def test_a_bound_is_taken_as_it_is_given():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    bound, logits, labels = analysis.lipschitz_bound(net), torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0])
+    expected = analysis.certified_radii(logits, labels, float(bound))
+    assert torch.allclose(analysis.certified_radii(logits, labels, bound), expected)
+    for bad in (0.0, -1.0, torch.nan):
+        with pytest.raises(ValueError, match="lipschitz must be positive"):
+            analysis.certified_radii(logits, labels, torch.tensor(bad))

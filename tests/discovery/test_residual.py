@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import sao_prune.models  # noqa: F401 - registers its networks with timm
+import sao_prune
+import sao_prune.models
 from sao_prune.discovery.dataflow import record
 from sao_prune.discovery.residual import ResidualBlock, find_residuals
 
@@ -68,6 +69,42 @@ def test_recording_leaves_modes_and_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Counting(nn.Module):
+    """Counts its calls in buffers, one written in place and one replaced; fails if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x: Tensor, fail: bool = False) -> Tensor:
+        self.calls += 1
+        self.last = x[0].detach()
+        y = self.head(x + self.fc(x))
+        if fail:
+            raise RuntimeError("told to")
+        return y
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("fail", [False, True])
+def test_what_a_forward_writes_to_buffers_is_undone(inference: bool, fail: bool) -> None:
+    with torch.inference_mode(inference):
+        model, x = Counting(), torch.randn(2, 4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = dict(model.named_buffers())
+    for look in (record, lambda net, given: sao_prune.plan(net, groups=2, example_input=given, skip_first=False)):
+        with torch.inference_mode(inference):
+            if fail:
+                with pytest.raises(ValueError, match="told to"):
+                    look(model, (x, True))
+            else:
+                look(model, (x,))
+        assert all(buffer is own[name] for name, buffer in model.named_buffers())
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_it_works_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = timm.create_model("resnet18")
@@ -86,11 +123,23 @@ class Odd(nn.Module):
             return x + self.fc2(self.fc1(x) * x)
         if self.what == "last":
             return x + self.fc1(x).tanh()
+        if self.what == "before":
+            return x + self.fc2(self.fc1(x.relu()).relu())
+        if self.what == "twice":
+            return x + self.fc2(self.fc1(x).relu().tanh())
         return x + self.fc2(self.fc1(x).softmax(-1))
 
 
 @pytest.mark.parametrize(
-    ("what", "reason"), [("shared", "once"), ("gated", "mul"), ("last", "ends in"), ("softmax", "softmax")]
+    ("what", "reason"),
+    [
+        ("shared", "once"),
+        ("gated", "mul"),
+        ("last", "ends in"),
+        ("softmax", "softmax"),
+        ("before", "a relu stands before its first layer"),
+        ("twice", "a tanh follows another"),
+    ],
 )
 def test_what_is_no_chain_of_layers_is_left_with_a_reason(what: str, reason: str) -> None:
     found = only(Odd(what), torch.randn(2, 4)).reason
@@ -113,6 +162,57 @@ def test_models(name: str, blocks: int, ends: tuple[tuple[str, ...], tuple[str, 
     found = find_residuals(model)
     assert len(found.blocks) == blocks
     assert (found.entries, found.exits) == ends
+
+
+class Affine(nn.Module):
+    """``x + scale * fc2(relu(fc1(shift + scale * x)))``, with ``addcmul`` given in all ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = {
+            "before": lambda: torch.addcmul(self.shift, self.scale, x),
+            "after": lambda: torch.addcmul(self.shift, x, self.scale),
+            "named": lambda: torch.addcmul(self.shift, tensor1=self.scale, tensor2=x),
+            "weighted": lambda: torch.addcmul(self.shift, self.scale, x, value=0.5),
+            "of itself": lambda: torch.addcmul(x, self.scale, x),
+        }[self.how]()
+        return x + self.scale * self.fc2(self.fc1(y).relu())
+
+
+@pytest.mark.parametrize("how", ["before", "after", "named", "weighted", "of itself"])
+def test_an_affine_layer_is_a_scale_and_a_shift(how: str) -> None:
+    block = only(Affine(how), torch.randn(2, 4))
+    if how in ("weighted", "of itself"):
+        assert block.reason is not None
+        assert "addcmul" in block.reason
+    else:
+        assert (block.reason, block.scales, block.shifts) == (None, ("scale", "scale"), ("shift",))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_models_are_looked_at_as_they_are_written(in_place: bool) -> None:
+    compiled = []
+
+    def backend(module: nn.Module, _: object) -> object:
+        compiled.append(module)
+        return module.forward
+
+    model, x = Written("operator").eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        if in_place:
+            model.compile(backend=backend)
+            made = model
+        else:
+            made = torch.compile(model, backend=backend)  # type: ignore[assignment]
+        made(x)
+    assert len(compiled) == 1
+    block = only(made, x)
+    assert [layer.weight.removeprefix("_orig_mod.") for layer in block.layers] == ["fc1.weight", "fc2.weight"]
+    assert len(compiled) == 1
 
 
 def test_without_an_example_it_says_what_it_needs() -> None:

@@ -29,6 +29,24 @@ def test_products_of_two_widths_cost_what_they_did(groups: int) -> None:
     assert wide**2 / groups == pytest.approx(128**2, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"groups": 0}, "groups"),
+        ({"groups": -4}, "groups"),
+        ({"groups": "4"}, "groups"),
+        ({"groups": float("nan")}, "groups"),
+        ({"groups": float("inf")}, "groups"),
+        ({"value": 0}, "value"),
+        ({"value": 6.5}, "value"),
+        ({"multiple": 0}, "multiple"),
+    ],
+)
+def test_what_is_no_width_is_refused(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} must be a"):
+        widened(**{"value": 64, "groups": 4, **options})
+
+
 def test_networks_are_as_wide_as_their_amount_says(micro: Micro, tmp_path: Path) -> None:
     configurations = list(
         load_recipe(micro((METHODS, "[dense, sao]"), ("groups: 4", "groups: [4, 16]"), WIDE)).configurations()

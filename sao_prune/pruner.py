@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from math import log
 from typing import Any
 
@@ -22,7 +22,7 @@ from .prune import MaskPruning, Snapshot, attach_all, settle_all, written
 from .reporting import LayerRecord, Report, done, skipped
 from .scheduling import Moves, Schedule
 from .seeds import Seed, base_seed, from_rank_zero
-from .sites import MaskedSite, site_of
+from .sites import MaskedSite, forget_curvature, optimizers_of, site_of
 from .topology import chain
 
 
@@ -104,7 +104,7 @@ def schedule(
     snapshot = Snapshot(modules.values())
     attach_all(modules, whole, MaskPruning)
     try:
-        pruner._catch_up(None)
+        pruner._catch_up(())
     except BaseException:
         # Nothing but masks of ones was added: without them the model is as it was.
         snapshot.restore()
@@ -174,18 +174,21 @@ class Pruner:
         """Count an optimizer step, and prune if the schedule says so.
 
         Args:
-            optimizer: a torch optimizer or a wrapper of one, whose state is zeroed where entries vanish.
+            optimizer: a torch optimizer, a wrapper of one, or a list of those that train the model, whose states are
+                zeroed where entries vanish. L-BFGS, whose history is of all entries at once, begins anew.
 
         Returns:
             The `Report` of what is left if it pruned, else ``None``.
 
         Raises:
+            TypeError: if it is no optimizer.
             RuntimeError: if the masks are not those that the last pruning left, or no gradient was seen that the method
                 needs.
         """
+        optimizers = optimizers_of(optimizer)
         self.count += 1
         try:
-            report = self._catch_up(optimizer)
+            report = self._catch_up(optimizers)
         except BaseException:
             self.count -= 1
             raise
@@ -197,8 +200,7 @@ class Pruner:
         return {
             "count": self.count,
             "seed": self._seed,
-            "method": self._method.name,
-            "schedule": asdict(self._schedule),
+            **self._asked(),
             "kept": dict(self._kept),
         }
 
@@ -206,15 +208,36 @@ class Pruner:
         """Go on where a saved run was; load the model's state too, which has the masks.
 
         Raises:
-            ValueError: if the state is of another schedule, method or model.
+            ValueError: if the state is of another schedule, method, amount or model, or of something else; the pruner
+                is then as it was.
         """
-        for name, mine in (("method", self._method.name), ("schedule", asdict(self._schedule))):
-            if state.get(name) != mine:
-                raise ValueError(f"the state is of {name} {state.get(name)!r}, this pruner has {mine!r}")
+        for name, mine in self._asked().items():
+            # States of earlier versions do not tell options and amounts.
+            given = state.get(name, mine if name in ("options", "amounts") else None)
+            if given != mine:
+                raise ValueError(f"the state is of {name} {given!r}, this pruner has {mine!r}")
         if set(state.get("kept", ())) != set(self._kept):
             raise ValueError("the state is of a model with other pruned layers")
+        for name in ("count", "seed"):
+            value = state.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or (name == "count" and value < 0):
+                raise ValueError(f"the state is of no pruner: its {name} is {value!r}")
         self.count, self._seed, self._kept = state["count"], state["seed"], dict(state["kept"])
         self._listen()
+
+    def _asked(self) -> dict[str, Any]:
+        """What stays the same from begin to end, in plain data."""
+        options = (
+            [(f.name, getattr(self._method, f.name)) for f in fields(self._method) if f.repr]
+            if (is_dataclass(self._method))
+            else []
+        )
+        return {
+            "method": self._method.name,
+            "options": {name: value for name, value in options if isinstance(value, str | int | float | None)},
+            "schedule": asdict(self._schedule),
+            "amounts": {} if self._method.moving else {a.weight.name: [a.groups, a.density] for a in self._final},
+        }
 
     def resume(self, count: int) -> None:
         """Go on after ``count`` optimizer steps with the masks that the model has, where its state alone was kept."""
@@ -236,7 +259,7 @@ class Pruner:
                 site.listen()
 
     @without_autocast()
-    def _catch_up(self, optimizer: Any) -> Report | None:
+    def _catch_up(self, optimizers: Sequence[torch.optim.Optimizer]) -> Report | None:
         if self.count not in self._schedule.events:
             return None
         settle_all(self._model)
@@ -257,7 +280,8 @@ class Pruner:
             settlement = self._method.settle(self._model, stage.allocations, draws)
             with written(self._model, settlement.values):
                 for site, draw, prepared in zip(self._sites, draws, new):
-                    site.write(draw, prepared, optimizer)
+                    site.write(draw, prepared, optimizers)
+        forget_curvature(optimizers)
         self._kept = {draw.weight.name: draw.nnz if self._method.fine else draw.edges for draw in draws}
         self.report = self._reported(stage.allocations, draws, settlement.notes)
         return self.report

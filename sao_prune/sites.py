@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ class Site:
         """All of a draw that can fail, touching nothing."""
         raise NotImplementedError
 
-    def write(self, draw: Draw, prepared: Any, optimizer: Any) -> None:
-        """Carry out a draw: values, gradient and optimizer state."""
+    def write(self, draw: Draw, prepared: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Carry out a draw: values, gradient and the optimizers' state."""
         raise NotImplementedError
 
     def listen(self) -> None:
@@ -105,7 +106,7 @@ class MaskedSite(Site):
     def prepare(self, draw: Draw) -> Tensor:
         return draw.mask(self.parameter.detach())
 
-    def write(self, draw: Draw, prepared: Tensor, optimizer: Any) -> None:
+    def write(self, draw: Draw, prepared: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         weight, original = self.weight, self.parameter
         kept = prepared * self._mask()
         original.data.mul_(kept)
@@ -113,7 +114,7 @@ class MaskedSite(Site):
         original.data.mul_(prepared)
         if original.grad is not None:
             original.grad.mul_(kept.to(original.grad.dtype))
-        for value in _state_of(optimizer, original):
+        for value in _state_of(optimizers, original):
             value.mul_(kept.to(value.dtype))
         for path, tensor in ((weight.module, weight.tensor), *weight.aliases):
             module = self._model.get_submodule(path)
@@ -171,9 +172,14 @@ class CompactSite(Site):
             values = stack_blocks(after, _gathered(after, matrix)).view(self.parameter.shape)
         return before, after, values
 
-    def write(self, draw: Draw, prepared: tuple[BlockTopology, BlockTopology, Tensor | None], optimizer: Any) -> None:
+    def write(
+        self,
+        draw: Draw,
+        prepared: tuple[BlockTopology, BlockTopology, Tensor | None],
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
         layer, (before, after, values) = self._layer, prepared
-        _move_inputs(layer, before, after, _state_of(optimizer, layer.blocks))
+        _move_inputs(layer, before, after, _state_of(optimizers, layer.blocks))
         if values is not None:
             layer.blocks.data.copy_(values)
 
@@ -239,12 +245,40 @@ def mask_units(weight: PrunableWeight, mask: Tensor, fine: bool = False) -> Tens
     return (stacked.flatten(3).any(3) if weight.kernel and not fine else stacked).cpu()
 
 
-def _state_of(optimizer: Any, parameter: nn.Parameter) -> list[Tensor]:
-    """The optimizer's tensors of a parameter's own shape."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    state = getattr(optimizer, "state", {}).get(parameter, {})
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """What trains: the optimizers within wrappers.
+
+    Args:
+        given: an optimizer, a wrapper of one, several of them in a list or tuple, or ``None``.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    found = []
+    for one in given if isinstance(given, list | tuple) else () if given is None else (given,):
+        inner = one
+        while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)) is not None:
+            inner = wrapped
+        if not isinstance(getattr(inner, "state", None), Mapping):
+            raise TypeError(
+                "step takes a torch optimizer, a wrapper of one, or a list of them, whose state it makes zero where "
+                f"entries vanish; got {type(one).__name__}"
+            )
+        found.append(inner)
+    return tuple(found)
+
+
+def forget_curvature(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Begin L-BFGS anew: its history is of a function of other entries, and leads back to them."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.state.clear()
+
+
+def _state_of(optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter) -> list[Tensor]:
+    """The optimizers' tensors of a parameter's own shape."""
+    states = [optimizer.state.get(parameter, {}) for optimizer in optimizers]
+    return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def _gathered(topology: BlockTopology, matrix: Tensor) -> Blocks:

@@ -107,7 +107,7 @@ class PrunerCallback(Callback):  # type: ignore[misc]
         """Prune, if the batch ended with a step of the optimizer and it is time."""
         if trainer.global_step > self._seen:
             self._seen = trainer.global_step
-            self.pruner.step(trainer.optimizers[0])
+            self.pruner.step(trainer.optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the schedule."""

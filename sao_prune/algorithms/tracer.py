@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .stations import Use, attention_arguments, find_use
 from .streams import Sink, Step
+from .uses import Use, attention_arguments, find_use
 
 _TURNS = {
     torch.Tensor.mT.__get__,  # type: ignore[attr-defined]

@@ -195,6 +195,38 @@ class Pruner:
         self._listen()
         return report
 
+    def impose(self, average: nn.Module) -> None:
+        """Put the masks of now on a copy of the model, in place: on a moving average, whose masks are averages too.
+
+        Args:
+            average: a model with the same masked layers, as ``ModelEmaV3(model).module`` of timm.
+
+        Raises:
+            TypeError: if the pruner works on compact layers, whose sets move along with their buffers.
+            ValueError: if a layer there is not masked as here; nothing is changed then.
+
+        Example:
+            >>> import copy, torch, sao_prune
+            >>> net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+            >>> pruner = sao_prune.schedule(net, "lmp", sparsity=0.75, over=sao_prune.Schedule(1, 1))
+            >>> average = copy.deepcopy(net)
+            >>> _ = pruner.step()
+            >>> pruner.impose(average)
+            >>> torch.equal(average[1].weight_mask, net[1].weight_mask)
+            True
+        """
+        there = set(dict(average.named_modules()))
+        others: list[tuple[MaskedSite, MaskedSite]] = []
+        for site in self._sites:
+            if not isinstance(site, MaskedSite):
+                raise TypeError(f"{site.weight.module} is compact: masks are put on masked layers")
+            other = MaskedSite(average, site.weight, self._method.fine)
+            if site.weight.module not in there or not other.masked_like(site):
+                raise ValueError(f"{site.weight.name} is not masked there as in the pruner's model: take its copy")
+            others.append((other, site))
+        for other, site in others:
+            other.follow(site)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's state."""
         return {

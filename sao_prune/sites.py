@@ -99,6 +99,21 @@ class MaskedSite(Site):
     def values(self) -> Tensor:
         return self.parameter.detach() * self._mask()
 
+    def masked_like(self, other: MaskedSite) -> bool:
+        """Whether it has a mask of the shape that another layer's has."""
+        mask = getattr(self._model.get_submodule(self.weight.module), f"{self.weight.tensor}_mask", None)
+        return isinstance(mask, Tensor) and mask.shape == other._mask().shape
+
+    @torch.no_grad()
+    def follow(self, other: MaskedSite) -> None:
+        """Take over the mask of the same layer in another model."""
+        mask = other._mask().to(self._mask())
+        for path, tensor in ((self.weight.module, self.weight.tensor), *self.weight.aliases):
+            module = self._model.get_submodule(path)
+            getattr(module, f"{tensor}_mask").copy_(mask)
+            self.parameter.data.mul_(mask.to(self.parameter.dtype))
+            refresh(module)
+
     def settle(self) -> None:
         """Make the parameter zero outside its mask, so that entries that come start there."""
         self.parameter.data.mul_(self._mask())

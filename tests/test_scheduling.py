@@ -379,6 +379,23 @@ def test_closures_and_a_history_of_all_entries(search):
     assert losses[-1] < losses[3] - 0.02
 
 
+def test_masks_are_put_on_copies_alone():
+    model = network()
+    pruner = sao_prune.schedule(model, "lmp", sparsity=0.8, over=Schedule(1, 1), seed=0)
+    copied, pruned_otherwise = copy.deepcopy(model), network()
+    sao_prune.apply(pruned_otherwise, sparsity=0.5, method="lmp", exclude=["two*"])
+    pruner.step()
+    for other in (network(), pruned_otherwise, mlp(4, 4)):
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="is not masked there as in the pruner's model"):
+            pruner.impose(other)
+        assert same(before, snapshot(other))
+    pruner.impose(copied)
+    assert same(masks(copied), masks(model))
+    assert masks_hold(copied)
+    assert copied.two.weight_mask is not model.two.weight_mask
+
+
 def test_what_is_left_can_be_removed_saved_and_made_compact(tmp_path):
     model = network()
     pruner = sao_prune.schedule(model, Project(inputs=X), sparsity=0.75, over=Schedule(1, 2, 2), exclude=["two*"])

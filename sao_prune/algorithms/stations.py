@@ -91,7 +91,7 @@ class Stations(TorchFunctionMode):
                 continue
             owner = x if x._base is None else x._base
             # Views and conversions to what it is already are still the weight.
-            if isinstance(output, Tensor) and output.untyped_storage()._cdata == owner.untyped_storage()._cdata:
+            if isinstance(output, Tensor) and output.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr():
                 continue
             if id(owner) in self._watched:
                 anew |= self._halt(Use(id(owner), ()))

@@ -118,7 +118,14 @@ class BlockFit:
 
 
 def kept_blocks(matrix: Tensor, topology: BlockTopology) -> Blocks:
-    """The entries of ``(m, n)`` that stay, as block values on the CPU.
+    """The entries of a matrix that stay, as block values on the CPU.
+
+    Args:
+        matrix: ``(m, n)``.
+        topology: of the same shape.
+
+    Returns:
+        A tensor ``(blocks, r, c)`` a bucket.
 
     Example:
         >>> topology = BlockTopology(torch.tensor([0, 1]), torch.tensor([0, 1]))

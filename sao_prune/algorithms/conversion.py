@@ -27,7 +27,7 @@ from .sets import Sets
 from .stations import Visit, Watched, run
 from .streams import Sink
 from .tracer import Tracer
-from .uses import Stack
+from .uses import Stack, Use
 
 _UNREACHED = "the calibration data never reach it, so its values are kept"
 
@@ -148,7 +148,7 @@ class _Conversion:
             self._renew(key, [x for use in visit.uses for x in use.inputs])
         elif key == self._readout:
             self._refit(visit)
-        elif not visit.uses[0].inputs:
+        elif key in self._index and not self._followed(key, visit.uses[0]):
             self._keep(self._index[key])
             advance()
         elif key in self._matrices:
@@ -277,6 +277,11 @@ class _Conversion:
         solved = self._options.values != "keep" and self._allocations[index].groups > 1
         blocks = (kept_blocks(matrix, topologies[0]),) if solved else ()
         return Fitted(topologies, blocks, [energy], 0, 0.0, 0.0, 0.0)
+
+    def _followed(self, key: int, use: Use) -> bool:
+        """Whether a use of a weight tells its inputs, and which side of it they are on."""
+        transposed = self._allocations[self._index[key]].weight.transposed
+        return bool(use.inputs) and use.inputs_first in (None, transposed)
 
     def _keep(self, index: int) -> None:
         """A weight that is used in a way that is not told apart: from here on the copy has only the part that stays."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -47,6 +47,7 @@ class Use:
         variance, scale, eps: of a batch norm the running variance, the weight and what is added to the variance.
         stream: what the output is going to be added to, laid out and scaled like the output, where that is there.
         damping: factor on the ridge, where errors come back to the weight itself.
+        inputs_first: of a product whether inputs come before outputs in the weight.
     """
 
     key: int
@@ -59,6 +60,7 @@ class Use:
     eps: float = 1e-5
     stream: Tensor | None = None
     damping: float = 1.0
+    inputs_first: bool | None = None
 
 
 def projections(given: Mapping[str, Any], sources: tuple[Tensor, ...]) -> list[tuple[int, tuple[Tensor, ...], int]]:
@@ -79,9 +81,14 @@ def find_use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
     """What a call uses of the model: a weight, a batch norm in eval mode, or nothing that is told apart here."""
     if func is F.linear:
         given = dict(zip(("input", "weight", "bias"), args), **kwargs)
-        return Use(id(given["weight"]), (given["input"],), given.get("bias"))
+        owner, turned = _owner(given["weight"])
+        return Use(id(owner), (given["input"],), given.get("bias"), inputs_first=turned)
     if func is torch.addmm and len(args) == 3:
-        return Use(id(args[2]), (args[1],), args[0])
+        owner, turned = _owner(args[2])
+        return Use(id(owner), (args[1],), args[0], inputs_first=not turned)
+    if func in _PRODUCTS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
+        owner, turned = _owner(args[1])
+        return Use(id(owner), (args[0],), inputs_first=not turned) if isinstance(owner, nn.Parameter) else None
     if func in _CONVS:
         given, dims = dict(zip(_CONV_ARGUMENTS, args), **kwargs), _CONVS[func]
         weight = given["weight"]
@@ -101,6 +108,17 @@ def find_use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
             eps=given.get("eps", 1e-5),
         )
     return None
+
+
+def _owner(weight: Tensor) -> tuple[Tensor, bool]:
+    """The matrix that a view is all of and whether that is transposed; any other tensor as it is."""
+    base = weight._base
+    if base is None or base.dim() != 2 or weight.dim() != 2 or weight.storage_offset() != base.storage_offset():
+        return weight, False
+    if (weight.shape, weight.stride()) == (base.shape, base.stride()):
+        return base, False
+    turned = (weight.shape, weight.stride()) == (base.shape[::-1], base.stride()[::-1])
+    return (base, True) if turned else (weight, False)
 
 
 def _each(value: Any, dims: int) -> Any:

@@ -313,6 +313,52 @@ def test_what_keeps_its_values_is_converted_before_what_comes_after_it(first, wh
     assert report.pruned[-1].fidelity.error == pytest.approx(error.item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("how", ["T", "mT", "t", "linear", "addmm"])
+def test_products_with_a_transposed_weight_are_linear_layers(how):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            weight, bias = self.one.weight, self.one.bias
+            if how == "linear":
+                y = self.one(x)
+            elif how == "addmm":
+                y = torch.addmm(bias, x, weight.t())
+            else:
+                y = x @ (weight.t() if how == "t" else getattr(weight, how)) + bias
+            return self.two(torch.tanh(y))
+
+    torch.manual_seed(0)
+    net, x = Product(), correlated(60, 0, 6)
+    model, report = applied(net, x, 2, topology="interleaved", correct=False)
+    assert all(r.fidelity.error is not None for r in report.pruned)
+    wanted = net.one(x) - net.one.bias
+    given = x @ model.one.weight.T
+    error = (given - wanted).square().sum() / wanted.square().sum()
+    assert report.pruned[0].fidelity.error == pytest.approx(error.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["product", "linear", "addmm"])
+def test_a_square_weight_that_is_used_the_other_way_round_is_not_fitted(how):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+
+        def forward(self, x):
+            if how == "linear":
+                return self.two(F.linear(x, self.one.weight.t()))
+            return self.two(x @ self.one.weight if how == "product" else torch.addmm(x, x, self.one.weight))
+
+    torch.manual_seed(0)
+    net = Turned()
+    model, report = applied(net, correlated(60, 0, 6), 2)
+    assert "what it multiplies is not seen" in report.pruned[0].note
+    assert torch.equal(model.one.weight, net.one.weight * model.one.weight_mask)
+
+
 def test_weights_that_are_converted_on_the_way_are_still_seen():
     """Casts to what a weight is already, views of all of it and questions about it are no uses."""
 

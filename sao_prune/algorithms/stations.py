@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -159,12 +160,15 @@ def run(
     changed, whole = (
         [_Runner(m, tree_map(_cloned, batch), w, done, sinks) for batch in batches] for m, w in zip(models, watched)
     )
-    runners = changed + whole
+    runners, ways = changed + whole, _Ways(models[1], watched[1], batches)
     try:
         for runner in runners:
             runner.go()
         while waiting := [r for r in runners if r.use is not None]:
             key = waiting[0].key
+            for number, (runner, other) in enumerate(zip(changed, whole)):
+                if runner.key == key:
+                    ways.catch_up(number, other, key)
             here = [r for r in waiting if r.key == key]
             uses = [r.use for r in changed if r.use is not None and r.key == key]
             besides = [w.use for c, w in zip(changed, whole) if c.key == key and w.use is not None and w.key == key]
@@ -177,6 +181,41 @@ def run(
     finally:
         for runner in runners:
             runner.quit()
+
+
+class _Ways:
+    """The stations of the model that stays whole, batch by batch, known where it takes another way than the other one.
+
+    Where that one passes by what this one stops at, an expert that gets no example say, this one has to go on.
+    """
+
+    def __init__(self, model: nn.Module, watched: Watched, batches: Sequence[Any]) -> None:
+        self._model, self._watched, self._batches = model, watched, batches
+        self._found: dict[int, dict[int, int]] = {}
+
+    def catch_up(self, number: int, runner: _Runner, key: int) -> None:
+        """Take a runner to a station, if that still is ahead of it."""
+        if runner.key in (key, -1):
+            return
+        if number not in self._found:
+            self._found[number] = self._way(self._batches[number])
+        place = self._found[number]
+        while runner.use is not None and place.get(runner.key, len(place)) < place.get(key, -1):
+            runner.go()
+
+    def _way(self, batch: Any) -> dict[int, int]:
+        """Places of the stations in their order, from a run of a copy: the model itself is in the middle of one."""
+        copied, place = copy.deepcopy(self._model), dict[int, int]()
+        pairs = zip(*([*m.named_parameters(), *m.named_buffers()] for m in (self._model, copied)))
+        keys = {id(t): self._watched.keys[id(s)] for (_, s), (_, t) in pairs if id(s) in self._watched.keys}
+
+        def note(use: Use) -> bool:
+            place.setdefault(use.key, len(place))
+            return False
+
+        with torch.no_grad(), Stations(Watched(keys), note, {}):
+            call(copied, tree_map(_cloned, batch))
+        return place
 
 
 def _cloned(value: Any) -> Any:

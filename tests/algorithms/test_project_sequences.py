@@ -375,3 +375,40 @@ def test_weights_that_are_converted_on_the_way_are_still_seen():
 
     _, report = applied(Careful(), correlated(40, 0, 6), 2)
     assert all(r.fidelity.error is not None for r in report.pruned)
+
+
+class Ways(nn.Module):
+    """A fork whose way the data decide, and layers behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+        self.forks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        y = self.first(x)
+        large = bool(y[:, 0].abs().max() > 15)
+        for number, layer in enumerate(self.forks):
+            # The whole model goes through the first and the last of them, one with blocks through the others.
+            if large != (number == 1):
+                y = y + layer(y) / 10
+        return self.last(torch.tanh(y))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_models_that_take_other_ways_meet_again(together):
+    """What is behind a fork is fitted to what it gave in the whole model, whatever ways both took."""
+    torch.manual_seed(0)
+    net, x = Ways(), correlated(60, 0, 6)
+    x[:, 5] = 3 - torch.arange(60) % 2 * 6
+    with torch.no_grad():
+        # The first output reads only the last input, of which others say nothing: interleaved blocks take it away.
+        net.first.weight[0] = torch.tensor([0, 0, 0, 0, 0, 10])
+    wanted = net(x)
+    inputs = x if together else [x[:20], {"x": x[20:]}]
+    model, report = applied(net, inputs, 2, topology="interleaved", readout=False)
+    assert (model.first(x)[:, 0].abs().max() > 15) != (net.first(x)[:, 0].abs().max() > 15)
+    error = (model(x) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    last = next(r for r in report.pruned if r.name == "last.weight")
+    assert last.fidelity.error == pytest.approx(error.item(), rel=1e-2)
+    assert torch.allclose(model(x).mean(0), wanted.mean(0), atol=1e-3)

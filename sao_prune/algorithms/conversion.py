@@ -149,8 +149,9 @@ class _Conversion:
         elif key == self._readout:
             self._refit(visit)
         elif key in self._index and not self._followed(key, visit.uses[0]):
-            self._keep(self._index[key])
-            advance()
+            if self._index[key] not in self._pieces:
+                self._keep(self._index[key])
+                advance()
         elif key in self._matrices:
             index, number = self._matrices[key]
             if index not in self._pieces:
@@ -285,8 +286,6 @@ class _Conversion:
 
     def _keep(self, index: int) -> None:
         """A weight that is used in a way that is not told apart: from here on the copy has only the part that stays."""
-        if index in self._pieces:
-            return
         weight = self._allocations[index].weight
         module = self._model.get_submodule(weight.module)
         if isinstance(module, nn.RNNCellBase):

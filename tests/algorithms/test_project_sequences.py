@@ -412,3 +412,28 @@ def test_models_that_take_other_ways_meet_again(together):
     last = next(r for r in report.pruned if r.name == "last.weight")
     assert last.fidelity.error == pytest.approx(error.item(), rel=1e-2)
     assert torch.allclose(model(x).mean(0), wanted.mean(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_goes_on_with_every_layer_if_somebody_sees_it(terminal, monkeypatch, capsys):
+    class All(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts, self.layers, self.up = SomeExperts("linear"), nn.LSTM(8, 8), nn.ConvTranspose1d(8, 8, 3)
+
+        def forward(self, x):
+            return self.up(self.layers(self.experts(x))[0].T)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    counted = []
+    advance = Progress.advance
+    monkeypatch.setattr(Console, "is_terminal", terminal)
+    monkeypatch.setattr(Progress, "advance", lambda bar, task: (counted.append(bar.tasks[0].total), advance(bar, task)))
+    _, report = applied(All(), correlated(40, 0, 6), 2)
+    assert len(report.pruned) == 4
+    assert counted == ([4] * 4 if terminal else [])
+    printed = capsys.readouterr()
+    assert ("converting layers" in printed.err) == terminal
+    assert not printed.out

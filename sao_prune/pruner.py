@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from math import log
 from typing import Any
 
@@ -22,7 +22,7 @@ from .prune import MaskPruning, Snapshot, attach_all, settle_all, written
 from .reporting import LayerRecord, Report, done, skipped
 from .scheduling import Moves, Schedule
 from .seeds import Seed, base_seed, from_rank_zero
-from .sites import MaskedSite, Site, optimizers_in, site_of
+from .sites import MaskedSite, Site, forget_curvature, optimizers_of, site_of
 from .topology import BlockTopology, chain
 
 
@@ -174,18 +174,18 @@ class Pruner:
         """Count an optimizer step, and prune if the schedule says so.
 
         Args:
-            optimizer: a torch optimizer, a wrapper of one, or a list of several, whose states are zeroed where entries
-                vanish.
+            optimizer: a torch optimizer, a wrapper of one, or a list of those that train the model, whose states are
+                zeroed where entries vanish. L-BFGS, whose history is of all entries at once, begins anew.
 
         Returns:
             The `Report` of what is left if it pruned, else ``None``.
 
         Raises:
+            TypeError: if it is no optimizer.
             RuntimeError: if the masks are not those that the last pruning left, or no gradient was seen that the method
                 needs.
-            TypeError: if the optimizer is none.
         """
-        optimizers = optimizers_in(optimizer)
+        optimizers = optimizers_of(optimizer)
         self.count += 1
         try:
             report = self._catch_up(optimizers)
@@ -195,14 +195,44 @@ class Pruner:
         self._listen()
         return report
 
+    def impose(self, average: nn.Module) -> None:
+        """Put the masks of now on a copy of the model, in place: on a moving average, whose masks are averages too.
+
+        Args:
+            average: a model with the same masked layers, as ``ModelEmaV3(model).module`` of timm.
+
+        Raises:
+            TypeError: if the pruner works on compact layers, whose sets move along with their buffers.
+            ValueError: if a layer there is not masked as here; nothing is changed then.
+
+        Example:
+            >>> import copy, torch, sao_prune
+            >>> net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+            >>> pruner = sao_prune.schedule(net, "lmp", sparsity=0.75, over=sao_prune.Schedule(1, 1))
+            >>> average = copy.deepcopy(net)
+            >>> _ = pruner.step()
+            >>> pruner.impose(average)
+            >>> torch.equal(average[1].weight_mask, net[1].weight_mask)
+            True
+        """
+        there = set(dict(average.named_modules()))
+        others: list[tuple[MaskedSite, MaskedSite]] = []
+        for site in self._sites:
+            if not isinstance(site, MaskedSite):
+                raise TypeError(f"{site.weight.module} is compact: masks are put on masked layers")
+            other = MaskedSite(average, site.weight, self._method.fine)
+            if site.weight.module not in there or not other.masked_like(site):
+                raise ValueError(f"{site.weight.name} is not masked there as in the pruner's model: take its copy")
+            others.append((other, site))
+        for other, site in others:
+            other.follow(site)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's state."""
         return {
             "count": self.count,
             "seed": self._seed,
-            "method": self._method.name,
-            "options": _plain_options(self._method),
-            "schedule": asdict(self._schedule),
+            **self._asked(),
             "kept": dict(self._kept),
         }
 
@@ -210,24 +240,35 @@ class Pruner:
         """Go on where a saved run was; load the model's state too, which has the masks.
 
         Raises:
-            ValueError: if the state is of another schedule, method or model, or no state of a pruner.
+            ValueError: if the state is of another schedule, method, amount or model, or of something else; the pruner
+                is then as it was.
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"the state must be what Pruner.state_dict gave, got {state!r}")
-        mine = self.state_dict()
-        for name in ("method", "options", "schedule"):
-            # States from before options were kept have none.
-            theirs = state.get(name, mine["options"] if name == "options" else None)
-            if theirs != mine[name]:
-                raise ValueError(f"the state is of {name} {theirs!r}, this pruner has {mine[name]!r}")
-        if set(state.get("kept") or ()) != set(self._kept):
+        for name, mine in self._asked().items():
+            # States of earlier versions do not tell options and amounts.
+            given = state.get(name, mine if name in ("options", "amounts") else None)
+            if given != mine:
+                raise ValueError(f"the state is of {name} {given!r}, this pruner has {mine!r}")
+        if set(state.get("kept", ())) != set(self._kept):
             raise ValueError("the state is of a model with other pruned layers")
-        for name, least in (("count", 0), ("seed", None)):
+        for name in ("count", "seed"):
             value = state.get(name)
-            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-                raise ValueError(f"the state's {name} must be a whole number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or (name == "count" and value < 0):
+                raise ValueError(f"the state is of no pruner: its {name} is {value!r}")
         self.count, self._seed, self._kept = state["count"], state["seed"], dict(state["kept"])
         self._listen()
+
+    def _asked(self) -> dict[str, Any]:
+        """What stays the same from begin to end, in plain data."""
+        known = fields(self._method) if is_dataclass(self._method) else ()
+        options = [(f.name, getattr(self._method, f.name)) for f in known if f.repr]
+        return {
+            "method": self._method.name,
+            "options": {name: value for name, value in options if isinstance(value, str | int | float | None)},
+            "schedule": asdict(self._schedule),
+            "amounts": {} if self._method.moving else {a.weight.name: [a.groups, a.density] for a in self._final},
+        }
 
     def resume(self, count: int) -> None:
         """Go on after ``count`` optimizer steps with the masks that the model has, where its state alone was kept."""
@@ -249,7 +290,7 @@ class Pruner:
                 site.listen()
 
     @without_autocast()
-    def _catch_up(self, optimizers: Sequence[Any]) -> Report | None:
+    def _catch_up(self, optimizers: Sequence[torch.optim.Optimizer]) -> Report | None:
         if self.count not in self._schedule.events:
             return None
         settle_all(self._model)
@@ -273,6 +314,7 @@ class Pruner:
             with written(self._model, settlement.values):
                 for site, draw, prepared in zip(sites, drawn, new):
                     site.write(draw, prepared, optimizers)
+        forget_curvature(optimizers)
         asked_for, draws = list(self._final), [self._unmoved(site, unit) for site, unit in zip(self._sites, units)]
         notes = {draw.weight.name: draw.note for draw in draws} | {draw.weight.name: "" for draw in drawn}
         for index, allocation, draw in zip(live, stage.allocations, drawn):
@@ -344,8 +386,3 @@ class Pruner:
         done_ = "moved" if self._method.moving else "pruned"
         title = f"{done_}: {self._method.name}, after {self.count} optimizer steps"
         return Report(tuple(records), self._parameters, title)
-
-
-def _plain_options(method: Method) -> dict[str, Any]:
-    """The options of a method that are numbers or text, which a resumed run has to share."""
-    return {f.name: v for f in fields(method) if isinstance(v := getattr(method, f.name), int | float | str | None)}

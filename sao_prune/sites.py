@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,8 @@ class Site:
         """All of a draw that can fail, touching nothing."""
         raise NotImplementedError
 
-    def write(self, draw: Draw, prepared: Any, optimizers: Iterable[Any]) -> None:
-        """Carry out a draw: values, gradient and the optimizers' states."""
+    def write(self, draw: Draw, prepared: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Carry out a draw: values, gradient and the optimizers' state."""
         raise NotImplementedError
 
     def listen(self) -> None:
@@ -99,6 +99,21 @@ class MaskedSite(Site):
     def values(self) -> Tensor:
         return self.parameter.detach() * self._mask()
 
+    def masked_like(self, other: MaskedSite) -> bool:
+        """Whether it has a mask of the shape that another layer's has."""
+        mask = getattr(self._model.get_submodule(self.weight.module), f"{self.weight.tensor}_mask", None)
+        return isinstance(mask, Tensor) and mask.shape == other._mask().shape
+
+    @torch.no_grad()
+    def follow(self, other: MaskedSite) -> None:
+        """Take over the mask of the same layer in another model."""
+        mask = other._mask().to(self._mask())
+        for path, tensor in ((self.weight.module, self.weight.tensor), *self.weight.aliases):
+            module = self._model.get_submodule(path)
+            getattr(module, f"{tensor}_mask").copy_(mask)
+            self.parameter.data.mul_(mask.to(self.parameter.dtype))
+            refresh(module)
+
     def settle(self) -> None:
         """Make the parameter zero outside its mask, so that entries that come start there."""
         self.parameter.data.mul_(self._mask())
@@ -106,7 +121,7 @@ class MaskedSite(Site):
     def prepare(self, draw: Draw) -> Tensor:
         return draw.mask(self.parameter.detach())
 
-    def write(self, draw: Draw, prepared: Tensor, optimizers: Iterable[Any]) -> None:
+    def write(self, draw: Draw, prepared: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         weight, original = self.weight, self.parameter
         kept = prepared * self._mask()
         original.data.mul_(kept)
@@ -179,7 +194,10 @@ class CompactSite(Site):
         return before, after, values
 
     def write(
-        self, draw: Draw, prepared: tuple[BlockTopology, BlockTopology, Tensor | None], optimizers: Iterable[Any]
+        self,
+        draw: Draw,
+        prepared: tuple[BlockTopology, BlockTopology, Tensor | None],
+        optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
         layer, (before, after, values) = self._layer, prepared
         _move_inputs(layer, before, after, _state_of(optimizers, layer.blocks))
@@ -251,32 +269,38 @@ def mask_units(weight: PrunableWeight, mask: Tensor, fine: bool = False) -> Tens
     return (stacked.flatten(3).any(3) if weight.kernel and not fine else stacked).cpu()
 
 
-def optimizers_in(given: Any) -> list[Any]:
-    """The optimizers that a user names: none, one, a wrapper of one, or several.
+def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """What trains: the optimizers within wrappers.
+
+    Args:
+        given: an optimizer, a wrapper of one, several of them in a list, or ``None``.
 
     Raises:
         TypeError: for anything else.
-
-    Example:
-        >>> sgd = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
-        >>> len(optimizers_in(None)), len(optimizers_in(sgd)), len(optimizers_in([sgd, sgd]))
-        (0, 1, 2)
     """
     if given is None:
-        return []
+        return ()
     inner = given
-    while not isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, type) and hasattr(getattr(inner, "state", None), "get"):
-        return [inner]
-    if isinstance(inner, Iterable) and not isinstance(inner, str | dict | Tensor):
-        return [optimizer for one in inner for optimizer in optimizers_in(one)]
-    raise TypeError(
-        f"optimizer must be a torch.optim.Optimizer, a wrapper of one, or several of them in a list, got {given!r}"
-    )
+    while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)) is not None:
+        inner = wrapped
+    if isinstance(inner, Iterable) and not isinstance(inner, str | Mapping | Tensor):
+        return tuple(optimizer for one in inner for optimizer in optimizers_of(one))
+    if isinstance(inner, type) or not isinstance(getattr(inner, "state", None), Mapping):
+        raise TypeError(
+            "step takes a torch optimizer, a wrapper of one, or several of them in a list, whose states it makes zero "
+            f"where entries vanish; got {given!r}"
+        )
+    return (inner,)
 
 
-def _state_of(optimizers: Iterable[Any], parameter: nn.Parameter) -> list[Tensor]:
+def forget_curvature(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Begin L-BFGS anew: its history is of a function of other entries, and leads back to them."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.state.clear()
+
+
+def _state_of(optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter) -> list[Tensor]:
     """The optimizers' tensors of a parameter's own shape."""
     states = [optimizer.state.get(parameter) or {} for optimizer in optimizers]
     return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]

@@ -67,7 +67,7 @@ def test_several_optimizers_forget_what_moved(method, together):
 def test_what_is_no_optimizer_is_refused_and_nothing_has_moved(optimizer):
     model, pruner = network(Rewire(random=True))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, a wrapper of one, or several"):
+    with pytest.raises(TypeError, match="step takes a torch optimizer, a wrapper of one, or several"):
         pruner.step(optimizer)
     assert pruner.count == 0
     assert same(dict(before), dict(model.state_dict()))

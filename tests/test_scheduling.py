@@ -147,6 +147,31 @@ def test_all_at_once_is_apply(method):
     assert torch.equal(one.eval()(X), other.eval()(X))
 
 
+class Experts(nn.Module):
+    """Three matrices in one parameter, of different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 8, 12) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(torch.einsum("bi,eoi->bo", x, self.experts)))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_each_matrix_of_a_stack_ends_with_what_apply_leaves_it(method):
+    torch.manual_seed(0)
+    gradual = Experts()
+    at_once = copy.deepcopy(gradual)
+    pruner = sao_prune.schedule(gradual, method, sparsity=0.75, over=Schedule(1, 3, 3), seed=0, **ALL)
+    for _ in range(3):
+        pruner.step()
+    sao_prune.apply(at_once, sparsity=0.75, method=method, seed=0, **ALL)
+    left = [model.experts_mask.sum((1, 2)).tolist() for model in (gradual, at_once)]
+    assert left[0] == left[1]
+
+
 @given(
     st.integers(0, 50),
     st.integers(0, 50),
@@ -249,15 +274,126 @@ def test_a_layer_that_is_masked_no_more_is_noticed():
         pruner.step()
 
 
-def test_states_of_other_runs_are_refused():
-    pruner = sao_prune.schedule(network(), "lmp", sparsity=0.8, over=OVER)
-    for other in (
-        sao_prune.schedule(network(), "gmp", sparsity=0.8, over=OVER),
-        sao_prune.schedule(network(), "lmp", sparsity=0.8, over=Schedule(2, 9, 4)),
-        sao_prune.schedule(mlp(8, 8, 8, 8), "lmp", sparsity=0.8, over=OVER),
-    ):
-        with pytest.raises(ValueError, match="the state is of"):
-            pruner.load_state_dict(other.state_dict())
+@pytest.mark.parametrize(
+    ("method", "other", "options"),
+    [
+        ("lmp", "gmp", {}),
+        ("lmp", "lmp", {"over": Schedule(2, 9, 4)}),
+        ("lmp", "lmp", {"sparsity": 0.7}),
+        ("lmp", "lmp", {"exclude": ["one*"]}),
+        (RG(), RG(topology="interleaved"), {}),
+        (Project(inputs=X), Project(inputs=X, values="keep"), {}),
+    ],
+)
+def test_states_of_other_runs_are_refused(method, other, options):
+    common = {"sparsity": 0.8, "over": OVER, "seed": 0}
+    pruner = sao_prune.schedule(network(), method, **common)
+    before = pruner.state_dict()
+    state = sao_prune.schedule(network(), other, **{**common, **options}).state_dict()
+    with pytest.raises(ValueError, match="the state is of"):
+        pruner.load_state_dict(state)
+    assert pruner.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"count": None}, {"count": -1}, {"count": 2.0}, {"seed": "0"}, {"kept": {}}],
+    ids=str,
+)
+def test_what_is_no_state_is_refused(change):
+    pruner = sao_prune.schedule(network(), "lmp", sparsity=0.8, over=OVER, seed=0)
+    before = pruner.state_dict()
+    with pytest.raises(ValueError, match="the state is of"):
+        pruner.load_state_dict({**before, **change} if change else {})
+    assert pruner.state_dict() == before
+
+
+def test_states_of_earlier_versions_load():
+    pruner = sao_prune.schedule(network(), "lmp", sparsity=0.8, over=OVER, seed=0)
+    old = {key: value for key, value in pruner.state_dict().items() if key not in ("options", "amounts")}
+    pruner.load_state_dict({**old, "count": 1})
+    assert pruner.count == 1
+
+
+def test_several_optimizers_and_wrappers_of_them():
+    """Entries that go leave no momentum in any of the optimizers that train the model, as of Muon beside Adam."""
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = network()
+    pruner = sao_prune.schedule(model, "lmp", sparsity=0.8, over=Schedule(2, 2), seed=0)
+    first = [model.one.weight_orig, model.two.weight_orig]
+    known = {id(p) for p in first}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    optimizers = [torch.optim.Adam(first, 1e-2), torch.optim.SGD(rest, 1e-2, momentum=0.9)]
+    for _ in range(2):
+        F.cross_entropy(model(X), Y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        pruner.step([optimizers[0], Wrapper(Wrapper(optimizers[1]))])
+    looked = 0
+    for name, mask in masks(model).items():
+        parameter = model.get_parameter(name.removesuffix("_mask") + "_orig")
+        for state in (optimizer.state.get(parameter, {}) for optimizer in optimizers):
+            for value in state.values():
+                if value is not None and value.shape == mask.shape:
+                    looked += 1
+                    assert not bool(value[mask == 0].any())
+    assert looked >= 5
+
+
+@pytest.mark.parametrize("given", [5, "adam", [None], [torch.optim.SGD([torch.zeros(2)], 0.1), 5]], ids=str)
+def test_what_is_no_optimizer_is_refused_before_anything_changes(given):
+    model = network()
+    pruner = sao_prune.schedule(model, "lmp", sparsity=0.8, over=Schedule(1, 1), seed=0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="step takes a torch optimizer"):
+        pruner.step(given)
+    assert pruner.count == 0
+    assert same(dict(before), dict(model.state_dict()))
+    assert pruner.step() is not None
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_closures_and_a_history_of_all_entries(search):
+    """L-BFGS steps along directions of the past: none of them leads back to an entry that went."""
+    model = network().double()
+    x = X.double()
+    pruner = sao_prune.schedule(model, "lmp", sparsity=0.8, over=Schedule(1, 3, 3), seed=0)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.2, max_iter=4, line_search_fn=search)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), Y)
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(10):
+        losses.append(optimizer.step(closure).item())
+        pruner.step(optimizer)
+        for name, mask in masks(model).items():
+            assert not bool(model.get_parameter(name.removesuffix("_mask") + "_orig")[mask == 0].any())
+    assert losses[-1] < losses[3] - 0.02
+
+
+def test_masks_are_put_on_copies_alone():
+    model = network()
+    pruner = sao_prune.schedule(model, "lmp", sparsity=0.8, over=Schedule(1, 1), seed=0)
+    copied, pruned_otherwise = copy.deepcopy(model), network()
+    sao_prune.apply(pruned_otherwise, sparsity=0.5, method="lmp", exclude=["two*"])
+    pruner.step()
+    for other in (network(), pruned_otherwise, mlp(4, 4)):
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="is not masked there as in the pruner's model"):
+            pruner.impose(other)
+        assert same(before, snapshot(other))
+    pruner.impose(copied)
+    assert same(masks(copied), masks(model))
+    assert masks_hold(copied)
+    assert copied.two.weight_mask is not model.two.weight_mask
 
 
 def test_what_is_left_can_be_removed_saved_and_made_compact(tmp_path):

@@ -251,6 +251,23 @@ def test_pruning_while_it_trains():
             assert not bool(optimizer.state[module.weight_orig]["momentum_buffer"][module.weight_mask == 0].any())
 
 
+@pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
+def test_pruning_while_it_trains_with_an_average(kind):
+    net, optimizer, pruner = gradual()
+    average = getattr(timm.utils, kind)(net, decay=0.5)
+    for _ in range(12):
+        step(net, optimizer)
+        average.update(net)
+    masks = {name: mask for name, mask in net.named_buffers() if name.endswith("_mask")}
+    assert any(not torch.equal(average.module.get_buffer(name), mask) for name, mask in masks.items())
+    pruner.impose(average.module)
+    assert masks_hold(average.module)
+    assert all(torch.equal(average.module.get_buffer(name), mask) for name, mask in masks.items())
+    for name, mask in masks.items():
+        assert not bool(average.module.get_parameter(f"{name[:-5]}_orig")[mask == 0].any())
+    assert sao_prune.report(average.module).sparsity == pytest.approx(pruner.sparsity)
+
+
 def test_pruning_while_it_trains_resumes():
     net, optimizer, _ = gradual()
     for _ in range(4):

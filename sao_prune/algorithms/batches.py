@@ -73,13 +73,22 @@ def _input_of(model: nn.Module, batch: Any, number: int) -> Any:
     if isinstance(batch, Mapping):
         known = inspect.signature(model.forward).parameters
         every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-        batch = {key: value for key, value in batch.items() if every or key in known}
+        taken = {key: value for key, value in batch.items() if every or key in known}
+        if batch and not taken:
+            held, whose = ", ".join(map(str, batch)), f"{type(model).__name__}.forward"
+            raise ValueError(
+                f"calibration batch {number} holds {held}, of which {whose} takes nothing: it takes {', '.join(known)}"
+            )
+        batch = taken
     elif not isinstance(batch, Tensor):
         raise TypeError(
             f"calibration batch {number} is a {type(batch).__name__}: batches are tensors, mappings of keyword "
             "arguments, or tuples whose first element is one of these"
         )
     for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            layout = str(leaf.layout).removeprefix("torch.")
+            raise TypeError(f"calibration batch {number} holds a tensor of layout {layout}: make it dense")
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"calibration batch {number} holds NaN or infinite values")
     return batch

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,44 +15,21 @@ from .._torch import BatchNorm, ConvTransposeNd
 from ..allocation import Allocation
 from ..discovery import PrunableWeight
 from ..naming import dotted
-from ..seeds import named_generator
-from ..weights import BlockFit, Blocks, refitted
+from ..weights import kept_blocks, refitted
 from .base import Stage
-from .batches import Rows, moments, read_batches
+from .batches import moments, read_batches
 from .draw import Draw, Fidelity
-from .parts import Given, Part, largest_block, mean_energy
-from .rehearsal import consumers, evaluated, progress_bar, trial
+from .fitted import Fitted, Fitter, Options, few_rows, joined
+from .parts import Part, mean_energy
+from .rehearsal import consumers, evaluated, one_by_one, progress_bar, trial
 from .saliency import floats_as, seeded
 from .sets import Sets
-from .stations import Use, Visit, run
+from .stations import Visit, Watched, run
 from .streams import Sink
 from .tracer import Tracer
+from .uses import Stack, Use
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _UNREACHED = "the calibration data never reach it, so its values are kept"
-
-
-class Options(Protocol):
-    """What `convert` has to know of the method."""
-
-    @property
-    def inputs(self) -> object: ...
-    @property
-    def topology(self) -> str: ...
-    @property
-    def values(self) -> str: ...
-    @property
-    def ridge(self) -> float: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def correct(self) -> bool: ...
-    @property
-    def readout(self) -> bool: ...
-    @property
-    def shared_sets(self) -> bool: ...
 
 
 def convert(
@@ -83,7 +59,7 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         # A loader that shuffles draws its order from the global generator.
         batches = read_batches(model, options.inputs, options.samples)
-    copied, whole = evaluated(model), evaluated(model)
+    copied, whole = one_by_one(evaluated(model)), one_by_one(evaluated(model))
     dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
     batches = [floats_as(batch, dtype) for batch in batches]
     own = {name for name, _ in model.named_parameters()}
@@ -111,11 +87,15 @@ class _Conversion:
         seed: int,
         own: Collection[str],
     ) -> None:
-        self._options, self._model, self._allocations, self._seed = options, model, allocations, seed
+        self._options, self._model, self._allocations = options, model, allocations
         self.parameters = {
             a.weight.name: getattr(model.get_submodule(a.weight.module), a.weight.tensor) for a in allocations
         }
-        self._by_key = {id(self.parameters[a.weight.name]): i for i, a in enumerate(allocations)}
+        self._index = {id(self.parameters[a.weight.name]): i for i, a in enumerate(allocations)}
+        # Matrices of stacks have keys of their own, which are no ids.
+        places = [(i, n) for i, a in enumerate(allocations) if a.weight.stacked for n in range(a.weight.parts)]
+        self._matrices = {-2 - key: place for key, place in enumerate(places)}
+        self._pieces: dict[int, dict[int, Fitted]] = {}
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._norms: dict[int, str] = {}
         if options.correct:
@@ -128,7 +108,7 @@ class _Conversion:
         times = Counter(id(p) for _, p in names)
         # Biases and linear layers that stand in the model once, and in the original under the same name.
         self._single = {id(p): name for name, p in names if times[id(p)] == 1 and name in own and p.dim() <= 2}
-        self._sets = sets
+        self._fitter = Fitter(options, sets, seed)
         self._sinks: Mapping[int, Sink] = {}
         self._readout: int | None = None
         self._draws: dict[int, Draw] = {}
@@ -137,21 +117,29 @@ class _Conversion:
     @property
     def weights(self) -> frozenset[int]:
         """Ids of the weights."""
-        return frozenset(self._by_key)
+        return frozenset(self._index)
 
-    def watched(self, whole: nn.Module, tracer: Tracer) -> tuple[dict[int, int], dict[int, int]]:
+    def watched(self, whole: nn.Module, tracer: Tracer) -> tuple[Watched, Watched]:
         """Where to stop in the model that is converted, and in the whole one; keys are the ids of the former."""
         self._sinks = tracer.sinks
+        weights = [a.weight for a in self._allocations]
         twins = {
-            id(getattr(whole.get_submodule(a.weight.module), a.weight.tensor)): id(self.parameters[a.weight.name])
-            for a in self._allocations
+            id(getattr(whole.get_submodule(w.module), w.tensor)): id(self.parameters[w.name])
+            for w in weights
+            if not w.stacked
         }
         self._readout = tracer.last if self._options.readout and tracer.last in self._single else None
-        if self._readout in self._by_key:
+        if self._readout in self._index:
             self._readout = None
         if self._readout is not None:
             twins[id(whole.get_parameter(self._single[self._readout]))] = self._readout
-        return {key: key for key in (*twins.values(), *self._norms)}, twins
+        stacks = {
+            id(self.parameters[w.name]): Stack([k for k, (i, _) in self._matrices.items() if i == index], w.transposed)
+            for index, w in enumerate(weights)
+            if w.stacked
+        }
+        keys = {key: key for key in (*twins.values(), *self._norms)}
+        return Watched(keys, stacks), Watched(twins)
 
     def stop(self, advance: Callable[[], None], visit: Visit) -> None:
         """Convert what is about to be used."""
@@ -160,15 +148,26 @@ class _Conversion:
             self._renew(key, [x for use in visit.uses for x in use.inputs])
         elif key == self._readout:
             self._refit(visit)
+        elif key in self._index and not self._followed(key, visit.uses[0]):
+            if self._index[key] not in self._pieces:
+                self._keep(self._index[key])
+                advance()
+        elif key in self._matrices:
+            index, number = self._matrices[key]
+            if index not in self._pieces:
+                advance()
+            self._convert_one(visit, index, number)
         else:
-            self._convert(visit)
+            self._convert(visit, self._index[key])
             advance()
 
     def draws(self) -> list[Draw]:
         """One draw a weight, in the order of the allocations; what no data reached keeps its values."""
         for index, allocation in enumerate(self._allocations):
-            if index not in self._draws:
-                self._draws[index] = self._blind(index, allocation)
+            if index in self._pieces:
+                self._draws[index] = self._joined(index, allocation, self._pieces[index])
+            elif index not in self._draws:
+                self._draws[index] = self._blind(index)
         return [self._draws[index] for index in range(len(self._allocations))]
 
     def _renew(self, key: int, inputs: list[Tensor]) -> None:
@@ -194,7 +193,7 @@ class _Conversion:
         weight = self._model.get_parameter(name)
         before = weight.detach().clone()
         biased = self._options.correct and use.bias is not None and id(use.bias) in self._single
-        part = Part(self._given(name, len(weight), visit)[0], 0, 0, before, name)
+        part = Part(self._fitter.given(name, len(weight), visit)[0], 0, 0, before, name)
         # Cross-validation tells whether rows have anything to say, however poor the features became.
         part.measure(centred=biased, paired=True)
         weight.copy_(refitted(before, part.pairs(), centred=biased))
@@ -209,43 +208,28 @@ class _Conversion:
         draw = self._draws[index]
         self._draws[index] = replace(draw, also={**draw.also, name: value.detach().cpu().clone()})
 
-    def _convert(self, visit: Visit) -> None:
+    def _convert(self, visit: Visit, index: int) -> None:
         start, use = perf_counter(), visit.uses[0]
-        index = self._by_key[use.key]
         allocation = self._allocations[index]
         weight, parameter = allocation.weight, self.parameters[allocation.weight.name]
         biased = self._options.correct and use.bias is not None and id(use.bias) in self._names
         normed = self._options.correct and self._sinks.get(use.key, Sink()).norm is not None
         before = _stacked(weight, parameter).clone()
-        given = self._given(weight.name, weight.parts * weight.matrix[0], visit)
+        given = self._fitter.given(weight.name, weight.parts * weight.matrix[0], visit)
         shared = len(given) < weight.parts
         parts = [
             Part(given[0 if shared else n], n, n if shared else 0, before[n], weight.name) for n in range(weight.parts)
         ]
-        for part in parts:
-            part.measure(centred=biased or normed)
-        topologies = self._sets(index, [part.energy for part in parts])
-        fits = [part.fit(topology) for part, topology in zip(parts, topologies)]
-        blocks = tuple(self._values(fit) for fit in fits) if self._options.values != "keep" else ()
-        if allocation.groups == 1:
-            blocks = ()
-        draw = Draw(weight, topologies, blocks, solved=True)
+        fitted = self._fitter.fit(
+            index, parts, centred=biased or normed, split=allocation.groups > 1, damping=use.damping
+        )
+        draw = Draw(weight, fitted.topologies, fitted.blocks, solved=True)
         draw.write_(parameter)
         parameter.mul_(draw.mask(parameter))
-        kept, after, total = 0.0, 0.0, 0.0
-        for number, fit in enumerate(fits):
-            kept += fit.lost
-            after += fit.error(blocks[number]) * fit.total if blocks else fit.lost
-            total += fit.total
-        energy = mean_energy([part.energy for part in parts], topologies)
-        rows, needed = parts[0].count, largest_block(topologies, weight)
-        note = ""
-        if blocks and rows < needed:
-            note = f"{rows} rows for blocks of {needed} inputs: the ridge settles the rest"
-        shares = (kept / total, after / total) if total > 0 else (0.0, 0.0)
-        fidelity = Fidelity(energy, *shares, rows, perf_counter() - start)
-        if index in self._sets.taken_over:
+        note = few_rows(fitted, weight)
+        if index in self._fitter.sets.taken_over:
             note = "; ".join(filter(None, (note, "its input sets are the output sets of the layer before it")))
+        fidelity = fitted.fidelity(perf_counter() - start)
         self._draws[index], self._last = replace(draw, fidelity=fidelity, note=note), index
         if biased:
             assert use.bias is not None
@@ -254,49 +238,77 @@ class _Conversion:
             use.bias[use.bias_at : use.bias_at + len(shift)] += shift.to(use.bias)
             self._also(index, self._names[id(use.bias)], use.bias)
 
-    def _given(self, name: str, width: int, visit: Visit) -> list[Given]:
-        """Rows for each of a layer's inputs, the same rows of both models."""
-        out = []
-        for source in range(len(visit.uses[0].inputs)):
-            here = [use.inputs[source] for use in visit.uses]
-            there = [use.inputs[source] for use in visit.whole or ()]
-            rows, whole = (
-                Rows(x, self._options.rows, named_generator(self._seed, "rows", name, source), visit.uses[0].conv)
-                for x in (here, there or here)
-            )
-            if [x.shape for x in here] != [x.shape for x in there]:
-                out.append(Given(rows))
-                continue
-            gaps = [gap for use, other in zip(visit.uses, visit.whole or ()) for gap in _gap(use, other)]
-            out.append(Given(rows, whole, gaps if len(gaps) == len(here) and rows.match(gaps, width) else ()))
-        return out
+    def _convert_one(self, visit: Visit, index: int, number: int) -> None:
+        """One matrix of a stack. Which examples come to it depends on others, so it stands for itself."""
+        start, allocation = perf_counter(), self._allocations[index]
+        weight = allocation.weight
+        stack = self.parameters[weight.name].view(weight.parts, *weight.shape[-2:])
+        one = replace(weight, shape=weight.shape[-2:], parts=1, stacked=False)
+        before = one.matrices(stack[number])[0].clone()
+        given = self._fitter.given(f"{weight.name}.{number}", weight.matrix[0], Visit(visit.uses, None))
+        part = Part(given[0], 0, 0, before, weight.name)
+        fitted = self._fitter.fit(index, [part], centred=False, split=allocation.groups > 1, first=number)
+        draw = Draw(one, fitted.topologies, fitted.blocks)
+        draw.write_(stack[number])
+        stack[number].mul_(draw.mask(stack[number]))
+        self._pieces.setdefault(index, {})[number] = replace(fitted, seconds=perf_counter() - start)
+        # What comes after it on the way, as statistics of norms, is put beside it.
+        self._draws.setdefault(index, Draw(weight))
+        self._last = index
 
-    def _values(self, fit: BlockFit) -> Blocks:
-        blocks = fit.values(self._options.ridge)
-        return fit.orthogonal(blocks) if self._options.values == "orthogonal" else blocks
-
-    def _blind(self, index: int, allocation: Allocation) -> Draw:
-        """Sets by the energy of the weight alone, values kept."""
+    def _joined(self, index: int, allocation: Allocation, pieces: Mapping[int, Fitted]) -> Draw:
+        """A stack of which some matrices were converted; the others keep their values."""
         start, weight = perf_counter(), allocation.weight
         matrices = _stacked(weight, self.parameters[weight.name])
-        energies = [matrix[..., None].flatten(2).square().sum(2) for matrix in matrices]
-        topologies = self._sets(index, energies)
+        whole = [pieces[n] if n in pieces else self._unreached(index, n, one) for n, one in enumerate(matrices)]
+        told = joined(list(pieces.values()))
+        seconds = perf_counter() - start + told.seconds
+        note, absent = few_rows(told, weight), len(whole) - len(pieces)
+        if absent:
+            kept = f"the calibration data never reach {absent} of {len(whole)} matrices, so their values are kept"
+            note = "; ".join(filter(None, (note, kept)))
+        so_far, all_of_it = self._draws[index], joined(whole)
+        draw = Draw(weight, all_of_it.topologies, all_of_it.blocks, also=so_far.also, solved=True)
+        return replace(draw, fidelity=told.fidelity(seconds), note="; ".join(filter(None, (note, so_far.note))))
+
+    def _unreached(self, index: int, number: int, matrix: Tensor) -> Fitted:
+        """A matrix of a stack that no data reach, on sets by the energy of its own."""
+        energy = matrix.square()
+        topologies = self._fitter.sets(index, [energy], number)
+        solved = self._options.values != "keep" and self._allocations[index].groups > 1
+        blocks = (kept_blocks(matrix, topologies[0]),) if solved else ()
+        return Fitted(topologies, blocks, [energy], 0, 0.0, 0.0, 0.0)
+
+    def _followed(self, key: int, use: Use) -> bool:
+        """Whether a use of a weight tells its inputs, and which side of it they are on."""
+        transposed = self._allocations[self._index[key]].weight.transposed
+        return bool(use.inputs) and use.inputs_first in (None, transposed)
+
+    def _keep(self, index: int) -> None:
+        """A weight that is used in a way that is not told apart: from here on the copy has only the part that stays."""
+        weight = self._allocations[index].weight
         module = self._model.get_submodule(weight.module)
-        if isinstance(module, _RECURRENT):
-            note = "recurrent: its inputs are not seen step by step, so its values are kept"
+        if isinstance(module, nn.RNNCellBase):
+            why = "recurrent cell: its inputs are not seen step by step"
         elif isinstance(module, ConvTransposeNd):
-            note = "transposed convolution: its values are kept"
+            why = "transposed convolution"
+        elif weight.standardised:
+            why = "it standardises its weight"
         else:
-            note = _UNREACHED
+            why = "what it multiplies is not seen"
+        draw = self._blind(index, f"{why}, so its values are kept")
+        parameter = self.parameters[weight.name]
+        parameter.mul_(draw.mask(parameter))
+        self._draws[index], self._last = draw, index
+
+    def _blind(self, index: int, note: str = _UNREACHED) -> Draw:
+        """Sets by the energy of the weight alone, values kept."""
+        start, weight = perf_counter(), self._allocations[index].weight
+        matrices = _stacked(weight, self.parameters[weight.name])
+        energies = [matrix[..., None].flatten(2).square().sum(2) for matrix in matrices]
+        topologies = self._fitter.sets(index, energies)
         fidelity = Fidelity(mean_energy(energies, topologies), None, None, 0, perf_counter() - start)
         return Draw(weight, topologies, fidelity=fidelity, note=note)
-
-
-def _gap(use: Use, whole: Use) -> list[Tensor]:
-    """What a residual stream lacks of that of the whole model, if both are known."""
-    if use.stream is None or whole.stream is None or use.stream.shape != whole.stream.shape:
-        return []
-    return [whole.stream - use.stream]
 
 
 def _stacked(weight: PrunableWeight, parameter: Tensor) -> Tensor:

@@ -118,9 +118,7 @@ class LMP(Method):
         """Keep the top units of each weight among those that are left."""
         draws = []
         for allocation, units, scores in zip(stage.allocations, stage.units, _all_scores(stage.allocations, weights)):
-            count = min(round(allocation.density * scores.numel()), int(units.sum()))
-            ranked = torch.where(units.to(scores.device), scores, -1)
-            draws.append(Draw(allocation.weight, units=keep_top(ranked, count)))
+            draws.append(Draw(allocation.weight, units=_keep_local(allocation, scores, units.to(scores.device))))
         return draws
 
 
@@ -182,11 +180,19 @@ class LRP(Method):
         return self.draw(stage.allocations, weights, seed)
 
 
-def _keep_local(allocation: Allocation, scores: Tensor) -> Tensor:
-    """The top units of a weight, of each matrix where it is a stack."""
+def _keep_local(allocation: Allocation, scores: Tensor, among: Tensor | None = None) -> Tensor:
+    """The top units of a weight, of each matrix where it is a stack, among those that may stay."""
     if allocation.weight.stacked:
-        return torch.stack([keep_top(one, round(allocation.density * one.numel())) for one in scores])
-    return keep_top(scores, round(allocation.density * scores.numel()))
+        left = [None] * len(scores) if among is None else among
+        return torch.stack([_top(allocation, one, own) for one, own in zip(scores, left)])
+    return _top(allocation, scores, among)
+
+
+def _top(allocation: Allocation, scores: Tensor, among: Tensor | None) -> Tensor:
+    count = round(allocation.density * scores.numel())
+    if among is None:
+        return keep_top(scores, count)
+    return keep_top(torch.where(among, scores, -1), min(count, int(among.sum())))
 
 
 def _all_scores(allocations: Sequence[Allocation], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -65,7 +65,7 @@ class Part:
         With ``paired`` it is not asked whether rows of the two models belong together.
 
         Raises:
-            ValueError: if the inputs are not finite.
+            ValueError: if the inputs or the energies are not finite.
         """
         self._centred = centred
         self.mean, variance, finite = moments(self._chunks(self._given.rows))
@@ -74,6 +74,13 @@ class Part:
         second = variance if centred else variance + self.mean.square()
         energy = (self._weight.square() * second.to(self._weight).view(1, -1, self._weight.shape[2])).sum(2)
         self.energy = energy if bool(energy.any()) else self._weight.square().sum(2)
+        # With room for the sums of squares that the fit takes.
+        sums = float(second.max()) * self.count
+        if not bool(torch.isfinite(self.energy.sum())) or sums > torch.finfo(self._weight.dtype).max:
+            raise ValueError(
+                f"the energy of {self._name} is not finite: the weight holds NaN or infinite values, or its inputs are "
+                "too large for squares on the calibration data"
+            )
         if self._given.whole is not None:
             self._mean_whole = moments(self._chunks(self._given.whole))[0]
             if not paired and not self._related():

@@ -34,8 +34,12 @@ class Project(Method):
     branch, in sight of norms, dropout and layer scale, it also makes up for what the residual stream has lost up to
     there. So errors are corrected on the way instead of adding up. Biases take up the difference of the means, batch
     norms in the converted part new statistics, and a last linear layer that stays dense is fitted to the features that
-    it gets now. Linear layers, convolutions (grouped too) and attention; recurrent layers and transposed convolutions
-    keep their values on sets of their own energy, and the report says so.
+    it gets now.
+
+    Linear layers, convolutions (grouped too), attention, recurrent layers over all steps of a sequence (recurrent
+    weights stay a hundred times nearer to the values kept, for what a step gets wrong comes back to it) and experts,
+    each for the examples that come to it. What is used otherwise keeps its values on sets of its own energy, and the
+    report says so: transposed convolutions, recurrent cells, weights that are standardised.
 
     Of no use to a model that is not trained: there `SAO` draws values that train.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -37,6 +38,15 @@ def evaluated(model: nn.Module) -> nn.Module:
     if any(p.is_floating_point() and p.element_size() < 4 for p in copied.parameters()):
         copied.float()
     return copied.eval().requires_grad_(False)
+
+
+def one_by_one(model: nn.Module) -> nn.Module:
+    """The same model, a copy, with experts of transformers that are computed one after another, not grouped."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
+    return model
 
 
 def trial(model: nn.Module, batch: object, weights: Iterable[int]) -> Tracer:

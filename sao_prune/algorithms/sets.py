@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..allocation import Allocation
@@ -46,14 +47,15 @@ class Sets:
         self._given: dict[int, Tensor] = {}
         self.taken_over: set[int] = set()
 
-    def __call__(self, index: int, energies: list[Tensor]) -> tuple[BlockTopology, ...]:
-        """One topology for each of a weight's matrices, given the energies of their entries."""
+    def __call__(self, index: int, energies: list[Tensor], first: int = 0) -> tuple[BlockTopology, ...]:
+        """One topology for each of a weight's matrices from the ``first`` on, given the energies of their entries."""
         if self._kind != "clustered":
             return self._by_rule(index, len(energies))
         now: list[BlockTopology | None] = [None] * len(energies)
         if self._stage is not None:
-            now = [BlockTopology.from_mask(unit) for unit in self._stage.units[index]]
-        found = tuple(self._searched(index, part, energy, now[part]) for part, energy in enumerate(energies))
+            own = self._stage.units[index][first : first + len(energies)]
+            now = [BlockTopology.from_mask(unit) for unit in own]
+        found = tuple(self._searched(index, first + n, energy, now[n]) for n, energy in enumerate(energies))
         if index in self._feeds:
             self._given[self._feeds[index][0]] = found[0].row_set
         return found
@@ -69,7 +71,7 @@ class Sets:
         return (coarsened(made, allocation.groups),) * parts
 
     def _searched(self, index: int, part: int, energy: Tensor, now: BlockTopology | None) -> BlockTopology:
-        allocation, sizes = self._allocations[index], self._sizes(index)
+        allocation, sizes, energy = self._allocations[index], self._sizes(index), _moderate(energy)
         generator = named_generator(self._seed, "clusters", allocation.weight.name, part, allocation.groups)
         if index in self._given:
             found = followed(energy, self._given[index], sizes, now)
@@ -94,3 +96,9 @@ class Sets:
 
     def _final(self, index: int) -> Allocation:
         return self._allocations[index] if self._stage is None else self._stage.final[index]
+
+
+def _moderate(energy: Tensor) -> Tensor:
+    """Very large or small energies times a power of two, which changes no choice and leaves room for sums."""
+    exponent = int(torch.frexp(energy.max()).exponent)
+    return energy if abs(exponent) < 64 else torch.ldexp(energy, torch.tensor(-exponent, device=energy.device))

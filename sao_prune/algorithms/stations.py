@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,75 +16,99 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_map
 from ..discovery import call
+from .recurrence import recurrent, recurrent_uses
 from .streams import Retained, Sink
+from .uses import Stack, Use, attention_arguments, find_use, projections, stack_uses
 
-_CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_ATTENTION = inspect.signature(F.multi_head_attention_forward)
-_NORM = inspect.signature(F.batch_norm)
+Stop = Callable[[Use], bool]
 
 
 @dataclass(frozen=True)
-class Use:
-    """One tensor of the model at work: a weight with its inputs, or the running mean of a batch norm.
+class Watched:
+    """What to stop at in a model.
 
     Attributes:
-        key: id of the weight or of the running mean.
-        inputs: one tensor for each of the weight's parts, or one for all of them.
-        bias: what is added to the output, from entry ``bias_at`` on.
-        conv: of a convolution ``kernel``, ``stride``, ``padding`` and ``dilation``.
-        variance, scale, eps: of a batch norm the running variance, the weight and what is added to the variance.
-        stream: what the output is going to be added to, laid out and scaled like the output, where that is there.
+        keys: ids of weights and of running means, each with the key that it shall be known by.
+        stacks: by the ids of weights, whose matrices have keys of their own.
     """
 
-    key: int
-    inputs: tuple[Tensor, ...]
-    bias: Tensor | None = None
-    bias_at: int = 0
-    conv: Mapping[str, Any] | None = None
-    variance: Tensor | None = None
-    scale: Tensor | None = None
-    eps: float = 1e-5
-    stream: Tensor | None = None
-
-
-Stop = Callable[[Use], None]
+    keys: Mapping[int, int]
+    stacks: Mapping[int, Stack] = field(default_factory=dict)
 
 
 class Stations(TorchFunctionMode):
     """Calls ``stop`` before a watched weight or batch norm is used, so that it may change it; inside, nothing is.
 
+    Where a call makes something of a weight in a way that is not told apart, the weight comes without inputs.
+
     Args:
-        watched: ids of weights and of running means, each with the key that ``stop`` shall know it by.
-        stop: what to call.
+        watched: what to stop at.
+        stop: what to call; tells whether it has not been there before.
         sinks: of weights, by key: their residual streams are handed to ``stop``.
     """
 
-    def __init__(self, watched: Mapping[int, int], stop: Stop, sinks: Mapping[int, Sink]) -> None:
+    def __init__(self, watched: Watched, stop: Stop, sinks: Mapping[int, Sink]) -> None:
         super().__init__()
-        self._watched, self._stop, self._streams = watched, stop, Retained(sinks)
+        self._watched, self._stop, self._streams = watched.keys, stop, Retained(sinks)
+        self._stacks = watched.stacks
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, number = kwargs or {}, self._streams.count()
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
-        use = find_use(func, args, kwargs)
-        if use is not None and use.key in self._watched:
-            self._halt(use)
+        known = list(self._uses(func, args, kwargs))
         output = func(*args, **kwargs)
+        if not known and self._touched(func, args, kwargs, output):
+            output = func(*args, **kwargs)
         self._streams.note(number, output)
         return output
 
-    def _halt(self, use: Use) -> None:
+    def _uses(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[Use]:
+        """Stop at what a call uses."""
+        use = find_use(func, args, kwargs)
+        if use is not None and use.key in self._watched:
+            self._halt(use)
+            yield use
+        elif any(id(weight) in self._watched for weight in recurrent(func, args)):
+            for use in recurrent_uses(func, args):
+                if use.key in self._watched:
+                    self._halt(use)
+                yield use
+        elif self._stacks:
+            for use in stack_uses(func, args, kwargs, self._stacks):
+                self._stop(use)
+                yield use
+
+    def _touched(self, func: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> bool:
+        """Stop at weights of which a call has made something; tells whether it is to be made anew."""
+        name, anew = getattr(func, "__name__", ""), False
+        made = output if isinstance(output, tuple) else (output,)
+        if not any(isinstance(y, Tensor) for y in made) or name.endswith(("_like", "_as")) or name.startswith("new_"):
+            return False
+        if name == "to":
+            args, kwargs = args[:1], {}
+        for x in (*args, *kwargs.values()):
+            if not isinstance(x, Tensor) or x is output:
+                continue
+            owner = x if x._base is None else x._base
+            # Views and conversions to what it is already are still the weight.
+            if isinstance(output, Tensor) and output.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr():
+                continue
+            if id(owner) in self._watched:
+                anew |= self._halt(Use(id(owner), ()))
+            elif id(owner) in self._stacks:
+                anew |= self._stop(Use(id(owner), ()))
+        return anew and not any(x is output for x in args)
+
+    def _halt(self, use: Use) -> bool:
         key = self._watched[use.key]
-        self._stop(replace(use, key=key, stream=self._streams.take(key)))
+        return self._stop(replace(use, key=key, stream=self._streams.take(key)))
 
     def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Attention is one call that uses up to four weights: stop before the inner ones and before the last."""
-        bound = _ATTENTION.bind(*args, **kwargs)
-        given = bound.arguments
+        given = attention_arguments(args, kwargs)
         sources = tuple(given[name] for name in ("query", "key", "value"))
-        for key, inputs, bias_at in _projections(given, sources):
+        for key, inputs, bias_at in projections(given, sources):
             if key in self._watched:
                 self._halt(Use(key, inputs, given.get("in_proj_bias"), bias_at))
         weight, bias = given["out_proj_weight"], given["out_proj_bias"]
@@ -92,59 +116,9 @@ class Stations(TorchFunctionMode):
             return func(*args, **kwargs)
         given["out_proj_weight"] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         given["out_proj_bias"] = None
-        mixed, scores = func(*bound.args, **bound.kwargs)
+        mixed, scores = func(**given)
         self._halt(Use(id(weight), (mixed,), bias))
         return F.linear(mixed, weight, bias), scores
-
-
-def _projections(given: Mapping[str, Any], sources: tuple[Tensor, ...]) -> list[tuple[int, tuple[Tensor, ...], int]]:
-    """Key and inputs of each input projection, and where its bias begins in the one that they share."""
-    if not given.get("use_separate_proj_weight"):
-        return [(id(given["in_proj_weight"]), sources, 0)]
-    weights = [given[f"{letter}_proj_weight"] for letter in "qkv"]
-    width = weights[0].shape[0]
-    return [(id(w), (source,), place * width) for place, (w, source) in enumerate(zip(weights, sources))]
-
-
-def attention_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
-    """What a call of `torch.nn.functional.multi_head_attention_forward` is given, by name."""
-    return dict(_ATTENTION.bind(*args, **kwargs).arguments)
-
-
-def find_use(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Use | None:
-    """What a call uses of the model: a weight, a batch norm in eval mode, or nothing that is told apart here."""
-    if func is F.linear:
-        given = dict(zip(("input", "weight", "bias"), args), **kwargs)
-        return Use(id(given["weight"]), (given["input"],), given.get("bias"))
-    if func is torch.addmm and len(args) == 3:
-        return Use(id(args[2]), (args[1],), args[0])
-    if func in _CONVS:
-        given, dims = dict(zip(_CONV_ARGUMENTS, args), **kwargs), _CONVS[func]
-        weight = given["weight"]
-        conv: dict[str, Any] = {"kernel": tuple(weight.shape[2:])}
-        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            conv[name] = _each(given.get(name, default), dims)
-        return Use(id(weight), (given["input"],), given.get("bias"), conv=conv)
-    if func is F.batch_norm:
-        given = _NORM.bind(*args, **kwargs).arguments
-        if given.get("running_mean") is None or given.get("running_var") is None:
-            return None
-        return Use(
-            id(given["running_mean"]),
-            (given["input"],),
-            variance=given["running_var"],
-            scale=given.get("weight"),
-            eps=given.get("eps", 1e-5),
-        )
-    return None
-
-
-def _each(value: Any, dims: int) -> Any:
-    """One number a dimension; words such as ``"same"`` as they are."""
-    if isinstance(value, str):
-        return value
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * dims if len(numbers) == 1 else numbers
 
 
 @dataclass(frozen=True)
@@ -162,7 +136,7 @@ class Visit:
 
 def run(
     models: tuple[nn.Module, nn.Module],
-    watched: tuple[Mapping[int, int], Mapping[int, int]],
+    watched: tuple[Watched, Watched],
     batches: Sequence[Any],
     stop: Callable[[Visit], None],
     sinks: Mapping[int, Sink],
@@ -176,7 +150,7 @@ def run(
 
     Args:
         models: the one that ``stop`` changes, and the one that stays whole.
-        watched: of each the ids to stop at, with the keys that both share.
+        watched: of each what to stop at, with keys that both share.
         batches: the data.
         stop: called with every key of the first model.
         sinks: by key, as `Stations` takes them.
@@ -186,12 +160,15 @@ def run(
     changed, whole = (
         [_Runner(m, tree_map(_cloned, batch), w, done, sinks) for batch in batches] for m, w in zip(models, watched)
     )
-    runners = changed + whole
+    runners, ways = changed + whole, _Ways(models[1], watched[1], batches)
     try:
         for runner in runners:
             runner.go()
         while waiting := [r for r in runners if r.use is not None]:
             key = waiting[0].key
+            for number, (runner, other) in enumerate(zip(changed, whole)):
+                if runner.key == key:
+                    ways.catch_up(number, other, key)
             here = [r for r in waiting if r.key == key]
             uses = [r.use for r in changed if r.use is not None and r.key == key]
             besides = [w.use for c, w in zip(changed, whole) if c.key == key and w.use is not None and w.key == key]
@@ -206,6 +183,41 @@ def run(
             runner.quit()
 
 
+class _Ways:
+    """The stations of the model that stays whole, batch by batch, known where it takes another way than the other one.
+
+    Where that one passes by what this one stops at, an expert that gets no example say, this one has to go on.
+    """
+
+    def __init__(self, model: nn.Module, watched: Watched, batches: Sequence[Any]) -> None:
+        self._model, self._watched, self._batches = model, watched, batches
+        self._found: dict[int, dict[int, int]] = {}
+
+    def catch_up(self, number: int, runner: _Runner, key: int) -> None:
+        """Take a runner to a station, if that still is ahead of it."""
+        if runner.key in (key, -1):
+            return
+        if number not in self._found:
+            self._found[number] = self._way(self._batches[number])
+        place = self._found[number]
+        while runner.use is not None and place.get(runner.key, len(place)) < place.get(key, -1):
+            runner.go()
+
+    def _way(self, batch: Any) -> dict[int, int]:
+        """Places of the stations in their order, from a run of a copy: the model itself is in the middle of one."""
+        copied, place = copy.deepcopy(self._model), dict[int, int]()
+        pairs = zip(*([*m.named_parameters(), *m.named_buffers()] for m in (self._model, copied)))
+        keys = {id(t): self._watched.keys[id(s)] for (_, s), (_, t) in pairs if id(s) in self._watched.keys}
+
+        def note(use: Use) -> bool:
+            place.setdefault(use.key, len(place))
+            return False
+
+        with torch.no_grad(), Stations(Watched(keys), note, {}):
+            call(copied, tree_map(_cloned, batch))
+        return place
+
+
 def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
@@ -218,7 +230,7 @@ class _Runner:
     """A forward pass in a thread of its own; one at a time runs, the others wait at their stations."""
 
     def __init__(
-        self, model: nn.Module, batch: Any, watched: Mapping[int, int], done: set[int], sinks: Mapping[int, Sink]
+        self, model: nn.Module, batch: Any, watched: Watched, done: set[int], sinks: Mapping[int, Sink]
     ) -> None:
         self._model, self._batch, self._watched, self._done, self._sinks = model, batch, watched, done, sinks
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
@@ -249,14 +261,15 @@ class _Runner:
             self._mine.release()
         self._thread.join()
 
-    def _stop(self, use: Use) -> None:
+    def _stop(self, use: Use) -> bool:
         if use.key in self._done:
-            return
+            return False
         self.use = use
         self._theirs.release()
         self._mine.acquire()
         if self._quit:
             raise _Quit
+        return True
 
     def _work(self) -> None:
         self._mine.acquire()

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .stations import Use, attention_arguments, find_use
 from .streams import Sink, Step
+from .uses import Use, attention_arguments, find_use
 
 _TURNS = {
     torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ class Tracer(TorchFunctionMode):
             self._start(id(weight), output[0], number)
         elif use is not None and use.variance is None:
             self._start(use.key, output, number)
-            self.last = use.key if func is F.linear else None
+            self.last = use.key if func is F.linear and not use.inputs_first else None
         elif isinstance(output, Tensor):
             self._follow(func, args, kwargs, output, use)
         if isinstance(output, Tensor):

@@ -4,7 +4,7 @@ from .approximate import ApproximateIsometry, approximate_isometry
 from .blocks import Blocks, delta_, normal_blocks, orthogonal_blocks, uniform_blocks
 from .eco import eco_blocks, frequencies_from_kernel, kernel_from_frequencies
 from .givens import givens_matrix
-from .least_squares import BlockFit
+from .least_squares import BlockFit, kept_blocks
 from .mirrored import Mirror, mirror_blocks, mirror_topology
 from .orthogonal import haar
 from .ridge import refitted
@@ -20,6 +20,7 @@ __all__ = [
     "frequencies_from_kernel",
     "givens_matrix",
     "haar",
+    "kept_blocks",
     "kernel_from_frequencies",
     "mirror_blocks",
     "mirror_topology",

@@ -117,6 +117,24 @@ class BlockFit:
             yield values if taps == 1 else values.unflatten(2, (-1, taps))
 
 
+def kept_blocks(matrix: Tensor, topology: BlockTopology) -> Blocks:
+    """The entries of a matrix that stay, as block values on the CPU.
+
+    Args:
+        matrix: ``(m, n)``.
+        topology: of the same shape.
+
+    Returns:
+        A tensor ``(blocks, r, c)`` a bucket.
+
+    Example:
+        >>> topology = BlockTopology(torch.tensor([0, 1]), torch.tensor([0, 1]))
+        >>> kept_blocks(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), topology)[0].flatten().tolist()
+        [1.0, 4.0]
+    """
+    return tuple(_block(matrix[:, :, None], bucket).cpu() for bucket in topology.buckets)
+
+
 def _polar(matrices: Tensor) -> Tensor:
     u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
     return (u @ v).to(matrices)

@@ -337,7 +337,7 @@ def test_all_kinds_of_layers_and_only_what_the_report_names_changes():
     before = snapshot(model)
     report = sao_prune.apply(model, groups=2, method=Project(inputs=x), seed=0)
     notes = {r.name: r.note for r in report.pruned}
-    assert "recurrent" in notes["lstm.weight_ih_l0"]
+    assert "output error" in notes["lstm.weight_ih_l0"]
     assert "output error" in notes["attention.out_proj.weight"]
     assert "2 rows" not in notes["one.weight"]
     assert torch.equal(model.stem.weight, before["state"]["stem.weight"])
@@ -424,6 +424,12 @@ class Brittle(nn.Module):
         return self.two(self.one(x) / (0 if self.passes > 1 else 1))
 
 
+def infinite():
+    net = mlp(6, 8, 4)
+    net[2].weight.data[0, 0] = float("inf")
+    return net
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "error", "message"),
     [
@@ -436,6 +442,16 @@ class Brittle(nn.Module):
         (mlp(6, 8, 4), torch.zeros(4, 5), ValueError, "does not run on the calibration data"),
         (mlp(6, 8, 4), [torch.zeros(4, 6), torch.zeros(4).long()], ValueError, "give the inputs alone"),
         (mlp(6, 8, 4), (torch.zeros(4, 6), torch.zeros(4)), ValueError, r"batch 1 is float32 \(4,\), batch 0"),
+        (mlp(6, 8, 4), [X, torch.zeros(4, 5)], ValueError, "inputs of 0.weight have 5 and 6 features in different"),
+        (
+            mlp(6, 8, 4),
+            {"pixels": X},
+            ValueError,
+            "holds pixels, of which Sequential.forward takes nothing",
+        ),
+        (mlp(6, 8, 4), X.to_sparse(), TypeError, "batch 0 holds a tensor of layout sparse_coo"),
+        (mlp(6, 8, 4), X * 1e19, ValueError, "inputs of 0.weight are not finite"),
+        (infinite(), X, ValueError, "energy of 2.weight is not finite: the weight holds NaN or infinite"),
         (Brittle(), X, ValueError, "inputs of two.weight are not finite"),
     ],
 )
@@ -516,6 +532,13 @@ def test_half_precision_and_weights_read_by_other_modules():
     model, report = applied(net, torch.randn(40, 8).bfloat16(), 2)
     assert all(r.fidelity.error is not None for r in report.pruned)
     assert model.inner.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [2.0**58, 2.0**-58])
+def test_the_scale_of_the_inputs_decides_nothing(scale):
+    net = mlp(6, 8, 4, bias=False)
+    plain, scaled = (applied(net, x, 2, correct=False)[0] for x in (X, X * scale))
+    assert same(dict(plain.state_dict()), dict(scaled.state_dict()))
 
 
 def test_one_block_changes_nothing():

@@ -250,7 +250,7 @@ class Pruner:
             given = state.get(name, mine if name in ("options", "amounts") else None)
             if given != mine:
                 raise ValueError(f"the state is of {name} {given!r}, this pruner has {mine!r}")
-        if set(state.get("kept", ())) != set(self._kept):
+        if set(state.get("kept") or ()) != set(self._kept):
             raise ValueError("the state is of a model with other pruned layers")
         for name in ("count", "seed"):
             value = state.get(name)

@@ -278,13 +278,15 @@ def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     Raises:
         TypeError: for anything else.
     """
-    if given is None:
-        return ()
+    return () if given is None else _optimizers_in(given)
+
+
+def _optimizers_in(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     inner = given
     while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)) is not None:
         inner = wrapped
     if isinstance(inner, Iterable) and not isinstance(inner, str | Mapping | Tensor):
-        return tuple(optimizer for one in inner for optimizer in optimizers_of(one))
+        return tuple(optimizer for one in inner for optimizer in _optimizers_in(one))
     if isinstance(inner, type) or not isinstance(getattr(inner, "state", None), Mapping):
         raise TypeError(
             "step takes a torch optimizer, a wrapper of one, or several of them in a list, whose states it makes zero "

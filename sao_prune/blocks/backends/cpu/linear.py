@@ -79,8 +79,8 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
     if not geometry.stride:
         if is_transposed(x):
             return x.mT.flatten(0, -3), weight, Planes(layout, (1,), LINE)
-        flat = rows_of(x)
-        return flat, weight, Rows(layout, is_column_major(flat))
+        # A batch of rows of tokens that lies in columns, as an image with its channels moved last, gives rows as well.
+        return rows_of(x), weight, Rows(layout, x.dim() == 2 and is_column_major(x))
     kernel = tuple(weight.shape[3:])
     if kernel == x.shape[2:] and not any(geometry.padding):
         last = is_channels_last(x)

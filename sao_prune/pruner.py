@@ -215,13 +215,12 @@ class Pruner:
             >>> torch.equal(average[1].weight_mask, net[1].weight_mask)
             True
         """
-        there = set(dict(average.named_modules()))
         others: list[tuple[MaskedSite, MaskedSite]] = []
         for site in self._sites:
             if not isinstance(site, MaskedSite):
                 raise TypeError(f"{site.weight.module} is compact: masks are put on masked layers")
             other = MaskedSite(average, site.weight, self._method.fine)
-            if site.weight.module not in there or not other.masked_like(site):
+            if not other.masked_like(site):
                 raise ValueError(f"{site.weight.name} is not masked there as in the pruner's model: take its copy")
             others.append((other, site))
         for other, site in others:
@@ -250,13 +249,14 @@ class Pruner:
             given = state.get(name, mine if name in ("options", "amounts") else None)
             if given != mine:
                 raise ValueError(f"the state is of {name} {given!r}, this pruner has {mine!r}")
-        if set(state.get("kept") or ()) != set(self._kept):
+        kept = state.get("kept")
+        if not isinstance(kept, Mapping) or set(kept) != set(self._kept):
             raise ValueError("the state is of a model with other pruned layers")
         for name in ("count", "seed"):
             value = state.get(name)
             if isinstance(value, bool) or not isinstance(value, int) or (name == "count" and value < 0):
                 raise ValueError(f"the state is of no pruner: its {name} is {value!r}")
-        self.count, self._seed, self._kept = state["count"], state["seed"], dict(state["kept"])
+        self.count, self._seed, self._kept = state["count"], state["seed"], dict(kept)
         self._listen()
 
     def _asked(self) -> dict[str, Any]:
@@ -315,21 +315,23 @@ class Pruner:
                 for site, draw, prepared in zip(sites, drawn, new):
                     site.write(draw, prepared, optimizers)
         forget_curvature(optimizers)
-        asked_for, draws = list(self._final), [self._unmoved(site, unit) for site, unit in zip(self._sites, units)]
-        notes = {draw.weight.name: draw.note for draw in draws} | {draw.weight.name: "" for draw in drawn}
-        for index, allocation, draw in zip(live, stage.allocations, drawn):
-            asked_for[index], draws[index] = allocation, draw
+        moved = dict(zip(live, zip(stage.allocations, drawn)))
+        frozen = {
+            index: (self._final[index], self._unmoved(site, units[index]))
+            for index, site in enumerate(self._sites)
+            if index not in moved
+        }
+        asked_for, draws = zip(*({**moved, **frozen}[index] for index in range(len(units))))
+        notes = {draw.weight.name: "it is frozen, so nothing moved" for _, draw in frozen.values()}
         self._kept = {draw.weight.name: draw.nnz if self._method.fine else draw.edges for draw in draws}
         self.report = self._reported(asked_for, draws, {**notes, **settlement.notes})
         return self.report
 
     def _unmoved(self, site: Site, units: Tensor) -> Draw:
         """A draw that leaves a site as it is."""
-        note = "it is frozen, so nothing moved"
         if not self._method.structured:
-            return Draw(site.weight, units=units, note=note)
-        there = site.topologies() or tuple(BlockTopology.from_mask(part) for part in units)
-        return Draw(site.weight, there, note=note)
+            return Draw(site.weight, units=units)
+        return Draw(site.weight, site.topologies() or tuple(BlockTopology.from_mask(part) for part in units))
 
     def _stage(self, live: Sequence[int], units: Sequence[Tensor]) -> Stage:
         over, final = self._schedule, [self._final[index] for index in live]

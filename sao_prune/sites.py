@@ -101,17 +101,21 @@ class MaskedSite(Site):
 
     def masked_like(self, other: MaskedSite) -> bool:
         """Whether it has a mask of the shape that another layer's has."""
-        mask = getattr(self._model.get_submodule(self.weight.module), f"{self.weight.tensor}_mask", None)
-        return isinstance(mask, Tensor) and mask.shape == other._mask().shape
+        shape, modules = other._mask().shape, dict(self._model.named_modules())
+        for path, tensor in ((self.weight.module, self.weight.tensor), *self.weight.aliases):
+            mask = getattr(modules.get(path), f"{tensor}_mask", None)
+            if not isinstance(mask, Tensor) or mask.shape != shape:
+                return False
+        return True
 
     @torch.no_grad()
     def follow(self, other: MaskedSite) -> None:
         """Take over the mask of the same layer in another model."""
         mask = other._mask().to(self._mask())
+        self.parameter.data.mul_(mask.to(self.parameter.dtype))
         for path, tensor in ((self.weight.module, self.weight.tensor), *self.weight.aliases):
             module = self._model.get_submodule(path)
             getattr(module, f"{tensor}_mask").copy_(mask)
-            self.parameter.data.mul_(mask.to(self.parameter.dtype))
             refresh(module)
 
     def settle(self) -> None:
@@ -270,7 +274,7 @@ def mask_units(weight: PrunableWeight, mask: Tensor, fine: bool = False) -> Tens
 
 
 def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    """What trains: the optimizers within wrappers.
+    """What trains: the optimizers within wrappers, each once.
 
     Args:
         given: an optimizer, a wrapper of one, several of them in a list, or ``None``.
@@ -278,7 +282,8 @@ def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     Raises:
         TypeError: for anything else.
     """
-    return () if given is None else _optimizers_in(given)
+    found = () if given is None else _optimizers_in(given)
+    return tuple({id(optimizer): optimizer for optimizer in found}.values())
 
 
 def _optimizers_in(given: Any) -> tuple[torch.optim.Optimizer, ...]:

@@ -63,6 +63,21 @@ def test_several_optimizers_forget_what_moved(method, together):
         assert not any(bool(v[layer.weight_mask == 0].any()) for v in tensors)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_an_optimizer_that_is_given_twice_moves_its_state_once(compact):
+    states = []
+    for times in (1, 2):
+        torch.manual_seed(0)
+        model, pruner = network(Rewire(share=0.9), compact=compact)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for _ in range(3):
+            backward(model)
+            optimizer.step()
+            pruner.step([optimizer, SimpleNamespace(optimizer=optimizer)][:times])
+        states.append([state["momentum_buffer"] for state in optimizer.state.values()])
+    assert all(torch.equal(once, twice) for once, twice in zip(*states))
+
+
 @pytest.mark.parametrize("optimizer", [3, "sgd", [3], {"lr": 1}, torch.optim.SGD])
 def test_what_is_no_optimizer_is_refused_and_nothing_has_moved(optimizer):
     model, pruner = network(Rewire(random=True))
@@ -132,6 +147,8 @@ def test_a_compact_layer_that_is_none_any_more_trains_on_and_is_named(verb):
         {"seed": None},
         {"kept": {}},
         {"kept": None},
+        {"kept": 3},
+        {"kept": ["0.weight", "2.weight", "4.weight"]},
         {"options": {"share": 0.1}},
         {"method": "rigl"},
     ],

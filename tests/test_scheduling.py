@@ -396,6 +396,23 @@ def test_masks_are_put_on_copies_alone():
     assert copied.two.weight_mask is not model.two.weight_mask
 
 
+def test_masks_of_tied_weights_are_put_on_all_copies_or_none():
+    model = mlp(8, 8, 8, 8, 8)
+    first, second = [layer for layer in model if isinstance(layer, nn.Linear)][1:3]
+    second.weight = first.weight
+    pruner = sao_prune.schedule(model, "lmp", sparsity=0.75, over=Schedule(1, 1), seed=0)
+    whole, torn = copy.deepcopy(model), copy.deepcopy(model)
+    torn[list(model).index(second)] = nn.Linear(8, 8)
+    pruner.step()
+    before = snapshot(torn)
+    with pytest.raises(ValueError, match="is not masked there as in the pruner's model"):
+        pruner.impose(torn)
+    assert same(before, snapshot(torn))
+    pruner.impose(whole)
+    assert same(masks(whole), masks(model))
+    assert masks_hold(whole)
+
+
 def test_what_is_left_can_be_removed_saved_and_made_compact(tmp_path):
     model = network()
     pruner = sao_prune.schedule(model, Project(inputs=X), sparsity=0.75, over=Schedule(1, 2, 2), exclude=["two*"])

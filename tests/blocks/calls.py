@@ -22,7 +22,7 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 ROWS, COLS, GROUPS = 8, 12, 4
 SPACES = {0: (), 1: (6,), 2: (4, 5), 3: (3, 2, 3)}
 # How an operand lies in memory; of linear layers, and of convolutions.
-TOKENS = ("rows", "column-major", "transposed tokens", "3-D", "sliced")
+TOKENS = ("rows", "column-major", "transposed tokens", "channels moved last", "3-D", "sliced")
 IMAGES = ("rows", "channels last", "transposed", "sliced")
 NAMES = (
     "linear",
@@ -77,6 +77,8 @@ def lay_out(x: Tensor, kind: str) -> Tensor:
     """The same values otherwise in memory."""
     if kind == "column-major":
         return x.reshape(-1, x.shape[-1]).t().contiguous().t()
+    if kind == "channels moved last":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
     if kind == "transposed tokens":
         return x.mT.contiguous().mT
     if kind == "channels last":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from sao_prune.blocks import BlockConv2d, BlockLinear, operators
 from sao_prune.blocks.backends.cpu import few
@@ -66,6 +69,59 @@ def test_large_layers_whatever_the_number_of_threads(rows: int, groups: int, sha
     torch.set_num_threads(before)
     assert torch.equal(*found)
     assert_near(found[0], reference(layer, x))
+
+
+ORDERS: dict[str, Callable[[int, int], Tensor]] = {
+    "rows": torch.randn,
+    "column-major": lambda rows, n: torch.randn(n, rows).t(),
+    "transposed tokens": lambda rows, n: torch.randn(1, n, rows).mT,
+    "one token each": lambda rows, n: torch.randn(rows, n, 1).mT,
+    "channels moved last": lambda rows, n: torch.randn(1, n, rows, 1).movedim(1, -1),
+    "sliced": lambda rows, n: torch.randn(rows, 2 * n)[:, n:],
+    "a row again and again": lambda rows, n: torch.randn(n).expand(rows, n),
+    "a number again and again": lambda rows, n: torch.randn(rows, 1).expand(rows, n),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [1, 8])
+def test_values_and_strides_are_those_that_compilers_are_told(n: int, order: str) -> None:
+    first = layer_of(interleaved(6, n, 1 if n == 1 else 2))
+    second = layer_of(interleaved(1, 6, 1)), layer_of(interleaved(4, 1, 1))
+    for rows in (1, 2, 8, 9, 16, 17):
+        x = ORDERS[order](rows, n)
+        own = x, first.blocks.detach(), first.bias.detach()
+        for act in ("", "gelu"):
+            y = same_strides(operators.block_linear.overload, *own, *first.sets, act, "cpu")
+            assert_near(y, reference(first, x, act))
+        hidden, wanted = y, reference(first, x, "gelu")
+        for layer in second:
+            hidden = same_strides(operators.block_linear.overload, hidden, *values(layer), *layer.sets, "", "cpu")
+            wanted = reference(layer, wanted)
+        assert_near(hidden, wanted)
+        sets = *first.sets, *second[0].sets
+        for backend in ("cpu", ""):
+            y = same_strides(operators.block_mlp.overload, *own, *values(second[0]), *sets, "gelu", backend)
+            assert_near(y, reference(second[0], reference(first, x, "gelu")))
+
+
+def values(layer: BlockLinear) -> tuple[Tensor, Tensor]:
+    return layer.blocks.detach(), layer.bias.detach()
+
+
+def same_strides(operator: Callable[..., object], *arguments: object) -> Tensor:
+    """The result, once it is sure that its strides are those of the fake one."""
+    with FakeTensorMode() as mode:
+        told = first_of(operator(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]))
+    found = first_of(operator(*arguments))
+    assert (found.shape, found.stride()) == (told.shape, told.stride())
+    return found
+
+
+def first_of(results: object) -> Tensor:
+    first = results[0] if isinstance(results, tuple) else results
+    assert isinstance(first, Tensor)
+    return first
 
 
 def test_two_layers_and_what_is_between() -> None:

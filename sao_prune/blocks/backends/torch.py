@@ -211,7 +211,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     if not is_transposed(x):
-        return _matmul(_rows(x), weight, bias, layout).view(*x.shape[:-1], layout.channels)
+        rows = x if x.dim() == 2 else _rows(x).contiguous()
+        return _matmul(rows, weight, bias, layout).view(*x.shape[:-1], layout.channels)
     y = layout.outputs.channels(_planes(layout.inputs.channels(x.mT.flatten(0, -3)), weight))
     y = y.view(*x.shape[:-2], y.shape[1], x.shape[-2]).mT
     return y if bias is None else y + bias

@@ -9,14 +9,15 @@ from ...layout import Layout
 from .launch import ACTS, call
 
 FEW, _FEWER = 16, 8  # rows at most, of large and of small blocks
-_LARGE = 1 << 12  # weights of a block
+LARGE = 1 << 12  # weights of a block
 _SHARE = 1 << 16  # weights that are worth a thread
 
 
 def are_few(x: Tensor, layout: Layout) -> bool:
     """Whether these are rows, one after the other, and so few."""
-    most = FEW if layout.rows * layout.cols >= _LARGE else _FEWER
-    return x.is_contiguous() and x.numel() <= most * x.shape[-1]
+    most = FEW if layout.rows * layout.cols >= LARGE else _FEWER
+    # A single channel lies both ways: by its strides in columns, and then so does the result.
+    return x.numel() <= most * x.shape[-1] and x.is_contiguous() and x.stride(-1) == 1
 
 
 def few_forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str) -> Tensor:

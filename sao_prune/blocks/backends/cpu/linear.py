@@ -15,13 +15,12 @@ from ...layout import Layout
 from ...permutation import Permutation, dense, is_channels_last, is_column_major
 from .. import torch as plain
 from ..torch import Gradients, is_transposed
-from .few import FEW, are_few, few_forward
+from .few import FEW, LARGE, are_few, few_forward
 from .launch import LINE, PLANS, Call, Derivative, Planes, Rows
 
 # Activations whose derivative is known from their result, and under which name: of others the derivative is kept.
 OF_RESULT = {"relu": "relu", "tanh": "tanh of result"}
 _WIDEST = 4  # stride, as in geometry.h
-_LARGE = 1 << 12  # weights of a block
 
 
 def suits(kernel: Sequence[int], geometry: Geometry, channels_last: bool) -> bool:
@@ -79,8 +78,8 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
     if not geometry.stride:
         if is_transposed(x):
             return x.mT.flatten(0, -3), weight, Planes(layout, (1,), LINE)
-        flat = rows_of(x)
-        return flat, weight, Rows(layout, is_column_major(flat))
+        # A batch of rows of tokens that lies in columns, as an image with its channels moved last, gives rows as well.
+        return rows_of(x), weight, Rows(layout, x.dim() == 2 and is_column_major(x))
     kernel = tuple(weight.shape[3:])
     if kernel == x.shape[2:] and not any(geometry.padding):
         last = is_channels_last(x)
@@ -95,7 +94,7 @@ def call_for(x: Tensor, weight: Tensor, layout: Layout, geometry: Geometry) -> t
 
 def _by_blas(rows: Tensor, weight: Tensor, call: Call) -> bool:
     """Whether rows are so few, and blocks so large, that BLAS has gradients before the kernels have laid them out."""
-    large = weight.shape[1] * weight.shape[2] >= _LARGE
+    large = weight.shape[1] * weight.shape[2] >= LARGE
     return large and isinstance(call, Rows) and not call.kernel and len(rows) <= FEW
 
 

@@ -56,8 +56,8 @@ def stack_forward(
     keep: bool,
 ) -> list[Tensor | None]:
     """The results of all layers; of those before the last only to ``keep``."""
-    flat = rows_of(x)
-    columns = is_column_major(flat)
+    columns = x.dim() == 2 and is_column_major(x)
+    flat = x if columns else dense(rows_of(x))
     layers, widest = _described(tuple(layouts), tuple(activations))
     order, last = _COLUMNS if columns else None, len(layouts) - 1
     results = [empty((len(flat), a.channels), order) if keep or i == last else None for i, a in enumerate(layouts)]
@@ -90,8 +90,8 @@ def stack_backward(
         activations: of the layers.
         needs: whether the input's is asked for, and then that of each weight and each bias in turn.
     """
-    flat = rows_of(x)
-    columns = is_column_major(flat)
+    columns = x.dim() == 2 and is_column_major(x)
+    flat = x if columns else dense(rows_of(x))
     layers, widest = _described(tuple(layouts), tuple(OF_RESULT.get(a, "") for a in activations))
     lowest = next((i for i in range(len(layers)) if needs[0] or needs[2 * i + 1] or needs[2 * i + 2]), 0)
     outer, *values = [_like(t, columns) for t in (grad, *results)]

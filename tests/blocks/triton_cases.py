@@ -20,9 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
+from sao_prune.blocks import BlockLinear, operators
 from sao_prune.blocks.backends import triton as backend
+from sao_prune.blocks.backends.torch import room_for
 from sao_prune.blocks.backends.triton import launch, steps, tiles, tuning
 from sao_prune.blocks.backends.triton.tiles import Tile
+from sao_prune.blocks.functional import MATRIX
+from sao_prune.topology import BlockTopology
 
 ACTIVATIONS = {"": lambda h: h, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 EVERYTHING = (True, True, True)
@@ -376,3 +380,18 @@ def test_the_benchmark_of_layers_runs(monkeypatch: pytest.MonkeyPatch, capsys: p
     said = capsys.readouterr().out
     assert "training step | ours |" in said
     assert "failed" not in said
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("order", ["rows", "columns", "transposed tokens", "channels moved last"])
+def test_results_lie_as_compilers_are_told(order: str, channels: int) -> None:
+    layer = BlockLinear(BlockTopology(torch.zeros(3, dtype=torch.long), torch.zeros(channels, dtype=torch.long)))
+    x = {
+        "rows": torch.randn(5, channels),
+        "columns": torch.randn(channels, 5).t(),
+        "transposed tokens": torch.randn(2, channels, 5).mT,
+        "channels moved last": torch.randn(1, channels, 2, 5).permute(0, 2, 3, 1),
+    }[order]
+    y, _ = operators.block_linear(x, layer.blocks, layer.bias, *layer.sets, "", "triton")
+    torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), check_stride=False)
+    assert y.stride() == room_for(x, 3, (), MATRIX).stride()

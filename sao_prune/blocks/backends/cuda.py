@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..functional import Geometry
 from ..layout import Layout
-from ..permutation import is_channels_last
+from ..permutation import is_channels_last, is_column_major
 from . import triton
 from .torch import Gradients, is_transposed
 
@@ -17,7 +17,9 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *others: Tensor | None)
         return False
     if geometry.stride:
         return x.dim() == 4 and is_channels_last(x) and triton.suits_conv(x, weight)
-    return not is_transposed(x) and triton.suits_linear(_rows(x), weight)
+    # The kernels give rows, and a single channel lies in both orders.
+    columns = x.dim() == 2 and is_column_major(x)
+    return not is_transposed(x) and not columns and triton.suits_linear(_rows(x), weight)
 
 
 def forward(

@@ -27,7 +27,7 @@ import stacks
 import torch
 from timing import Row
 
-from sao_prune.blocks.backends.cpu import library
+from sao_prune.blocks.backends.cpu import SWITCH, is_switched_off, library
 from sao_prune.lab.work import processor_name
 
 _TIMED = {
@@ -91,11 +91,12 @@ def _line(name: str, row: Row) -> str:
 def _document(lines: list[str], seconds: float, threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "numpy", "sao-prune"))
     kernels = "native kernels" if library() else "no native kernels"
+    prefix = f"{SWITCH}=0 " if is_switched_off() else ""
     return "\n".join(
         [
             "# Measured speed and memory",
             "",
-            f"`python {' '.join(sys.argv)}`, {date.today()}, {seconds / 60:.0f} minutes.",
+            f"`{prefix}python {' '.join(sys.argv)}`, {date.today()}, {seconds / 60:.0f} minutes.",
             f"Python {platform.python_version()}, {versions}; {threads} threads; {processor_name()}; {kernels}.",
             "",
             _TIMED[threads == 1],

@@ -17,12 +17,13 @@ from .algorithms import Draw, Method, Stage, resolve
 from .allocation import Allocation, Amount
 from .discovery import initialise_
 from .moving import begin
+from .optimizers import forget_curvature, optimizers_of
 from .options import PlanOptions, allocate_model, asked
 from .prune import MaskPruning, Snapshot, attach_all, settle_all, written
 from .reporting import LayerRecord, Report, done, skipped
 from .scheduling import Moves, Schedule
 from .seeds import Seed, base_seed, from_rank_zero
-from .sites import MaskedSite, Site, forget_curvature, optimizers_of, site_of
+from .sites import MaskedSite, Site, site_of
 from .topology import BlockTopology, chain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from .algorithms import Draw
 from .blocks.modules import BlockModule
 from .blocks.modules.base import stack_blocks
 from .discovery import PrunableWeight
+from .optimizers import state_of
 from .prune import refresh
 from .prune.listening import Listener, listen, stop_listening
 from .topology import BlockTopology, encode_sets
@@ -133,7 +134,7 @@ class MaskedSite(Site):
         original.data.mul_(prepared)
         if original.grad is not None:
             original.grad.mul_(kept.to(original.grad.dtype))
-        for value in _state_of(optimizers, original):
+        for value in state_of(optimizers, original):
             value.mul_(kept.to(value.dtype))
         for path, tensor in ((weight.module, weight.tensor), *weight.aliases):
             module = self._model.get_submodule(path)
@@ -204,7 +205,7 @@ class CompactSite(Site):
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
         layer, (before, after, values) = self._layer, prepared
-        _move_inputs(layer, before, after, _state_of(optimizers, layer.blocks))
+        _move_inputs(layer, before, after, state_of(optimizers, layer.blocks))
         if values is not None:
             layer.blocks.data.copy_(values)
 
@@ -271,46 +272,6 @@ def mask_units(weight: PrunableWeight, mask: Tensor, fine: bool = False) -> Tens
     """The units of a mask, on the CPU; without ``fine`` a kernel is there as a whole or not at all."""
     stacked = weight.matrices(mask != 0)
     return (stacked.flatten(3).any(3) if weight.kernel and not fine else stacked).cpu()
-
-
-def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    """What trains: the optimizers within wrappers, each once.
-
-    Args:
-        given: an optimizer, a wrapper of one, several of them in a list, or ``None``.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    found = () if given is None else _optimizers_in(given)
-    return tuple({id(optimizer): optimizer for optimizer in found}.values())
-
-
-def _optimizers_in(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    inner = given
-    while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)) is not None:
-        inner = wrapped
-    if isinstance(inner, Iterable) and not isinstance(inner, str | Mapping | Tensor):
-        return tuple(optimizer for one in inner for optimizer in _optimizers_in(one))
-    if isinstance(inner, type) or not isinstance(getattr(inner, "state", None), Mapping):
-        raise TypeError(
-            "step takes a torch optimizer, a wrapper of one, or several of them in a list, whose states it makes zero "
-            f"where entries vanish; got {given!r}"
-        )
-    return (inner,)
-
-
-def forget_curvature(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Begin L-BFGS anew: its history is of a function of other entries, and leads back to them."""
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            optimizer.state.clear()
-
-
-def _state_of(optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter) -> list[Tensor]:
-    """The optimizers' tensors of a parameter's own shape."""
-    states = [optimizer.state.get(parameter) or {} for optimizer in optimizers]
-    return [v for state in states for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def _gathered(topology: BlockTopology, matrix: Tensor) -> Blocks:

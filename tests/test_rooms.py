@@ -20,6 +20,7 @@ ORDER = (
     "tables",
     "scheduling",
     "replaced",
+    "optimizers",
     "state_file",
     "discovery",  # WHERE: the weights of any model
     "topology",  # WHICH edges; before allocation, which asks what group counts and sizes are feasible

@@ -15,8 +15,6 @@ _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _NORM = inspect.signature(F.batch_norm)
-
-
 _PRODUCTS = {f for name in ("matmul", "mm", "bmm") for f in (getattr(torch, name), getattr(Tensor, name))} | {
     Tensor.__matmul__
 }

@@ -41,7 +41,7 @@ class Threat:
             raise ValueError(f"eps must not be negative and low below high, got {self.eps}, {self.low}, {self.high}")
 
     def check(self, x: Tensor) -> None:
-        """Refuse inputs outside the range, which an attack would move there, further than ``eps``.
+        """Refuse inputs outside the range, which an attack would move there, further than ``eps``, and NaN.
 
         Raises:
             ValueError: with the range that they have.
@@ -50,7 +50,7 @@ class Threat:
             return
         least, most = (float(end) for end in x.detach().aminmax())
         slack = 1e-6 * (self.high - self.low)
-        if least < self.low - slack or most > self.high + slack:
+        if not (least >= self.low - slack and most <= self.high + slack):
             raise ValueError(
                 f"inputs must lie in [{self.low:g}, {self.high:g}], got {least:g} to {most:g}: standardise them inside "
                 "the model, or give the range that they have, Threat(low=.., high=..)"

@@ -107,6 +107,8 @@ def test_inputs_outside_the_range_are_refused_instead_of_being_moved_into_it(nor
     for attack in (pgd, random_search, worst_case):
         with pytest.raises(ValueError, match=r"inputs must lie in \[0, 1\], got .*standardise"):
             attack(net, x, labels, threat)
+        with pytest.raises(ValueError, match=r"inputs must lie in \[0, 1\], got nan"):
+            attack(net, torch.full_like(x, float("nan")), labels, threat)
     wide = Threat(norm, 0.1, low=float(x.min()), high=float(x.max()))
     assert worst_case(net, x, labels, wide, queries=5).worst <= 1
     assert worst_case(net, x[:0], labels[:0], threat, queries=5).right.numel() == 0

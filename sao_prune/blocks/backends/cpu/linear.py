@@ -38,6 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `backends.torch.forward`, of convolutions that `suits`."""
     bias = None if bias is None else dense(bias)
+    # The common case of the one below, without views: to make them takes longer than the product.
     if not geometry.stride and not keep and are_few(x, layout):
         return few_forward(x, dense(weight), bias, layout, activation), None
     operand, flat, call = call_for(x, weight, layout, geometry)

@@ -48,6 +48,12 @@ class Geometry:
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
 
 
+def each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """An option of a convolution for every dimension, however it was set: torch takes one number for all of them."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
 #: Of a linear layer, whose inputs ``(..., n)`` have any number of dimensions.
 MATRIX = Geometry()
 

@@ -105,6 +105,31 @@ def test_images_of_a_single_window_by_the_kernels(topology, kernel, stride, batc
 
 
 @needs_compiler
+@pytest.mark.parametrize("execution", [Execution(), NATIVE, Execution(dense=True)], ids=["torch", "native", "dense"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dilation": 2, "padding": 2},
+        {"stride": 1, "padding": 0},
+        {"stride": [2], "padding": [2], "dilation": (1,)},
+        {"padding": "same", "dilation": 3},
+        {"padding": "valid"},
+        {"padding_mode": "circular", "dilation": 2},
+    ],
+)
+def test_options_that_are_changed_later(dims, options, execution):
+    layer, dense = _pair(dims, interleaved(8, 12, 4), 4, stride=1, padding=1)
+    layer.run_as(execution if dims == 2 else Execution())
+    x = torch.randn(2, 12, *(9, 8, 7)[:dims])
+    layer(x)
+    for conv in (layer, dense):
+        vars(conv).update(options)
+    assert_same(layer, dense, x, tolerance=1e-4)
+    assert repr(layer)
+
+
+@needs_compiler
 @given(
     topologies(40),
     st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 7)]),

@@ -294,6 +294,20 @@ def test_first_layers_of_any_kind(channels, options):
 
 
 @needs_compiler
+@pytest.mark.parametrize("options", [{"stride": [1]}, {"padding": [2], "dilation": 2}, {"padding": "same"}])
+def test_options_of_first_layers_that_are_changed_later(options):
+    net, x = _three(nn.ReLU())
+    dense = copy.deepcopy(net)
+    sao_prune.compact(net, example_input=x)
+    for model in (net, dense):
+        vars(model[0]).update(options)
+        model.train()
+    assert_all_close([net(x)], [dense(x)])
+    with torch.no_grad():
+        assert_all_close([net.eval()(x)], [dense.eval()(x)])
+
+
+@needs_compiler
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("change", ["one channel", "a larger kernel", "double precision", "frozen"])
 def test_first_weights_that_are_replaced(change, training):

@@ -16,6 +16,7 @@ from ...weights import orthogonal_blocks
 from .. import functional, operators
 from ..backends import cpu
 from ..epilogue import Epilogue
+from ..functional import each
 from .base import BlockModule, Execution, cast, is_batched, is_plain, normed, stack_blocks
 
 
@@ -123,24 +124,30 @@ class BlockConv(BlockModule):
         """The input in the memory format of the execution, with a padding that zeros on both sides are not."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        elif self.padding == "same" and not self._is_even():
-            x = F.pad(x, self._reversed_padding_repeated_twice)
+        elif self.padding == "same" and any(n % 2 for n in self._missing()):
+            x = F.pad(x, [side for n in reversed(self._missing()) for side in (n // 2, n - n // 2)])
         if self.execution.channels_last and not isinstance(x, Proxy) and not transforms_active():
             x = x.contiguous(memory_format=torch.channels_last)
         return x
 
-    def _is_even(self) -> bool:
-        """Whether both sides are padded alike."""
-        sides = self._reversed_padding_repeated_twice
-        return sides[::2] == sides[1::2]
+    def _missing(self) -> list[int]:
+        """How many places fewer than the image a result without padding has."""
+        dilation = each(self.dilation, len(self.kernel_size))
+        return [d * (k - 1) for d, k in zip(dilation, self.kernel_size)]
 
     @property
     def geometry(self) -> functional.Geometry:
-        """Stride, padding and dilation of the convolution itself, after `_formatted`."""
-        sides = self._reversed_padding_repeated_twice
-        inside = self.padding_mode == "zeros" and self._is_even() and self.padding != "valid"
-        padding = tuple(sides[::2][::-1]) if inside else (0,) * len(self.kernel_size)
-        return functional.Geometry(self.stride, padding, self.dilation)
+        """Stride, padding and dilation of the convolution itself, after `_formatted`.
+
+        As the attributes are now: libraries of segmentation set them after the layer was made.
+        """
+        dims = len(self.kernel_size)
+        padding = (0,) * dims
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            padding = each(self.padding, dims)
+        elif self.padding_mode == "zeros" and self.padding == "same" and not any(n % 2 for n in self._missing()):
+            padding = tuple(n // 2 for n in self._missing())
+        return functional.Geometry(each(self.stride, dims), padding, each(self.dilation, dims))
 
     def _run(self, x: Tensor, plain: bool) -> Tensor:
         run, geometry = self.execution, self.geometry

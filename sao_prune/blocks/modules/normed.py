@@ -14,7 +14,7 @@ from ..absorbed import OWNERS
 from ..backends import cpu
 from ..batch_norm import batch_norm
 from ..epilogue import Epilogue
-from ..functional import ACTIVATIONS, Geometry
+from ..functional import ACTIVATIONS, Geometry, each
 from .base import Execution, is_plain, normed, track
 
 #: How plans write it.
@@ -63,8 +63,9 @@ class NormedConv2d(nn.Conv2d):
     def _normed(self, x: Tensor, norm: BatchNorm, activation: str) -> Tensor:
         # Once: what parametrizes a weight computes it whenever it is asked for.
         weight = self.weight
-        if self._is_one_block(x, weight):
-            options = list(self.stride), list(self.padding), list(self.dilation), 1
+        geometry = self._geometry()
+        if geometry is not None and self._is_one_block(x, weight, geometry):
+            options = list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1
             own = x.contiguous(memory_format=torch.channels_last), weight.unsqueeze(0), self.bias
             return normed(norm, own, self.whole, activation, NORMED.backend, options)
         mean, variance = norm.running_mean, norm.running_var
@@ -83,10 +84,16 @@ class NormedConv2d(nn.Conv2d):
             track(norm, y, mean, variance)
         return y  # type: ignore[no-any-return]
 
-    def _is_one_block(self, x: Tensor, weight: Tensor) -> bool:
+    def _geometry(self) -> Geometry | None:
+        """Stride, padding and dilation as they are set now; nothing where the padding is not numbers of zeros."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        return Geometry(each(self.stride, 2), each(self.padding, 2), each(self.dilation, 2))
+
+    def _is_one_block(self, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         """Whether the kernels know the convolution and take less time for it than torch, as was measured: with stride 1
         a third, with others only for large kernels, and not backwards."""
-        if self.in_channels > _FEW or self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+        if self.in_channels > _FEW or self.groups != 1:
             return False
         if x.dim() != 4 or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
             return False
@@ -94,10 +101,10 @@ class NormedConv2d(nn.Conv2d):
         if not [len(sets) for sets in self.whole] == list(weight.shape[:2]) == [weight.shape[0], x.shape[1]]:
             return False
         large = self.kernel_size[0] * self.kernel_size[1] > _SMALL and not torch.is_grad_enabled()
-        if not large and self.stride != (1, 1):
+        if not large and geometry.stride != (1, 1):
             return False
         last = weight.is_contiguous(memory_format=torch.channels_last)
-        return last and cpu.suits(self.kernel_size, Geometry(self.stride, self.padding, self.dilation), True)
+        return last and cpu.suits(self.kernel_size, geometry, True)
 
 
 OWNERS[NormedConv2d] = nn.Conv2d

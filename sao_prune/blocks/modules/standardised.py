@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..functional import each
 from .conv import BlockConv2d
 
 
@@ -59,7 +60,8 @@ class BlockStdConv2d(BlockConv2d):
 
     def _formatted(self, x: Tensor) -> Tensor:
         if self.same_pad:
-            x = _same_padded(x, self.kernel_size, self.stride, self.dilation)
+            dims = len(self.kernel_size)
+            x = _same_padded(x, self.kernel_size, each(self.stride, dims), each(self.dilation, dims))
         pad = getattr(self, "pad", None)
         return super()._formatted(x if pad is None else pad(x))
 

@@ -291,6 +291,11 @@ def _stored(modules: dict[str, nn.Module], weight: PrunableWeight, *, meta: bool
 def _report(
     model: nn.Module, records: Sequence[LayerRecord], title: str, residuals: tuple[ResidualRecord, ...] = ()
 ) -> Report:
+    return Report(tuple(records), dense_size(model), title, residuals)
+
+
+def dense_size(model: nn.Module) -> int:
+    """How many parameters a model would have were its compact and held layers dense ones."""
     total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     for module in model.modules():
         if isinstance(module, BlockModule):
@@ -301,7 +306,7 @@ def _report(
                 chains: Any = module.parametrizations
                 free = sum(p.numel() for p in chains[tensor].parameters())
                 total += getattr(module, f"{tensor.removesuffix('_orig')}_mask").numel() - free
-    return Report(tuple(records), total, title, residuals)
+    return total
 
 
 def _warn(result: Report, *, layerwise: bool) -> Report:

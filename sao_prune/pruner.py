@@ -16,6 +16,7 @@ from ._torch import without_autocast
 from .algorithms import Draw, Method, Stage, resolve
 from .allocation import Allocation, Amount
 from .discovery import initialise_
+from .model import dense_size
 from .moving import begin
 from .optimizers import forget_curvature, optimizers_of
 from .options import PlanOptions, allocate_model, asked
@@ -141,7 +142,7 @@ class Pruner:
     ) -> None:
         self._model, self._method, self._schedule, self._items, self._seed = model, method, over, items, seed
         self._final = [item for item in items if isinstance(item, Allocation)]
-        self._parameters = sum(p.numel() for p in model.parameters())
+        self._parameters = dense_size(model)
         self._sites = [site_of(model, a.weight, method.fine) for a in self._final]
         self._kept = {a.weight.name: a.weight.parts * a.weight.matrix[0] * a.weight.matrix[1] for a in self._final}
         self.count = 0

@@ -178,11 +178,16 @@ def cnn(act=nn.ReLU):
     )
 
 
-@pytest.mark.parametrize(("method", "groups"), [(METHODS[0], 5), (METHODS[2], 4)], ids=str)
-def test_compact_layers_move_as_masked_ones_do(method, groups):
+@pytest.mark.parametrize(
+    ("method", "groups", "conv"),
+    [(METHODS[0], 5, nn.Conv2d), (METHODS[2], 4, nn.Conv2d), (METHODS[0], 4, nn.ConvTranspose2d)],
+    ids=str,
+)
+def test_compact_layers_move_as_masked_ones_do(method, groups, conv):
     x, y = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 4
-    masked = cnn().double()
-    sao_prune.apply(masked, groups=groups, seed=0)
+    masked = cnn()
+    masked[4] = conv(12, 8, 3, padding=1, bias=False)
+    sao_prune.apply(masked.double(), groups=groups, seed=0)
     compact = compact_twin(masked)
     pruners = []
     for net in (masked, compact):
@@ -196,6 +201,7 @@ def test_compact_layers_move_as_masked_ones_do(method, groups):
         pruners.append(pruner)
         for parameter, state in optimizer.state.items():
             assert state["exp_avg"].shape == parameter.shape
+    assert pruners[0].report.parameters == pruners[1].report.parameters == sum(p.numel() for p in masked.parameters())
     notes = [{r.name: r.note for r in pruner.report.pruned} for pruner in pruners]
     assert notes[0] == notes[1]
     assert len(notes[0]) == 3

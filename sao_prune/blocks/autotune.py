@@ -16,12 +16,14 @@ from .._torch import tree_leaves, tree_map
 from .backends import cpu
 from .calls import Calls, run_model
 from .forms import dense_form
-from .modules import BlockComposite, BlockConv, BlockConv2d, BlockModule, BlockRNNBase, Execution
+from .modules import BlockComposite, BlockConv, BlockConv2d, BlockConvTranspose2d, BlockModule, BlockRNNBase, Execution
 from .plan import Choice, Plan, Steps
 
 Tune = Literal["train", "infer"] | None
 _Mode = Literal["train", "infer"]
 
+# Layers that may run channels last.
+_OF_IMAGES = BlockConv2d, BlockConvTranspose2d
 _NARROWEST = 8
 # Runs of a layer and of a whole model; a run that is this much slower than the best is not repeated.
 _REPEATS = 3
@@ -42,11 +44,11 @@ class Candidate:
 def default_execution(block: BlockModule) -> Execution:
     """The rule without timing: the native kernels where there are any for it; else blocks as they are, convolutions
     with up to 8 channels a group merged, channels last."""
-    if suits_native(block, isinstance(block, BlockConv2d)):
-        return Execution(native=True, channels_last=isinstance(block, BlockConv2d))
-    if not isinstance(block, BlockConv):
-        return Execution()
-    return Execution(merge=_merge_to(block, _NARROWEST), channels_last=isinstance(block, BlockConv2d))
+    channels_last = isinstance(block, _OF_IMAGES)
+    if suits_native(block, channels_last):
+        return Execution(native=True, channels_last=channels_last)
+    merge = _merge_to(block, _NARROWEST) if isinstance(block, BlockConv) else 1
+    return Execution(merge=merge, channels_last=channels_last)
 
 
 def run_by_rule(block: nn.Module) -> None:
@@ -61,7 +63,7 @@ def run_by_rule(block: nn.Module) -> None:
 def suits_native(block: BlockModule, channels_last: bool = False) -> bool:
     """Whether the native kernels can run a layer, in a memory format."""
     blocks = block.blocks
-    if blocks.dtype is not torch.float32 or not blocks.is_cpu or blocks.numel() == 0:
+    if not block.has_kernels or blocks.dtype is not torch.float32 or not blocks.is_cpu or blocks.numel() == 0:
         return False
     return (not isinstance(block, BlockConv) or block.suits_native(channels_last)) and cpu.library() is not None
 
@@ -118,12 +120,11 @@ def time_model(model: nn.Module, example_input: Any, mode: _Mode, best: float) -
 
 def executions(block: BlockModule) -> list[Execution]:
     """The ways a layer can run, likely good ones first."""
-    layouts = [True, False] if isinstance(block, BlockConv2d) else [False]
+    layouts = [True, False] if isinstance(block, _OF_IMAGES) else [False]
     native = [Execution(native=True, channels_last=layout) for layout in layouts if suits_native(block, layout)]
-    if not isinstance(block, BlockConv):
-        return [*native, Execution(), Execution(dense=True)]
-    first = _merge_to(block, _NARROWEST)
-    merges = [m for m in (first, first * 2, first * 4) if m <= block.topology.groups]
+    first = _merge_to(block, _NARROWEST) if isinstance(block, BlockConv) else 1
+    several = (first, first * 2, first * 4) if isinstance(block, BlockConv) else (1,)
+    merges = [m for m in several if m <= max(1, block.topology.groups)]
     found = [Execution(merge=m, channels_last=layout) for layout in layouts for m in dict.fromkeys(merges)]
     return native + found + [Execution(dense=True, channels_last=layout) for layout in layouts]
 
@@ -169,7 +170,7 @@ def layer_key(candidate: Candidate, x: Tensor) -> str:
     """What decides a layer's timings: its shape, topology, geometry and input."""
     block, layout = candidate.block, candidate.block.layout
     kinds = layout.inputs.kind.value, layout.inputs.dims, layout.outputs.kind.value, layout.outputs.dims
-    names = ("stride", "padding", "dilation", "padding_mode", "groups")
+    names = ("stride", "padding", "output_padding", "dilation", "padding_mode", "groups")
     geometry = tuple(str(getattr(block, name, None)) for name in names)
     shape = layout.groups, layout.rows, layout.cols, layout.slots is None, block.weight_shape
     masked = "weight_mask" in candidate.module._buffers

@@ -156,8 +156,7 @@ def block_conv_by_sets(
     x: Tensor, blocks: Tensor, bias: Tensor | None, row_set: Tensor, col_set: Tensor, geometry: Geometry = MATRIX
 ) -> Tensor:
     """`block_conv` for even sets that are known as tensors only, as under `torch.vmap` over several topologies."""
-    index = torch.argsort(col_set, stable=True)
-    place = torch.argsort(torch.argsort(row_set, stable=True))
+    index, place = _places_of_sets(row_set, col_set)
     if not geometry.stride:
         groups, rows, cols = blocks.shape
         operand = x[..., index].reshape(-1, groups, cols).transpose(0, 1)
@@ -167,6 +166,59 @@ def block_conv_by_sets(
     options = geometry.stride, geometry.padding, geometry.dilation, blocks.shape[0]
     y = convolve(x[:, index], blocks.flatten(0, 1), None, *options)[:, place]
     return y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))
+
+
+def _places_of_sets(row_set: Tensor, col_set: Tensor) -> tuple[Tensor, Tensor]:
+    """The input channel of every position, and the position of every output channel."""
+    return torch.argsort(col_set, stable=True), torch.argsort(torch.argsort(row_set, stable=True))
+
+
+def block_conv_transpose(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    geometry: Geometry,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """A transposed convolution with block weights.
+
+    Args:
+        x: shape ``(batch, n, *space)``.
+        blocks: shape ``(g, m/g, n/g, *kernel)``, or ``(edges, 1, *kernel)`` where the blocks are of several shapes.
+        bias: shape ``(m,)`` or ``None``.
+        layout: of the blocks.
+        geometry: stride, padding, dilation.
+        output_padding: as for the dense layer.
+
+    Returns:
+        Shape ``(batch, m, *space)``.
+    """
+    x, weight = layout.inputs.plain(x, 1), layout.pack(blocks)
+    y = layout.outputs.plain(_convolve_transposed(x, weight, geometry, output_padding), 1)
+    return y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))
+
+
+def block_conv_transpose_by_sets(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    row_set: Tensor,
+    col_set: Tensor,
+    geometry: Geometry,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """The same for even sets that are known as tensors only; see `block_conv_by_sets`."""
+    index, place = _places_of_sets(row_set, col_set)
+    y = _convolve_transposed(x[:, index], blocks, geometry, output_padding)[:, place]
+    return y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))
+
+
+def _convolve_transposed(x: Tensor, weight: Tensor, geometry: Geometry, output_padding: Sequence[int]) -> Tensor:
+    """By torch, of matrices ``(groups, rows, cols, *kernel)``."""
+    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(geometry.stride) - 1]
+    stored, groups = weight.transpose(1, 2).flatten(0, 1), weight.shape[0]
+    return convolve(x, stored, None, geometry.stride, geometry.padding, output_padding, groups, geometry.dilation)  # type: ignore[arg-type]
 
 
 def block_conv_norm(

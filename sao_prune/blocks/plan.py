@@ -175,7 +175,8 @@ def normed(model: nn.Module, follow: Mapping[str, Steps]) -> dict[str, Choice]:
 
 def fits(layer: BlockModule, execution: Execution) -> bool:
     """Whether a layer can run so."""
-    return execution.merge <= max(1, layer.topology.groups) and not (execution.native and execution.dense)
+    native = execution.native and (execution.dense or not layer.has_kernels)
+    return execution.merge <= max(1, layer.topology.groups) and not native
 
 
 def _join(layer: nn.Module, steps: Steps, modules: Mapping[str, nn.Module], homes: Homes, taken: set[int]) -> bool:

@@ -111,10 +111,16 @@ def test_transposed_linear(topology, tmp_path):
     check_states(compact, lambda: type(model)(conv1d(12, 8)).double(), tmp_path)
 
 
-def test_gpt2_becomes_compact_wholly():
+@pytest.mark.parametrize("family", ["GPT2", "Falcon"])
+def test_decoders_with_linear_layers_of_their_own_become_compact_wholly(family):
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=16, n_inner=32)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    sizes = {
+        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "n_inner": 32},
+        "Falcon": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "bias": True},
+    }
+    config = getattr(transformers, f"{family}Config")(vocab_size=50, **sizes[family])
+    model_class = {"GPT2": "GPT2LMHeadModel", "Falcon": "FalconForCausalLM"}[family]
+    model = getattr(transformers, model_class)(config).eval()
     report = sao_prune.apply(model, groups=4, seed=0)
     tokens = torch.arange(6)[None]
     y = model(tokens).logits

@@ -19,7 +19,7 @@ from .base import (
     weights_of,
 )
 from .composite import COMPOSITES, CompositeForm, stacked
-from .single import LAYERS, LayerForm, TransposedForm
+from .single import LAYERS, LayerForm
 
 # The first that suits a layer is its form.
 FORMS: tuple[Form, ...] = (*LAYERS, *COMPOSITES)
@@ -62,9 +62,11 @@ def dense_form(module: BlockModule | BlockComposite, masked: bool | None = None)
 
 def record_of(module: BlockModule) -> PrunableWeight:
     """How the dense layer of a block layer stores its weight."""
-    turned = isinstance(_maker(module), TransposedForm)
-    shape = module.weight_shape[::-1] if turned else module.weight_shape
-    return PrunableWeight("", "weight", type(module).__name__, shape, module.parts, turned)
+    maker, shape, parts = _maker(module), module.weight_shape, module.parts
+    transposed = isinstance(maker, LayerForm) and maker.transposed
+    if transposed:
+        shape = (shape[1] * parts, shape[0] // parts, *shape[2:])
+    return PrunableWeight("", "weight", type(module).__name__, shape, parts, transposed)
 
 
 def _maker(module: nn.Module) -> Form:

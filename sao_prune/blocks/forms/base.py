@@ -21,6 +21,8 @@ from ...topology import BlockTopology, NotBlockStructuredError
 from ..absorbed import OWNERS
 from ..modules import block_slots, blocks_shape, stack_blocks
 
+# Layers whose own forward computes what that of their stock class does.
+_ALIKE = frozenset(("transformers.models.falcon.modeling_falcon.FalconLinear",))
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # The blocks of one topology from a weight with several matrices: of one part, or of all, each with inputs of its own
@@ -78,7 +80,8 @@ class Form(ABC):
 
     def _has_own_forward(self, module: nn.Module) -> bool:
         kind = OWNERS.get(type(module), type(module))
-        own = "forward" in module.__dict__ or kind.forward is not self.stock.forward
+        alike = kind.forward is self.stock.forward or f"{kind.__module__}.{kind.__qualname__}" in _ALIKE
+        own = "forward" in module.__dict__ or not alike
         return own or getattr(kind, "_conv_forward", None) is not getattr(self.stock, "_conv_forward", None)
 
     @abstractmethod

@@ -16,11 +16,15 @@ from ..modules import (
     BlockConv1d,
     BlockConv2d,
     BlockConv3d,
+    BlockConvTranspose1d,
+    BlockConvTranspose2d,
+    BlockConvTranspose3d,
     BlockLinear,
     BlockModule,
     BlockStdConv2d,
     Execution,
     joined_topology,
+    turned,
 )
 from .base import Form, Given, Ineligible, drop_weight, fields, parameter_of, reorder
 
@@ -33,6 +37,8 @@ class LayerForm(Form):
     """A layer with one weight, which becomes a `BlockModule`."""
 
     block_class: type[BlockModule]
+    # Whether the dense layer stores inputs before outputs.
+    transposed = False
 
     def block(self, module: nn.Module, given: Mapping[str, Given]) -> BlockModule:
         """See `Form`."""
@@ -70,8 +76,8 @@ class LayerForm(Form):
             new.__dict__.pop(name, None)
         self._unprepare(new)
         with torch.no_grad():
-            weight = self._oriented(self._weight(module))
-            mask = self._oriented(module.dense(torch.ones_like(module.stored())))
+            weight = self._oriented(self._weight(module), module.parts)
+            mask = self._oriented(module.dense(torch.ones_like(module.stored())), module.parts)
         new.register_parameter("weight", nn.Parameter(weight, requires_grad=blocks.requires_grad))
         reorder(new, ["weight"])
         if masked:
@@ -91,13 +97,21 @@ class LayerForm(Form):
     def _unprepare(self, new: nn.Module) -> None:
         """Without those."""
 
-    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
+    def _oriented(self, weight: torch.Tensor, parts: int) -> torch.Tensor:
         """Outputs and inputs as the dense layer stores them."""
-        return weight
+        return turned(weight, parts).contiguous() if self.transposed else weight
+
+
+class TransposedConvForm(LayerForm):
+    """Transposed convolutions, which store their weight as ``(in, out, *kernel)``."""
+
+    transposed = True
 
 
 class TransposedForm(LayerForm):
     """transformers' ``Conv1D``, a linear layer that stores its weight as ``(in, out)``."""
+
+    transposed = True
 
     def __init__(self) -> None:
         super().__init__(nn.Module, BlockLinear)
@@ -117,9 +131,6 @@ class TransposedForm(LayerForm):
 
     def _unprepare(self, new: nn.Module) -> None:
         del new.__dict__["in_features"], new.__dict__["out_features"]
-
-    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.t().contiguous()
 
 
 def _conv1d() -> type[nn.Module] | None:
@@ -164,5 +175,8 @@ LAYERS: tuple[LayerForm, ...] = (
     LayerForm(nn.Conv1d, BlockConv1d),
     LayerForm(nn.Conv2d, BlockConv2d),
     LayerForm(nn.Conv3d, BlockConv3d),
+    TransposedConvForm(nn.ConvTranspose1d, BlockConvTranspose1d),
+    TransposedConvForm(nn.ConvTranspose2d, BlockConvTranspose2d),
+    TransposedConvForm(nn.ConvTranspose3d, BlockConvTranspose3d),
     TransposedForm(),
 )

@@ -3,7 +3,14 @@
 from .attention import BlockAttention
 from .base import BlockModule, Execution, block_slots, blocks_shape, joined_topology, stack_blocks
 from .composite import BlockComposite, Matrix, child_name
-from .conv import BlockConv, BlockConv1d, BlockConv2d, BlockConv3d
+from .conv import BlockConv, BlockConv1d, BlockConv2d, BlockConv3d, BlockConvNd
+from .conv_transpose import (
+    BlockConvTranspose,
+    BlockConvTranspose1d,
+    BlockConvTranspose2d,
+    BlockConvTranspose3d,
+    turned,
+)
 from .experts import BlockExperts
 from .linear import BlockLinear
 from .normed import NORMED, NormedConv2d
@@ -29,6 +36,11 @@ __all__ = [
     "BlockConv1d",
     "BlockConv2d",
     "BlockConv3d",
+    "BlockConvNd",
+    "BlockConvTranspose",
+    "BlockConvTranspose1d",
+    "BlockConvTranspose2d",
+    "BlockConvTranspose3d",
     "BlockExperts",
     "BlockGRU",
     "BlockGRUCell",
@@ -49,4 +61,5 @@ __all__ = [
     "child_name",
     "joined_topology",
     "stack_blocks",
+    "turned",
 ]

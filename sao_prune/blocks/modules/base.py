@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,9 @@ class BlockModule(Packed):
     execution: Execution
     # Last known; what the buffers hold is what counts wherever they can be read.
     _layout: Layout
+
+    # Whether there are native kernels for such layers.
+    has_kernels: ClassVar[bool] = True
 
     # What joins this layer's kernel, if it owns something; what this layer joined, if it did. See `fusion`.
     epilogue: Epilogue | None = None

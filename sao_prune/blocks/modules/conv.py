@@ -45,8 +45,8 @@ def run_conv(
     return y
 
 
-class BlockConv(BlockModule):
-    """Base of the block convolutions; see `BlockConv2d`.
+class BlockConvNd(BlockModule):
+    """Base of the block convolutions and the transposed ones.
 
     Raises:
         ValueError: for groups besides those of the topology.
@@ -59,10 +59,7 @@ class BlockConv(BlockModule):
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
-    _reversed_padding_repeated_twice: list[int]
     execution = Execution()
-    transposed = False
 
     dense_class: ClassVar[type[ConvNd]]
     convolve: ClassVar[Callable[..., Tensor]]
@@ -102,6 +99,28 @@ class BlockConv(BlockModule):
         """Groups of the dense convolution."""
         return self.groups
 
+    def _in_format(self, x: Tensor) -> Tensor:
+        """The input in the memory format of the execution."""
+        if self.execution.channels_last and not isinstance(x, Proxy) and not transforms_active():
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def extra_repr(self) -> str:
+        """Shape, geometry, blocks and execution."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"bias={self.bias is not None}, blocks={self.topology.groups}, execution={self.execution}"
+        )
+
+
+class BlockConv(BlockConvNd):
+    """Base of the block convolutions; see `BlockConv2d`."""
+
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+    transposed = False
+
     def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer would compute with a dense weight, without its bias."""
         geometry = self.geometry
@@ -126,9 +145,7 @@ class BlockConv(BlockModule):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         elif self.padding == "same" and any(n % 2 for n in self._missing()):
             x = F.pad(x, [side for n in reversed(self._missing()) for side in (n // 2, n - n // 2)])
-        if self.execution.channels_last and not isinstance(x, Proxy) and not transforms_active():
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x
+        return self._in_format(x)
 
     def _missing(self) -> list[int]:
         """How many places fewer than the image a result without padding has."""
@@ -183,12 +200,7 @@ class BlockConv(BlockModule):
 
     def extra_repr(self) -> str:
         """Shape, geometry, blocks and execution."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
-            f"bias={self.bias is not None}, padding_mode={self.padding_mode}, "
-            f"blocks={self.topology.groups}, execution={self.execution}"
-        )
+        return f"{super().extra_repr()}, padding_mode={self.padding_mode}"
 
 
 class BlockConv1d(BlockConv):

@@ -18,6 +18,7 @@ from ._torch import is_draft, tree_leaves, tree_map, without_autocast
 from .blocks import BlockModule, Execution
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
+from .blocks.norm_folding import fold_norms
 from .files import replacing
 from .orthogonality import release
 from .tables import Column, Line, TableReport
@@ -36,6 +37,7 @@ class ExportReport(TableReport):
         nodes: how many nodes there are of each operator.
         layers: block layers in the model.
         folded: permutations that folding has moved into neighbouring layers.
+        norms: batch norms that folding has made factors of the layers before them.
         error: largest difference of an output from the model's, relative to its largest value; ``None`` without
             onnxruntime.
         title: heading of the table.
@@ -46,6 +48,7 @@ class ExportReport(TableReport):
     nodes: dict[str, int]
     layers: int
     folded: int
+    norms: int
     error: float | None
     title: str = "exported"
 
@@ -61,15 +64,15 @@ class ExportReport(TableReport):
 
     def totals(self) -> dict[str, Any]:
         """The file, and what is in it beside nodes."""
-        names = ("path", "size", "layers", "folded", "error")
+        names = ("path", "size", "layers", "folded", "norms", "error")
         return {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:
         """One line of totals."""
         checked = "not run (no onnxruntime)" if self.error is None else f"outputs within {self.error:.1e}"
         return (
-            f"{self.path}: {self.size / 1e6:.1f} MB, {self.layers} block layers, {self.folded} permutations folded, "
-            f"{checked}; {sum(self.nodes.values())} nodes"
+            f"{self.path}: {self.size / 1e6:.1f} MB, {self.layers} block layers, {self.folded} permutations and "
+            f"{self.norms} norms folded, {checked}; {sum(self.nodes.values())} nodes"
         )
 
 
@@ -86,7 +89,8 @@ def export_onnx(
         model: any module, on the CPU, such as a compact one.
         example_input: a tensor, or a tuple of them, as the model is called with; the first dimension is the batch.
         path: of the file to write; its folder has to exist.
-        fold: move channel permutations into neighbouring layers (see `sao_prune.blocks.folding.fold`).
+        fold: move channel permutations into neighbouring layers (see `sao_prune.blocks.folding.fold`), and batch
+            norms into the block layers before them.
         dynamic_batch: whether the exported model takes batches of any size.
 
     Returns:
@@ -119,6 +123,7 @@ def export_onnx(
         layer.run_as(Execution())
     with torch.no_grad():
         expected = own(*inputs)
+        norms = fold_norms(own, example_input) if fold else 0
         folded = fold_model(own, example_input) if fold else 0
     shapes = None
     if dynamic_batch:
@@ -143,7 +148,7 @@ def export_onnx(
         program.save(str(written), external_data=size >= _LARGEST)
         difference = _error(written, example_input, expected)
         nodes = _nodes(written)
-    return ExportReport(target, target.stat().st_size, nodes, len(layers), folded, difference)
+    return ExportReport(target, target.stat().st_size, nodes, len(layers), folded, norms, difference)
 
 
 def _check(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> Path:

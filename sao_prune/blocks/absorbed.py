@@ -12,7 +12,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def _kinds_with_activation() -> tuple[type[nn.Module], ...]:
+def with_activation() -> tuple[type[nn.Module], ...]:
     """timm's batch norm that has an activation as its child, where timm has been loaded."""
     module = sys.modules.get("timm.layers.norm_act")
     return () if module is None else (module.BatchNormAct2d,)
@@ -24,14 +24,14 @@ OWNERS: dict[type[nn.Module], type[nn.Module]] = {}
 
 def activation_in(module: nn.Module | None) -> nn.Module | None:
     """The activation that a norm has as its child and calls itself."""
-    act = module.act if isinstance(module, _kinds_with_activation()) else None  # type: ignore[union-attr]
+    act = module.act if isinstance(module, with_activation()) else None  # type: ignore[union-attr]
     return None if isinstance(act, nn.Identity) else act  # type: ignore[return-value]
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a layer can compute this norm, with the activation in it."""
     kind = kind_of(module)
-    if kind not in _kinds_with_activation():
+    if kind not in with_activation():
         return kind in _NORMS
     act = activation_in(module)
     return type(module.drop) is nn.Identity and (act is None or is_activation(act))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..topology import BlockTopology, encode_sets
+from .absorbed import with_activation
 from .eligible import tied
 from .following import Flow, Watch
 from .layout import layout_of_topology
@@ -25,6 +27,7 @@ _SPATIAL: tuple[type[nn.Module], ...] = (
     nn.Dropout2d, nn.MaxPool2d, NativeMaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
 )  # fmt: skip
 _FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.dropout, F.hardswish, Tensor.contiguous}
+_DEPTHWISE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS: set[type] = {BlockLinear, *BlockConv.__subclasses__()}
 
 
@@ -32,7 +35,7 @@ def fold(model: nn.Module, example_input: Any) -> int:
     """Relabel hidden channels, in place, so that permutations between block layers disappear; the function stays.
 
     The channels between a block layer and the only block layer that takes them, through elementwise activations,
-    dropouts and batch norms, may stand in any order. They are put into that of the first layer's blocks and, within
+    dropouts, batch norms and depthwise convolutions, may stand in any order. They are put into that of the first layer's blocks and, within
     each, into that of the second's: of two irregular permutations one remains at most, none but a strided one where
     every block of the first feeds every block of the second alike, and none at all where both have the same sets. What
     cannot be proven to be such a pair stays as it is.
@@ -57,7 +60,7 @@ def fold(model: nn.Module, example_input: Any) -> int:
         (1, True, 'identity')
     """
     done = 0
-    for first, then, norms in _pairs(model, example_input):
+    for first, then, between in _pairs(model, example_input):
         if not _suits(first, then):
             continue
         order = _order(first.topology, then.topology)
@@ -66,9 +69,9 @@ def fold(model: nn.Module, example_input: Any) -> int:
         with torch.no_grad():
             _relabel_rows(first, order)
             _relabel_cols(then, order)
-            for norm in norms:
+            for step in between:
                 for name in ("weight", "bias", "running_mean", "running_var"):
-                    values = getattr(norm, name)
+                    values = getattr(step, name, None)
                     if values is not None:
                         values.copy_(values[order])
         done += 1
@@ -76,16 +79,17 @@ def fold(model: nn.Module, example_input: Any) -> int:
 
 
 def _pairs(model: nn.Module, example_input: Any) -> list[tuple[Any, Any, list[Any]]]:
-    """Two block layers, the second of which alone takes the first one's result, and the norms between them."""
+    """Two block layers, the second of which alone takes the first one's result, and what of the steps between them has
+    parameters a channel."""
     watch = Watch([m for m in model.modules() if isinstance(m, BlockModule)], _keeps_channels, _FUNCTIONS)
     watch.run(model, example_input)
     shared, found = tied(model), []
     for flow in watch.flows:
         if flow.then is None or flow.reach() is not flow or _is_matrix(flow.owner) != _is_matrix(flow.then):
             continue
-        norms = [step for step in flow.steps if type(step) in _NORMS]
-        if all(watch.calls[id(m)] == 1 and id(m) not in shared for m in (flow.owner, flow.then, *norms)):
-            found.append((flow.owner, flow.then, norms))
+        between = [step for step in flow.steps if _is_norm(step) or _is_depthwise(step)]
+        if all(watch.calls[id(m)] == 1 and id(m) not in shared for m in (flow.owner, flow.then, *between)):
+            found.append((flow.owner, flow.then, between))
     return found
 
 
@@ -93,10 +97,26 @@ def _keeps_channels(flow: Flow, module: nn.Module, x: Tensor) -> bool:
     """Whether a module treats all channels of a layer's result alike, its own parameters apart."""
     if module._forward_hooks or module._forward_pre_hooks:
         return False
-    if type(module) in _NORMS:
+    if _is_norm(module):
         # A batch norm takes dimension 1 for the channels, a linear layer the last.
         return x.dim() == 2 or not _is_matrix(flow.owner)
-    return type(module) in _STEPS or (type(module) in _SPATIAL and not _is_matrix(flow.owner))
+    return type(module) in _STEPS or (
+        not _is_matrix(flow.owner) and (type(module) in _SPATIAL or _is_depthwise(module))
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm, with an activation in it or without."""
+    kind: Any = type(module)
+    return kind in _NORMS or (kind in with_activation() and all(type(m) in _STEPS for m in (module.drop, module.act)))
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution of every channel by itself, by a weight of its own."""
+    padded = getattr(sys.modules.get("timm.layers.conv2d_same"), "Conv2dSame", None)
+    if type(module) not in (*_DEPTHWISE, padded) or "weight" not in module._parameters:
+        return False
+    return module.groups == module.in_channels == module.out_channels
 
 
 def _is_matrix(layer: nn.Module) -> bool:

@@ -145,11 +145,8 @@ def block_conv(
     weight = layout.pack(blocks).flatten(0, 1)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
     options = geometry.stride, geometry.padding, geometry.dilation, layout.groups
-    y = convolve(layout.inputs.plain(x, 1), weight, None, *options)
-    y = layout.outputs.plain(y, 1)
-    if bias is not None:
-        y = y + bias.view(-1, *[1] * (x.dim() - 2))
-    return ACTIVATIONS[activation](y)
+    y = convolve(layout.inputs.plain(x, 1), weight, layout.inner_bias(bias), *options)
+    return ACTIVATIONS[activation](layout.outputs.plain(y, 1))
 
 
 def block_conv_by_sets(
@@ -195,8 +192,7 @@ def block_conv_transpose(
         Shape ``(batch, m, *space)``.
     """
     x, weight = layout.inputs.plain(x, 1), layout.pack(blocks)
-    y = layout.outputs.plain(_convolve_transposed(x, weight, geometry, output_padding), 1)
-    return y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))
+    return layout.outputs.plain(_convolve_transposed(x, weight, layout.inner_bias(bias), geometry, output_padding), 1)
 
 
 def block_conv_transpose_by_sets(
@@ -210,15 +206,17 @@ def block_conv_transpose_by_sets(
 ) -> Tensor:
     """The same for even sets that are known as tensors only; see `block_conv_by_sets`."""
     index, place = _places_of_sets(row_set, col_set)
-    y = _convolve_transposed(x[:, index], blocks, geometry, output_padding)[:, place]
+    y = _convolve_transposed(x[:, index], blocks, None, geometry, output_padding)[:, place]
     return y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))
 
 
-def _convolve_transposed(x: Tensor, weight: Tensor, geometry: Geometry, output_padding: Sequence[int]) -> Tensor:
+def _convolve_transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: Sequence[int]
+) -> Tensor:
     """By torch, of matrices ``(groups, rows, cols, *kernel)``."""
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(geometry.stride) - 1]
     stored, groups = weight.transpose(1, 2).flatten(0, 1), weight.shape[0]
-    return convolve(x, stored, None, geometry.stride, geometry.padding, output_padding, groups, geometry.dilation)  # type: ignore[arg-type]
+    return convolve(x, stored, bias, geometry.stride, geometry.padding, output_padding, groups, geometry.dilation)  # type: ignore[arg-type]
 
 
 def block_conv_norm(

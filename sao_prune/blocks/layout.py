@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch import check_later, without_transforms
 from ..topology import BlockTopology, Seen, decode_sets, encode_sets
-from .permutation import Permutation
+from .permutation import Kind, Permutation
 
 _CAPTURED = (
     "this program was captured with other row_set and col_set than were loaded into it: capture it again from the "
@@ -157,6 +157,12 @@ class Layout:
         """
         if bias is not None and bias.shape != (self.channels,):
             raise RuntimeError(f"expected a bias of shape ({self.channels},), got {tuple(bias.shape)}")
+
+    def inner_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The same, or nothing; as it is where channels stand in the order of their positions."""
+        if bias is None or self.channels != self.groups * self.rows:
+            return None if bias is None else self.bias(bias)
+        return bias if self.outputs.kind is Kind.IDENTITY else bias.index_select(0, self.outputs.inverse)
 
     def bias(self, bias: Tensor) -> Tensor:
         """A bias ``(m,)`` by positions, zeros where there is padding; differentiable."""

@@ -167,6 +167,27 @@ def test_report_says_why_layers_are_left():
     torch.testing.assert_close(model(x), y)
 
 
+@pytest.mark.parametrize(
+    ("layer", "dead", "reason"),
+    [
+        (nn.Conv2d(16, 16, 3, padding=1, groups=16), (5,), "no smaller: 60 kernels for 16"),
+        (nn.Conv2d(16, 16, 3, padding=1), (slice(None), 5), "no smaller: 256 kernels for 256"),
+        (nn.Conv2d(16, 16, 3, padding=1, groups=2), (3,), "no smaller: 128 kernels for 128"),
+        (nn.Conv1d(16, 16, 1), (5,), "no smaller: 256 kernels for 256"),
+    ],
+)
+def test_dead_channels_of_dense_layers_make_no_blocks(layer, dead, reason):
+    """A channel that training has put to zero, and padding that would make the rest larger than it was."""
+    wide, convolution = copy.deepcopy(layer), type(layer)
+    with torch.no_grad():
+        wide.weight[dead] = 0
+    net = nn.Sequential(convolution(16, 16, 1), wide, convolution(16, 16, 1))
+    sao_prune.prune.sao(net[0], groups=4, seed=0)
+    reasons = {layer.name: layer.reason for layer in sao_prune.compact(net).layers}
+    assert reasons["0"] is None
+    assert reason in reasons["1"]
+
+
 def test_nothing_to_compact_names_the_reasons_and_changes_nothing():
     model = _mlp()
     state = copy.deepcopy(model.state_dict())

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sao_prune.blocks import BlockConv2d, BlockLinear
+from sao_prune.blocks import BlockConv2d, BlockConvTranspose2d, BlockLinear
 from sao_prune.blocks.folding import fold
 from sao_prune.blocks.modules import NativeMaxPool2d
+from sao_prune.blocks.norm_folding import fold_norms
 from sao_prune.blocks.permutation import Kind
 from sao_prune.topology import interleaved, make_topology, ramanujan
 
-from .cases import block_layers, randomise
+from .cases import LAYOUTS, block_layers, randomise
 
 
 def topology(kind: str, rows: int, cols: int, groups: int, seed: int = 0):
@@ -68,6 +70,78 @@ def test_convolutions_and_the_norms_between(norm, inplace, pool):
         BlockConv2d(ramanujan(8, 32, 4), 1),
     ]
     assert_folds(nn.Sequential(*layers), torch.randn(2, 8, 6, 6), 1)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_depthwise_convolutions_between(same):
+    depthwise = timm.layers.Conv2dSame(32, 32, 3, stride=2, groups=32) if same else nn.Conv2d(32, 32, 3, groups=32)
+    norms = [timm.layers.BatchNormAct2d(32, act_layer=nn.ReLU6) for _ in range(2)]
+    layers = [BlockConv2d(ramanujan(32, 8, 4), 1), norms[0], depthwise, norms[1], BlockConv2d(ramanujan(8, 32, 4), 1)]
+    folded = assert_folds(nn.Sequential(*layers), torch.randn(2, 8, 6, 6), 1)
+    assert folded[0].layout.outputs.kind is Kind.IDENTITY
+    layers[2] = nn.Conv2d(32, 32, 3, groups=16)
+    assert_folds(nn.Sequential(*layers), torch.randn(2, 8, 6, 6), 0)
+
+
+def _with_statistics(norm: nn.Module) -> nn.Module:
+    for name, low, high in (("running_mean", -1, 1), ("running_var", 0.5, 2), ("weight", 0.5, 2), ("bias", -1, 1)):
+        if getattr(norm, name, None) is not None:
+            nn.init.uniform_(getattr(norm, name), low, high)
+    return norm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        ("conv", nn.BatchNorm2d(8)),
+        ("conv", nn.BatchNorm2d(8, affine=False)),
+        ("conv", timm.layers.BatchNormAct2d(8, act_layer=nn.Hardswish)),
+        ("transposed", nn.BatchNorm2d(8)),
+        ("linear", nn.BatchNorm1d(8)),
+    ],
+)
+def test_norms_become_factors(kind, norm, layout, bias):
+    topology, norm = LAYOUTS[layout](8, 12, 4), _with_statistics(copy.deepcopy(norm))
+    layer = {
+        "conv": lambda: BlockConv2d(topology, 3, bias=bias),
+        "transposed": lambda: BlockConvTranspose2d(topology, 3, bias=bias),
+        "linear": lambda: BlockLinear(topology, bias=bias),
+    }[kind]()
+    randomise(layer)
+    net = nn.Sequential(layer, norm, nn.Tanh()).double().eval()
+    x = torch.randn(3, 12, *(() if kind == "linear" else (5, 5)), dtype=torch.float64)
+    y = net(x)
+    assert fold_norms(net, x) == 1
+    assert not isinstance(net[1], nn.modules.batchnorm._BatchNorm)
+    torch.testing.assert_close(net(x), y)
+
+
+@pytest.mark.parametrize("case", ["training", "read twice", "twice", "tokens", "tied", "no statistics", "hook"])
+def test_norms_that_stay(case):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = BlockLinear(interleaved(8, 8, 2))
+            self.norm = nn.BatchNorm1d(8, track_running_stats=case != "no statistics")
+            self.other = nn.BatchNorm1d(8)
+            if case == "tied":
+                self.other.weight = self.norm.weight
+
+        def forward(self, x):
+            y = self.layer(x)
+            z = self.norm(y)
+            return {"read twice": lambda: z + y, "twice": lambda: self.norm(z)}.get(case, lambda: z)()
+
+    net = Net().eval()
+    if case == "training":
+        net.norm.train()
+    if case == "hook":
+        net.norm.register_forward_hook(lambda *_: None)
+    x = torch.randn(3, 8, 8) if case == "tokens" else torch.randn(3, 8)
+    assert fold_norms(net, x) == 0
+    assert isinstance(net.norm, nn.BatchNorm1d)
 
 
 class Branch(nn.Module):

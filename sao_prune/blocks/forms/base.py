@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
+from ..._torch import ConvNd
 from ...algorithms import Draw
 from ...discovery import PrunableWeight, is_standardised
 from ...discovery.kinds import stored_weights
@@ -19,7 +20,8 @@ from ...prune import RefreshAll, RefreshChildren
 from ...prune.standardised import Centring
 from ...topology import BlockTopology, NotBlockStructuredError
 from ..absorbed import OWNERS
-from ..modules import block_slots, blocks_shape, stack_blocks
+from ..layout import layout_of_topology
+from ..modules import block_slots, blocks_shape, joined_topology, stack_blocks
 
 # Layers whose own forward computes what that of their stock class does.
 _ALIKE = frozenset(("transformers.models.falcon.modeling_falcon.FalconLinear",))
@@ -168,7 +170,18 @@ def read_topologies(module: nn.Module, weight: PrunableWeight) -> tuple[BlockTop
         raise Ineligible(str(error)) from None
     if not any(t.groups for t in topologies):
         raise Ineligible("nothing is left in it")
+    packed = _packed_size(topologies, isinstance(module, ConvNd))
+    if packed >= units.numel():
+        # A dead channel of a depthwise convolution, for one.
+        kernels = " kernels" if entries.dim() > 3 else ""
+        raise Ineligible(f"as blocks it would be no smaller: {packed:,}{kernels} for {units.numel():,}")
     return topologies
+
+
+def _packed_size(topologies: Sequence[BlockTopology], joined: bool) -> int:
+    """How many units the blocks take, with what pads them to one width; ``joined`` as those of one layer."""
+    each = [joined_topology(topologies)] if joined else topologies
+    return sum(layout_of_topology(topology).size for topology in each if topology.groups)
 
 
 def given_of(module: nn.Module, weight: PrunableWeight, topologies: tuple[BlockTopology, ...]) -> Given:

@@ -35,8 +35,8 @@ def fold(model: nn.Module, example_input: Any) -> int:
     """Relabel hidden channels, in place, so that permutations between block layers disappear; the function stays.
 
     The channels between a block layer and the only block layer that takes them, through elementwise activations,
-    dropouts, batch norms and depthwise convolutions, may stand in any order. They are put into that of the first layer's blocks and, within
-    each, into that of the second's: of two irregular permutations one remains at most, none but a strided one where
+    dropouts, batch norms and depthwise convolutions, may stand in any order. They are put into that of the first
+    layer's blocks and, within each, into that of the second's: of two irregular permutations one remains at most, none but a strided one where
     every block of the first feeds every block of the second alike, and none at all where both have the same sets. What
     cannot be proven to be such a pair stays as it is.
 
@@ -100,9 +100,8 @@ def _keeps_channels(flow: Flow, module: nn.Module, x: Tensor) -> bool:
     if _is_norm(module):
         # A batch norm takes dimension 1 for the channels, a linear layer the last.
         return x.dim() == 2 or not _is_matrix(flow.owner)
-    return type(module) in _STEPS or (
-        not _is_matrix(flow.owner) and (type(module) in _SPATIAL or _is_depthwise(module))
-    )
+    spatial = not _is_matrix(flow.owner) and (type(module) in _SPATIAL or _is_depthwise(module))
+    return spatial or type(module) in _STEPS
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchN
 
 
 def fold_norms(model: nn.Module, example_input: Any) -> int:
-    """Multiply the batch norms behind block layers into their blocks and biases, in place; in eval mode nothing changes.
+    """Multiply the batch norms behind block layers into their blocks and biases, in place; eval mode stays the same.
 
     A norm that is nobody else's goes; of timm's norms with an activation that stays.
 

@@ -115,6 +115,7 @@ def turned(weight: Tensor, parts: int) -> Tensor:
         Shape ``(n, m / parts, *kernel)``.
 
     Example:
+        >>> import torch
         >>> turned(torch.zeros(6, 2, 3, 3), 2).shape
         torch.Size([4, 3, 3, 3])
     """

@@ -36,9 +36,9 @@ def fold(model: nn.Module, example_input: Any) -> int:
 
     The channels between a block layer and the only block layer that takes them, through elementwise activations,
     dropouts, batch norms and depthwise convolutions, may stand in any order. They are put into that of the first
-    layer's blocks and, within each, into that of the second's: of two irregular permutations one remains at most, none but a strided one where
-    every block of the first feeds every block of the second alike, and none at all where both have the same sets. What
-    cannot be proven to be such a pair stays as it is.
+    layer's blocks and, within each, into that of the second's: of two irregular permutations one remains at most, none
+    but a strided one where every block of the first feeds every block of the second alike, and none at all where both
+    have the same sets. What cannot be proven to be such a pair stays as it is.
 
     Args:
         model: without epilogues; a copy, as parameters, statistics and sets are permuted in place.

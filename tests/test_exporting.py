@@ -72,6 +72,31 @@ def test_outputs_are_the_models_for_any_batch(case, topology, tmp_path):
         assert _gathers(tmp_path / "m.onnx") == 0
 
 
+@pytest.mark.parametrize("faster", [0, 1])
+def test_irregular_permutations_of_tokens_in_the_form_that_runs_faster(faster, tmp_path, monkeypatch):
+    model, x = compact_model("tokens", "ramanujan")
+    forms = []
+
+    def timed(paths, example_input):
+        forms.extend(path.read_bytes() for path in paths)
+        return [1.0 - (faster == 0), 1.0 - (faster == 1)]
+
+    monkeypatch.setattr(sao_prune.exporting, "_seconds", timed)
+    report = sao_prune.export_onnx(model, x, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").read_bytes() == forms[faster] != forms[1 - faster]
+    assert report.error < 1e-5
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    given = torch.randn(5, *x.shape[1:])
+    found = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(given).detach(), rtol=1e-4, atol=1e-5)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    sao_prune.export_onnx(model, x, tmp_path / "m.onnx", runtime="openvino")
+    assert len(forms) == 2
+    assert len(sao_prune.exporting._seconds([tmp_path / "m.onnx"] * 2, x)) == 2
+    with pytest.raises(ValueError, match="runtime must be one of onnxruntime, openvino, got 'tflite'"):
+        sao_prune.export_onnx(model, x, tmp_path / "m.onnx", runtime="tflite")
+
+
 def _gathers(path) -> int:
     """Gathers of activations, by as many indices as there are channels."""
     import onnx

@@ -57,8 +57,9 @@ class Absorbed:
 
     absorbed: Any
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The owner's result as it is, while the owner computes this module; else what the module computes."""
+        x = input
         if isinstance(x, Proxy):
             if isinstance(self, _NORMS):
                 # A norm stays one step of a traced graph, as torch's own does: it follows train() and eval().

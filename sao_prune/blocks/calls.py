@@ -43,10 +43,11 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
     def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if isinstance(module, nn.RNNBase):
             arguments.setdefault(id(module), (args, named))
-        if args and isinstance(args[0], Tensor):
+        x = args[0] if args else named.get("input")
+        if isinstance(x, Tensor):
             # Only shape, type and memory order matter: keep no activation alive. Nobody is to take it for a use.
             with without_functions():
-                inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
+                inputs.setdefault(id(module), torch.empty_like(x, device="meta"))
         count[id(module)] = count.get(id(module), 0) + 1
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]

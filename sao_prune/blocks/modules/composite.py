@@ -83,8 +83,9 @@ class BlockComposite(nn.Module):
             weight = self.dense_weight(name)
             assert weight is not None
             return F.linear(x, weight, bias)
+        # In autocast the product has its type.
         y: Tensor = child(x)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """What is dense."""

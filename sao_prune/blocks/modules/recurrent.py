@@ -56,6 +56,8 @@ class BlockRNNBase(BlockComposite):
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if batched and self.batch_first else x
         steps, batch, _ = x.shape
+        if not steps:
+            raise RuntimeError(f"{type(self).__name__}: expected at least one step, got input {tuple(input.shape)}")
         if not batched and hx is not None:
             given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
             hx = tuple(h.unsqueeze(1) for h in given)
@@ -129,14 +131,14 @@ class BlockRNNBase(BlockComposite):
         inner = getattr(self, f"bias_hh_{name}", None)
         inputs = self.product(f"weight_ih_{name}", x, getattr(self, f"bias_ih_{name}", None))
         if inner is not None and self.mode != "GRU":
-            inputs, inner = inputs + inner, None
+            inputs, inner = inputs + inner.to(inputs.dtype), None
         start = tuple(s.to(inputs.dtype) for s in start)
         pieces = inputs.split(sizes)
         results: list[Tensor] = [inputs] * len(sizes)
         ended: list[State] = []
         state = tuple(s[: sizes[-1]] for s in start) if backwards else start
         for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
-            here, size = len(state[0]), sizes[t]
+            here, size = state[0].shape[0], sizes[t]
             if backwards and size > here:
                 state = tuple(torch.cat([s, first[here:size]]) for s, first in zip(state, start))
             elif size < here:
@@ -149,6 +151,9 @@ class BlockRNNBase(BlockComposite):
         if ended:
             state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended)))
         return torch.cat(results), state
+
+    def flatten_parameters(self) -> None:
+        """Nothing: models call it before they run, for torch's layers on a GPU."""
 
     def reset_parameters(self) -> None:
         """Draw the weights that are not blocks, and the biases, as torch does."""

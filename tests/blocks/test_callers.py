@@ -1,0 +1,188 @@
+"""Layers are called by name, from several threads or partly compiled, and models give back whatever they like."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sao_prune
+from sao_prune.blocks import BlockLinear
+
+from .cases import needs_compiler
+
+
+class _Named(nn.Module):
+    """Calls its layers with ``input=``, as torch names it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor, named: bool) -> Tensor:
+        for part in (self.features, self.head):
+            for module in part:
+                x = module(input=x) if named else module(x)
+            x = x.mean((2, 3)) if part is self.features else x
+        return x
+
+
+def _pruned(model: nn.Module, groups: int = 4, **options) -> nn.Module:
+    sao_prune.apply(model, groups=groups, seed=0, **options)
+    return model.eval()
+
+
+@pytest.mark.parametrize("made", [None, True, False])
+def test_layers_are_called_by_name_too(made):
+    torch.manual_seed(0)
+    model, x = _pruned(_Named()), torch.randn(2, 3, 12, 12)
+    y = model(x, True)
+    report = sao_prune.compact(model, example_input=None if made is None else (x, made))
+    assert len(report.compact) == 3
+    for named in (True, False):
+        torch.testing.assert_close(model(x, named), y, rtol=1e-4, atol=1e-5)
+
+
+class _Beside(nn.Module):
+    """Two layers that take the same, one of them by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, then, beside = self.layers
+        x = self.act(first(x))
+        return then(x) + beside(input=x)
+
+
+def test_what_is_taken_by_name_is_taken():
+    model, x = _pruned(_Beside()), torch.randn(3, 16)
+    y = model(x)
+    sao_prune.compact(model, example_input=x)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+
+
+def _mlp() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (m for _ in range(3) for m in (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)))
+    return _pruned(nn.Sequential(*layers), 8, skip_first=False, skip_last=False)
+
+
+@needs_compiler
+@pytest.mark.parametrize("other", [False, True], ids=["alike", "in autocast"])
+def test_threads_that_run_one_model(other):
+    masked = _mlp()
+    model = copy.deepcopy(masked)
+    sao_prune.compact(model, example_input=torch.randn(4, 64))
+    switch = sys.getswitchinterval()
+
+    @torch.no_grad()
+    def run(number: int) -> float:
+        x, worst = torch.randn(4, 64, generator=torch.Generator().manual_seed(number)), 0.0
+        wanted = masked(x)
+        for _ in range(60):
+            with torch.autocast("cpu", torch.bfloat16, enabled=other and number % 2 == 1):
+                worst = max(worst, float((model(x) - wanted).abs().max()))
+        return worst
+
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as pool:
+            errors = list(pool.map(run, range(8)))
+    finally:
+        sys.setswitchinterval(switch)
+    assert max(errors[::2]) < 1e-4
+    assert max(errors) < (0.1 if other else 1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("warm", [True, False])
+def test_one_part_compiled_and_the_other_not(warm):
+    masked, x = _mlp(), torch.randn(3, 64)
+    model = copy.deepcopy(masked)
+    sao_prune.compact(model, example_input=x)
+    if warm:
+        model(x)
+    torch.compiler.reset()
+    head, tail = (torch.compile(lambda part, x: part(x), backend="eager", fullgraph=True) for _ in range(2))
+    wanted = masked(x)
+    torch.testing.assert_close(tail(model[1:], model[0](x)), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tail(model[1:], head(model[0], x)), wanted, rtol=1e-4, atol=1e-5)
+    # What is compiled leaves no result by which one that is not could know it.
+    y = head(model[0], x)
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        model[1:](y)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    # After a whole run parts compute themselves.
+    torch.testing.assert_close(head(model, x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1](x), masked[1](x))
+
+
+@dataclass
+class _Record:
+    logits: Tensor
+    name: str = ""
+
+
+class _Giving(nn.Module):
+    def __init__(self, give) -> None:
+        super().__init__()
+        self.layers, self.give = _mlp(), give
+
+    def forward(self, x: Tensor):
+        return self.give(self.layers(x))
+
+
+OUTPUTS = {
+    "tensor": lambda y: y,
+    "nest": lambda y: {"a": [None, (y,)]},
+    "dataclass": _Record,
+    "object": lambda y: SimpleNamespace(inner=SimpleNamespace(y=y), count=1),
+    "complex": torch.fft.rfft,
+    "sparse": lambda y: y.to_sparse(),
+    "half": lambda y: y.half(),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_every_kind_are_verified(kind, monkeypatch):
+    model, x = _Giving(OUTPUTS[kind]), torch.randn(3, 64)
+    other = copy.deepcopy(model)
+    sao_prune.compact(model, example_input=x)
+    values = BlockLinear.values
+    monkeypatch.setattr(BlockLinear, "values", lambda layer: 1.1 * values(layer))
+    with pytest.raises(ValueError, match="differs from the original's"):
+        sao_prune.compact(other, example_input=x)
+
+
+def test_outputs_that_are_missing_are_noticed():
+    model = _mlp()
+    count = [0, 0]
+
+    def give(y):
+        count[0] += 1
+        return (y, y) if count[0] == 1 else (y,)
+
+    with pytest.raises(ValueError, match=r"number of outputs \(1, not 2\)"):
+        sao_prune.compact(nn.Sequential(model, _Only(give)), example_input=torch.randn(3, 64))
+
+
+class _Only(nn.Module):
+    def __init__(self, give) -> None:
+        super().__init__()
+        self.give = give
+
+    def forward(self, x: Tensor):
+        return self.give(x)

@@ -52,7 +52,8 @@ def initialised(model: nn.Module, example_input: Any) -> nn.Module:
 
 
 def initialise_(model: nn.Module, example_input: Any) -> None:
-    """Run a model with lazy layers once, in eval mode, so that they are lazy no more; others are left as they are.
+    """Run a model with lazy layers once, in eval mode, so that they are lazy no more; others are left as they are, and
+    so are lazy ones without an example input.
 
     Args:
         model: any module, changed in place.
@@ -67,6 +68,6 @@ def initialise_(model: nn.Module, example_input: Any) -> None:
         >>> _is_lazy(net)
         False
     """
-    if _is_lazy(model):
+    if example_input is not None and _is_lazy(model):
         with evaluating(model), torch.no_grad():
             run(model, example_input)

@@ -189,6 +189,19 @@ def test_subclasses_with_a_forward_of_their_own_stay_as_they_are():
     assert "Own reads its weight" in {r.name: r.reason for r in report.layers}["1.out_proj"]
 
 
+def test_a_projection_of_which_nothing_is_left():
+    model = pruned(nn.MultiheadAttention(8, 2), groups=2)
+    model.layer.in_proj_weight_mask[:8] = 0
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    y = model(x, x, x)
+    report = sao_prune.compact(model, example_input=(x, x, x))
+    assert {r.name: r.reason for r in report.layers} == {
+        "layer.in_proj_weight": "nothing is left in one of its matrices",
+        "layer.out_proj": None,
+    }
+    torch.testing.assert_close(model(x, x, x), y)
+
+
 def test_refusals():
     model = pruned(nn.MultiheadAttention(8, 2), groups=2)
     sao_prune.compact(model)

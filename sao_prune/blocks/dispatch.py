@@ -92,9 +92,15 @@ class Operator:
         _LIBRARY.define(f"{name}{schema}", tags=_TAGS)
         for device in _DEVICES:
             _LIBRARY.impl(name, lambda *arguments: _given(kernel(*arguments), arguments[0]), device)
-        torch.library.register_fake(
-            f"sao_prune::{name}", lambda *arguments: _given(fake(*arguments), arguments[0]), lib=_LIBRARY
-        )
+
+        def described(*arguments: Any) -> Any:
+            # One tensor of another device would pass for a result's: that of the meta device gives no values.
+            devices = {str(t.device) for t in arguments[:tensors] if t is not None}
+            if len(devices) > 1:
+                raise RuntimeError(f"expected all operands on one device, got some on {' and '.join(sorted(devices))}")
+            return _given(fake(*arguments), arguments[0])
+
+        torch.library.register_fake(f"sao_prune::{name}", described, lib=_LIBRARY)
         self.overload = getattr(torch.ops.sao_prune, name).default
 
     def differentiable(self, function: type[torch.autograd.Function]) -> Operator:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor
 
 from .backends import cpu
-from .functional import MATRIX, Geometry
+from .functional import ACTIVATIONS, MATRIX, Geometry
 from .layout import Layout
 
 
@@ -32,6 +34,17 @@ def check_averages(mean: Tensor | None, variance: Tensor | None) -> None:
         raise RuntimeError(
             f"expected mean and variance of a norm, or none, got no {'mean' if mean is None else 'variance'}"
         )
+
+
+def check_activations(names: Sequence[str], known: Iterable[str] = ACTIVATIONS, count: int = 1) -> None:
+    """Refuse activations that an operator does not have.
+
+    Raises:
+        RuntimeError: telling which there are.
+    """
+    if len(names) != count or not all(name in known for name in names):
+        given, allowed = (", ".join(map(repr, each)) for each in (names, known))
+        raise RuntimeError(f"expected {count} of the activations {allowed}, got {given or 'none'}")
 
 
 def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:

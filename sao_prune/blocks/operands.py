@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from torch import Tensor
 
 from .backends import cpu
@@ -36,15 +34,14 @@ def check_averages(mean: Tensor | None, variance: Tensor | None) -> None:
         )
 
 
-def check_activations(names: Sequence[str], known: Iterable[str] = ACTIVATIONS, count: int = 1) -> None:
-    """Refuse activations that an operator does not have.
+def check_activation(name: str) -> None:
+    """Refuse an activation that operators do not have.
 
     Raises:
         RuntimeError: telling which there are.
     """
-    if len(names) != count or not all(name in known for name in names):
-        given, allowed = (", ".join(map(repr, each)) for each in (names, known))
-        raise RuntimeError(f"expected {count} of the activations {allowed}, got {given or 'none'}")
+    if name not in ACTIVATIONS:
+        raise RuntimeError(f"expected one of the activations {', '.join(map(repr, ACTIVATIONS))}, got {name!r}")
 
 
 def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:

@@ -17,7 +17,7 @@ from .backends import torch as plain
 from .dispatch import Definition, Operator, define
 from .functional import MATRIX
 from .layout import Layout, layout_of
-from .operands import check_activations, check_results, packed, packed_behind, unpacked
+from .operands import check_results, packed, packed_behind, unpacked
 from .operators import Found, backend_for
 
 MOST = 8
@@ -32,7 +32,11 @@ def _layouts(sets: Sequence[Tensor]) -> Iterator[Layout]:
 
 def _packed(x: Tensor, values: Sequence[Any], layouts: Sequence[Layout], activations: Sequence[str]) -> list[Tensor]:
     """The matrices of every layer, once it is sure that the layers belong together."""
-    check_activations(activations, (*ACTIVATIONS, ""), len(layouts))
+    if len(activations) != len(layouts) or not all(a in ("", *ACTIVATIONS) for a in activations):
+        known = " and ".join(map(repr, ACTIVATIONS))
+        raise RuntimeError(
+            f"a stack of {len(layouts)} layers has as many activations, {known} or '', got {activations}"
+        )
     first, *rest = layouts
     weights = [packed(first, x, values[0], values[1], MATRIX)]
     for before, layout, blocks, bias in zip(layouts, rest, values[2::2], values[3::2]):

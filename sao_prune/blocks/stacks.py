@@ -34,9 +34,7 @@ def _packed(x: Tensor, values: Sequence[Any], layouts: Sequence[Layout], activat
     """The matrices of every layer, once it is sure that the layers belong together."""
     if len(activations) != len(layouts) or not all(a in ("", *ACTIVATIONS) for a in activations):
         known = " and ".join(map(repr, ACTIVATIONS))
-        raise RuntimeError(
-            f"a stack of {len(layouts)} layers has as many activations, {known} or '', got {activations}"
-        )
+        raise RuntimeError(f"expected {len(layouts)} activations, each {known} or '', got {activations}")
     first, *rest = layouts
     weights = [packed(first, x, values[0], values[1], MATRIX)]
     for before, layout, blocks, bias in zip(layouts, rest, values[2::2], values[3::2]):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._torch import BatchNorm, has_global_hooks, version
+from .._torch import BatchNorm, decided_once, has_global_hooks, version
 from .absorbed import OWNERS, absorbed_class, activation_in, activation_name, is_activation, is_norm, kind_of
 from .backends import cpu
 
@@ -124,10 +124,10 @@ class Epilogue:
         if x.is_meta or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
             return False
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self._is_at_home():
+        if not self._is_at_home():
             return False
         for m in members:
-            if m is not None and is_watched(m):
+            if m is not None and (is_watched(m) or m.__dict__.get("approximate", "none") != "none"):
                 return False
         tensors: list[Any] = []
         for m in others:
@@ -152,6 +152,7 @@ class Epilogue:
                 return False
         return compiling or not x.is_cpu or cpu.ready(x, *tensors)
 
+    @decided_once
     def _is_at_home(self) -> bool:
         for home, name, ref in self._homes:
             parent = home()
@@ -210,18 +211,19 @@ class Epilogue:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         copies = [None if m is None else deepcopy(m, memo) for m in self.members()]
-        new.__setstate__({"present": self._present, "modules": copies})
-        homes = [(memo.get(id(parent())), name, memo.get(id(member()))) for parent, name, member in self._homes]
         # Of a layer that is copied alone nobody holds the copies of the others, so that it runs alone.
-        new._refer(copies, [(p, name, m) for p, name, m in homes if p is not None and m is not None])
+        homes = [(memo.get(id(parent())), name, memo.get(id(member()))) for parent, name, member in self._homes]
+        new.__setstate__({"present": self._present, "modules": copies, "homes": homes})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"present": self._present, "modules": self.members()}
+        homes = [(parent(), name, member()) for parent, name, member in self._homes]
+        return {"present": self._present, "modules": self.members(), "homes": homes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._present = state["present"]
-        self._refer(state["modules"], [])
+        homes = [home for home in state.get("homes", ()) if home[0] is not None and home[2] is not None]
+        self._refer(state["modules"], homes)
         self._idle()
 
 
@@ -232,10 +234,10 @@ def step_names(norm: nn.Module | None, activation: nn.Module | None, then: nn.Mo
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
+    """Whether anyone sees what goes into or comes out of a module, replaces that, or runs it compiled by itself."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     hooks = before or after or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or module._compiled_call_impl is not None
+    return bool(hooks) or module._compiled_call_impl is not None or "forward" in module.__dict__
 
 
 def homes_of(model: nn.Module) -> Homes:

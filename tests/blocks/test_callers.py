@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -128,6 +130,67 @@ def test_one_part_compiled_and_the_other_not(warm):
     # After a whole run parts compute themselves.
     torch.testing.assert_close(head(model, x), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model[1](x), masked[1](x))
+
+
+def _images() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (m for _ in range(2) for m in (nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
+    model = nn.Sequential(*layers, nn.Conv2d(16, 16, 3))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+    return _pruned(model, skip_first=False, skip_last=False)
+
+
+def _instead(number: int, make) -> Callable[[nn.Sequential], list[nn.Module]]:
+    def change(model: nn.Sequential) -> list[nn.Module]:
+        before = model[number]
+        model[number] = make(before)
+        return [before]
+
+    return change
+
+
+def _swapped(one: int, other: int) -> Callable[[nn.Sequential], list[nn.Module]]:
+    def change(model: nn.Sequential) -> list[nn.Module]:
+        model[one], model[other] = model[other], model[one]
+        return []
+
+    return change
+
+
+# What a change returns is kept: a module that somebody still has is not gone.
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Sequential], object]]] = {
+    "activation": (_mlp, _instead(1, lambda old: nn.ReLU())),
+    "no activation": (_mlp, _instead(1, lambda old: nn.Identity())),
+    "wrapped activation": (_mlp, _instead(1, lambda old: nn.Sequential(old))),
+    "next layer": (_mlp, _instead(2, lambda old: nn.Identity())),
+    "option": (_mlp, lambda model: setattr(model[1], "approximate", "tanh")),
+    "forward": (_mlp, lambda model: setattr(model[1], "forward", torch.sin)),
+    "norm": (_images, _instead(1, lambda old: nn.BatchNorm2d(16).eval())),
+    "swapped norms": (_images, _swapped(1, 4)),
+    "swapped layers": (_images, _swapped(0, 3)),
+    "activation of a norm": (_images, _instead(2, lambda old: nn.Tanh())),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["as it is", "pickled", "compiled before", "compiled after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_modules_that_are_replaced_while_somebody_has_them(change, how):
+    make, alter = CHANGES[change]
+    masked = make()
+    x = torch.randn(3, 64) if make is _mlp else torch.randn(2, 16, 9, 9)
+    model = copy.deepcopy(masked)
+    sao_prune.compact(model, example_input=x)
+    model = pickle.loads(pickle.dumps(model)) if how == "pickled" else model
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager") if how.startswith("compiled") else model
+    if how != "compiled after":
+        torch.testing.assert_close(run(x), masked(x), rtol=1e-4, atol=1e-5)
+    kept = alter(masked), alter(model)
+    assert len(kept) == 2
+    torch.testing.assert_close(run(x), masked(x), rtol=1e-5, atol=1e-5)
 
 
 @dataclass

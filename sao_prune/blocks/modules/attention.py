@@ -163,14 +163,17 @@ class BlockAttention(BlockComposite):
             RuntimeError: for a mask of another shape.
         """
         batch, heads, queries, _ = q.shape
-        allowed = {"attn_mask": [(queries, keys), (batch * heads, queries, keys)], "key_padding_mask": [(batch, keys)]}
+        allowed: dict[str, list[tuple[int, ...]]] = {
+            "attn_mask": [(queries, keys), (batch * heads, queries, keys)],
+            "key_padding_mask": [(batch, keys)],
+        }
         added: Tensor | None = None
         for mask, name in ((attn_mask, "attn_mask"), (key_padding_mask, "key_padding_mask")):
             if mask is None:
                 continue
             # Of its own number of dimensions only: programs are captured for batches of any size.
             if not any(len(shape) == mask.dim() and shape == mask.shape for shape in allowed[name]):
-                shapes = " or ".join(map(str, allowed[name]))
+                shapes = " or ".join(str(shape) for shape in allowed[name])
                 raise RuntimeError(f"expected {name} of shape {shapes}, got {tuple(mask.shape)}")
             own: Tensor = F._canonical_mask(mask, name, None, "", q.dtype, check_other=False)  # type: ignore
             if name == "key_padding_mask":

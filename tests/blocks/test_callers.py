@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 import sao_prune
@@ -249,3 +250,43 @@ class _Only(nn.Module):
 
     def forward(self, x: Tensor):
         return self.give(x)
+
+
+class _First(nn.Module):
+    """A layer between two others, by its first result."""
+
+    def __init__(self, layer: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.before, self.layer, self.kind = nn.Identity(), layer, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        found = self.layer(x, x, x, need_weights=False) if self.kind == "attention" else self.layer(x)
+        return torch.relu(found[0] if self.kind in ("attention", "lstm", "gru", "lstm cell") else found)
+
+
+TRACED = {
+    "attention": (lambda: nn.MultiheadAttention(16, 2, batch_first=True), (2, 5, 16)),
+    "lstm": (lambda: nn.LSTM(16, 16, bidirectional=True), (2, 5, 16)),
+    "gru": (lambda: nn.GRU(16, 16), (5, 16)),
+    "lstm cell": (lambda: nn.LSTMCell(16, 16), (3, 16)),
+    "gru cell": (lambda: nn.GRUCell(16, 16), (3, 16)),
+    "standardised": (lambda: ScaledStdConv2d(16, 16, 3), (2, 16, 5, 5)),
+    "standardised, same": (lambda: StdConv2dSame(16, 16, 3, stride=2), (2, 16, 6, 6)),
+    "linear": (lambda: nn.Linear(16, 16), (2, 16)),
+    "convolution": (lambda: nn.Conv1d(16, 16, 3, padding="same"), (2, 16, 6)),
+}
+
+
+@pytest.mark.parametrize("amount", [{"groups": 4}, {"sparsity": 0.7, "fit": "exact"}], ids=["even", "uneven"])
+@pytest.mark.parametrize("kind", TRACED)
+def test_graphs_of_every_layer(kind, amount):
+    make, shape = TRACED[kind]
+    torch.manual_seed(0)
+    model, x = _First(make(), kind).eval(), torch.randn(shape)
+    sao_prune.apply(model, seed=0, skip_first=False, skip_last=False, **amount)
+    y = model(x)
+    sao_prune.compact(model)
+    graph = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(graph))(x), y, rtol=1e-4, atol=1e-5)

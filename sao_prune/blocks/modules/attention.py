@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from ..._torch import without_subclasses
@@ -76,6 +77,9 @@ class BlockAttention(BlockComposite):
         Raises:
             RuntimeError: for inputs that do not fit each other, or ``is_causal`` without a mask.
         """
+        if isinstance(query, Proxy):
+            masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return self.step(query, key, value, *masks)  # type: ignore[no-any-return]
         if query.is_nested or key.is_nested or value.is_nested:
             raise RuntimeError(
                 "block attention takes no nested tensors: pad them (nn.TransformerEncoder makes them of a padding mask "

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from ...discovery import PrunableWeight
@@ -45,6 +46,11 @@ class BlockComposite(nn.Module):
     list of them, one for each of its matrices. Weights that are not made of blocks stay what they were, under their
     own names, masks included.
     """
+
+    def step(self, first: Proxy, *inputs: Any) -> Any:
+        """A call as one step of a traced graph, as calls of torch's own layers are."""
+        tracer = first.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (first, *inputs), {})  # type: ignore
 
     def matrices(self) -> Iterator[Matrix]:
         """Its block layers, in the order of the dense layer's parameters."""

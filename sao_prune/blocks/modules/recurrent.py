@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -42,6 +43,8 @@ class BlockRNNBase(BlockComposite):
         Raises:
             RuntimeError: for shapes that are not those of the layer.
         """
+        if isinstance(input, Proxy):
+            return self.step(input, hx)  # type: ignore[no-any-return]
         if self._runs_dense(input):
             return self._dense_view().forward(input, hx)  # type: ignore[operator,no-any-return]
         if isinstance(input, PackedSequence):
@@ -225,6 +228,8 @@ class BlockCell(BlockComposite):
         Raises:
             RuntimeError: for shapes that are not those of the layer.
         """
+        if isinstance(input, Proxy):
+            return self.step(input, hx)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"{type(self).__name__}: expected input (batch, {self.input_size}), got {tuple(input.shape)}"

@@ -123,14 +123,25 @@ def looking(model: nn.Module, devices: Sequence[int] = ()) -> Iterator[None]:
         yield
 
 
+def copied(example_input: Any) -> Any:
+    """The same nest with tensors of its own, as a model may write to what it is given; one tensor in several places
+    stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), value.clone()) if isinstance(value, Tensor) else value
+
+    return tree_map(own, example_input)
+
+
 def run(model: nn.Module, example_input: Any) -> Any:
-    """`call`, with an error that says that the input is at fault.
+    """`call` on a copy of the input, with an error that says that the input is at fault.
 
     Raises:
         ValueError: if the model fails on the example input.
     """
     try:
-        return call(model, example_input)
+        return call(model, copied(example_input))
     except Exception as error:
         raise ValueError(f"the model does not run on the example input: {error}") from error
 

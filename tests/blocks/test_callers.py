@@ -290,3 +290,33 @@ def test_graphs_of_every_layer(kind, amount):
     graph = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(graph(x), y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pickle.loads(pickle.dumps(graph))(x), y, rtol=1e-4, atol=1e-5)
+
+
+class _Writing(nn.Module):
+    """Writes to what it is given, and to buffers of its own on which its results depend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _mlp()
+        self.register_buffer("mean", torch.zeros(64))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, same: Tensor) -> Tensor:
+        assert x is same
+        self.calls = self.calls + 1
+        self.mean.lerp_(x.mean(0), 0.5)
+        return self.layers(x.sub_(self.mean)) * self.calls
+
+
+@pytest.mark.parametrize("tune", [None, "infer", "train"])
+def test_models_that_write_to_their_input_and_buffers(tune, monkeypatch):
+    monkeypatch.setenv("SAO_PRUNE_TUNING_CACHE", "0")
+    model, x = _Writing(), torch.randn(3, 64)
+    before, state = x.clone(), copy.deepcopy(dict(model.named_buffers()))
+    other = copy.deepcopy(model)
+    report = sao_prune.compact(model, example_input=(x, x), tune=tune)
+    assert report.layers
+    assert torch.equal(x, before)
+    assert all(torch.equal(dict(model.named_buffers())[name], state[name]) for name in ("mean", "calls"))
+    y, wanted = (each(*(given,) * 2) for each, given in ((model, x.clone()), (other, x.clone())))
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)

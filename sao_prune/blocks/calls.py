@@ -43,7 +43,7 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
     def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if isinstance(module, nn.RNNBase):
             arguments.setdefault(id(module), (args, named))
-        x = args[0] if args else named.get("input")
+        x = args[0] if args else next(iter(named.values()), None)
         if isinstance(x, Tensor):
             # Only shape, type and memory order matter: keep no activation alive. Nobody is to take it for a use.
             with without_functions():

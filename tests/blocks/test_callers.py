@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from timm.layers import ScaledStdConv2d, StdConv2dSame
+from timm.layers import BatchNormAct2d, ScaledStdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 import sao_prune
@@ -54,6 +54,27 @@ def test_layers_are_called_by_name_too(made):
     assert len(report.compact) == 3
     for named in (True, False):
         torch.testing.assert_close(model(x, named), y, rtol=1e-4, atol=1e-5)
+
+
+class _Timm(nn.Module):
+    """timm names it ``x``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(16, 16, 3), BatchNormAct2d(16), StdConv2dSame(16, 16, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, norm, last = self.layers
+        return last(x=norm(x=first(input=x)))
+
+
+def test_layers_of_timm_are_called_by_their_own_name():
+    torch.manual_seed(0)
+    model, x = _pruned(_Timm(), skip_first=False, skip_last=False), torch.randn(2, 16, 6, 6)
+    y = model(x)
+    report = sao_prune.compact(model, example_input=x)
+    assert len(report.compact) == 2
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
 
 
 class _Beside(nn.Module):

@@ -21,15 +21,23 @@ _SMALL_STEP = 1 << 18
 State = tuple[Tensor, ...]
 
 
-class BlockRNNBase(BlockComposite):
+class _Recurrent(BlockComposite):
+    input_size: int
+    hidden_size: int
+
+    def reset_parameters(self) -> None:
+        """Draw the weights that are not blocks, and the biases, as torch does."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+
+class BlockRNNBase(_Recurrent):
     """Base of `BlockLSTM`, `BlockGRU` and `BlockRNN`; inputs, states and results are those of torch's layers.
 
     The biases and the options (layers, directions, projection, dropout, ``batch_first``) are the dense layer's own.
     """
 
     mode: str
-    input_size: int
-    hidden_size: int
     num_layers: int
     bias: bool
     batch_first: bool
@@ -158,10 +166,6 @@ class BlockRNNBase(BlockComposite):
     def flatten_parameters(self) -> None:
         """Nothing: models call it before they run, for torch's layers on a GPU."""
 
-    def reset_parameters(self) -> None:
-        """Draw the weights that are not blocks, and the biases, as torch does."""
-        _reset(self, self.hidden_size)
-
     def extra_repr(self) -> str:
         """Sizes and options."""
         names = ("num_layers", "batch_first", "dropout", "bidirectional", "proj_size")
@@ -187,11 +191,6 @@ def _step(layer: BlockComposite, mode: str, name: str, inputs: Tensor, bias: Ten
     return (torch.relu(gates) if mode == "RNN_RELU" else torch.tanh(gates),)
 
 
-def _reset(layer: BlockComposite, size: int) -> None:
-    for parameter in layer.parameters(recurse=False):
-        nn.init.uniform_(parameter, -(size**-0.5), size**-0.5)
-
-
 def _permuted(states: Tensor, order: Tensor | None) -> Tensor:
     return states if order is None else states.index_select(1, order)
 
@@ -208,11 +207,9 @@ class BlockRNN(BlockRNNBase):
     """`torch.nn.RNN` with block weights; made by `sao_prune.compact`."""
 
 
-class BlockCell(BlockComposite):
+class BlockCell(_Recurrent):
     """Base of the block cells: one step, inputs and results those of torch's cells."""
 
-    input_size: int
-    hidden_size: int
     bias_ih: Tensor | None
     bias_hh: Tensor | None
     nonlinearity: str
@@ -243,10 +240,6 @@ class BlockCell(BlockComposite):
         inputs = self.product("weight_ih", input, self.bias_ih)
         after = _step(self, self.mode, "weight_hh", inputs, self.bias_hh, state)
         return after if count > 1 else after[0]
-
-    def reset_parameters(self) -> None:
-        """Draw the weights that are not blocks, and the biases, as torch does."""
-        _reset(self, self.hidden_size)
 
 
 class BlockLSTMCell(BlockCell):

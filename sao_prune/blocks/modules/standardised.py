@@ -35,6 +35,10 @@ class BlockStdConv2d(BlockConv2d):
     same_pad: bool = False
     pad: nn.Module | None
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As of any block convolution; its libraries name the input so."""
+        return super().forward(x)
+
     def values(self) -> Tensor:
         """The standardised blocks."""
         blocks, fan_in = self.blocks, self.in_channels // self.groups

@@ -227,15 +227,15 @@ def test_gates_that_share_blocks_are_not_held_as_one_matrix():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_what_models_ask_of_torchs_layers(kind):
     model = pruned(kind(8, 8, bidirectional=True, batch_first=True), groups=2).eval()
     sao_prune.compact(model)
     model.layer.flatten_parameters()
-    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
     batch = torch.export.Dim("batch")
     program = torch.export.export(model.layer, (x,), dynamic_shapes=({0: batch},), strict=False)
-    x = torch.randn(5, 4, 8, dtype=torch.float64)
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
     torch.testing.assert_close(program.module()(x), model(x))
 
 

@@ -53,7 +53,7 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     try:
         with _evaluating(model), torch.no_grad():
-            output = run(model, example_input)
+            output = run(model, copied(example_input))
     finally:
         for hook in hooks:
             hook.remove()

@@ -94,10 +94,7 @@ class Operator:
             _LIBRARY.impl(name, lambda *arguments: _given(kernel(*arguments), arguments[0]), device)
 
         def described(*arguments: Any) -> Any:
-            # One tensor of another device would pass for a result's: that of the meta device gives no values.
-            devices = {str(t.device) for t in arguments[:tensors] if t is not None}
-            if len(devices) > 1:
-                raise RuntimeError(f"expected all operands on one device, got some on {' and '.join(sorted(devices))}")
+            _check_devices(arguments[:tensors])
             return _given(fake(*arguments), arguments[0])
 
         torch.library.register_fake(f"sao_prune::{name}", described, lib=_LIBRARY)
@@ -140,6 +137,17 @@ class Operator:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _check_devices(tensors: Sequence[Tensor | None]) -> None:
+    """Refuse operands on the meta device beside others: nobody would compute the result's values.
+
+    Raises:
+        RuntimeError: telling where they are.
+    """
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"expected all operands on one device, got some on {' and '.join(sorted(devices))}")
 
 
 def define(d: Definition) -> Operator:

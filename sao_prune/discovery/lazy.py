@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .trace import evaluating, run
+from .trace import copied, evaluating, run
 
 
 def _is_lazy(model: nn.Module) -> bool:
@@ -52,12 +52,11 @@ def initialised(model: nn.Module, example_input: Any) -> nn.Module:
 
 
 def initialise_(model: nn.Module, example_input: Any) -> None:
-    """Run a model with lazy layers once, in eval mode, so that they are lazy no more; others are left as they are, and
-    so are lazy ones without an example input.
+    """Run a model with lazy layers once, in eval mode, so that they are lazy no more; others are left as they are.
 
     Args:
         model: any module, changed in place.
-        example_input: as for `call`.
+        example_input: as for `call`; without one nothing is done.
 
     Raises:
         ValueError: if the model fails on the example input.
@@ -70,4 +69,4 @@ def initialise_(model: nn.Module, example_input: Any) -> None:
     """
     if example_input is not None and _is_lazy(model):
         with evaluating(model), torch.no_grad():
-            run(model, example_input)
+            run(model, copied(example_input))

@@ -135,13 +135,13 @@ def copied(example_input: Any) -> Any:
 
 
 def run(model: nn.Module, example_input: Any) -> Any:
-    """`call` on a copy of the input, with an error that says that the input is at fault.
+    """`call`, with an error that says that the input is at fault.
 
     Raises:
         ValueError: if the model fails on the example input.
     """
     try:
-        return call(model, copied(example_input))
+        return call(model, example_input)
     except Exception as error:
         raise ValueError(f"the model does not run on the example input: {error}") from error
 
@@ -157,7 +157,7 @@ def first_uses(
         ValueError: if the model fails on the example input.
     """
     devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
-    recorder = _UseRecorder(parameters, embeddings, model)
+    recorder, inputs = _UseRecorder(parameters, embeddings, model), copied(example_input)
     with looking(model, devices), recorder:
-        run(model, example_input)
+        run(model, inputs)
     return recorder.uses

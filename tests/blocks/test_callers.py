@@ -21,6 +21,13 @@ from sao_prune.blocks import BlockLinear
 from .cases import needs_compiler
 
 
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Programs of all models of a class count together, also for the tests that follow."""
+    yield
+    torch.compiler.reset()
+
+
 class _Named(nn.Module):
     """Calls its layers with ``input=``, as torch names it."""
 
@@ -136,7 +143,6 @@ def test_one_part_compiled_and_the_other_not():
     masked, x = _mlp(), torch.randn(3, 64)
     model = copy.deepcopy(masked)
     sao_prune.compact(model, example_input=x)
-    torch.compiler.reset()
     head, tail = (torch.compile(lambda part, x: part(x), backend="eager", fullgraph=True) for _ in range(2))
     wanted = masked(x)
     # What is compiled leaves no result by which one that is not could know it.
@@ -207,7 +213,6 @@ def test_modules_that_are_replaced_while_somebody_has_them(change, how):
     model = copy.deepcopy(masked)
     sao_prune.compact(model, example_input=x)
     model = pickle.loads(pickle.dumps(model)) if how == "pickled" else model
-    torch.compiler.reset()
     run = torch.compile(model, backend="eager") if how == "compiled" else model
     torch.testing.assert_close(run(x), masked(x), rtol=1e-4, atol=1e-5)
     kept = alter(masked), alter(model)

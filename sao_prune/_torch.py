@@ -250,6 +250,19 @@ def check_later(condition: Tensor, message: str) -> None:
     (_check_of_programs if tracing_state() is None else _check_of_traces())(condition, message)
 
 
+def decided_once(method: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A method that compilers call while they capture a program, in place of capturing what it does.
+
+    Args:
+        method: without arguments.
+
+    Returns:
+        The same; as `torch.compiler.assume_constant_result`, which imports the compiler.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
 def is_draft(program: Any) -> bool:
     """Whether an ONNX program is of a draft: older versions of torch record one where all else fails.
 

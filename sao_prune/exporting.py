@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -219,7 +219,8 @@ def _check(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     leaves = tree_leaves(example_input)
-    if not leaves or not all(isinstance(t, Tensor) and t.dim() > 0 for t in leaves):
+    named = isinstance(example_input, Mapping)
+    if named or not leaves or not all(isinstance(t, Tensor) and t.dim() > 0 for t in leaves):
         raise TypeError("example_input must be a tensor or a tuple of tensors, the batch their first dimension")
     for package in ("onnx", "onnxscript"):
         try:

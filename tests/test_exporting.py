@@ -110,8 +110,9 @@ def test_bad_input(tmp_path, monkeypatch):
     model, x = compact_model("convolutions", "interleaved")
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         sao_prune.export_onnx("model", x, tmp_path / "m.onnx")
-    with pytest.raises(TypeError, match="example_input"):
-        sao_prune.export_onnx(model, [1], tmp_path / "m.onnx")
+    for example in ([1], {"input": x}):
+        with pytest.raises(TypeError, match="example_input"):
+            sao_prune.export_onnx(model, example, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match="is no folder"):
         sao_prune.export_onnx(model, x, tmp_path / "nowhere" / "m.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

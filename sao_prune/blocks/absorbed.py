@@ -57,8 +57,9 @@ class Absorbed:
 
     absorbed: Any
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The owner's result as it is, while the owner computes this module; else what the module computes."""
+        x = input
         if isinstance(x, Proxy):
             if isinstance(self, _NORMS):
                 # A norm stays one step of a traced graph, as torch's own does: it follows train() and eval().
@@ -100,10 +101,15 @@ _ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+def _forward_of_x(self: Absorbed, x: Tensor) -> Tensor:
+    """As timm names it."""
+    return Absorbed.forward(self, x)
+
+
 def absorbed_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of absorbed modules of a kind; of timm's, made when it is first needed."""
     if kind not in _ABSORBED:
-        own = {"__module__": __name__, "__doc__": AbsorbedBatchNorm2d.__doc__}
+        own = {"__module__": __name__, "__doc__": AbsorbedBatchNorm2d.__doc__, "forward": _forward_of_x}
         _ABSORBED[kind] = type(f"Absorbed{kind.__name__}", (Absorbed, kind), own)
     return _ABSORBED[kind]
 

@@ -253,7 +253,10 @@ def _topology(state: Mapping[str, Tensor], path: str) -> BlockTopology:
         if stored.dtype not in (torch.uint8, torch.int32) or stored.dim() != 1:
             raise ValueError(f"{dotted(path, name)}: {stored.dtype} of shape {tuple(stored.shape)} is no list of sets")
         sets.append(decode_sets(stored))
-    return BlockTopology(*sets)
+    topology = BlockTopology(*sets) if all(map(len, sets)) else None
+    if topology is None or not topology.groups:
+        raise ValueError(f"{path or 'the model'}: row_set and col_set of the checkpoint have no block")
+    return topology
 
 
 def _matrix(module: nn.Module) -> tuple[int, ...]:

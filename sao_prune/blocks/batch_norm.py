@@ -12,7 +12,7 @@ from . import functional
 from .backends import cpu
 from .backends import torch as plain
 from .dispatch import Definition, define
-from .operands import check_averages, check_memory
+from .operands import check_activation, check_averages, check_memory
 from .permutation import dense, is_column_major
 
 Found = Sequence[Tensor | None]
@@ -47,6 +47,7 @@ def _is_native(z: Tensor, *others: Tensor | None) -> bool:
 
 def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     (z, gain, offset), (mean, variance), (activation, eps) = inputs, constants, attributes
+    check_activation(activation)
     _operands(inputs, constants)
     room = cpu if _is_native(z, gain, offset, mean, variance) else plain
     return room.norm_forward(_laid(z), gain, offset, mean, variance, eps, activation)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._torch import tree_leaves, without_functions
 from ..discovery import call
-from ..discovery.trace import evaluating, run
+from ..discovery.trace import copied, evaluating, keeping_buffers, run
 from .modules import BlockModule, NativeMaxPool2d
 
 # Marks a dense layer whose weight lay otherwise before.
@@ -31,7 +31,7 @@ class Calls:
 
 
 def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: Any) -> Calls:
-    """Run a model once in eval mode without gradients; every module's mode and the random state are kept.
+    """Run a model once in eval mode without gradients; modes, buffers, random state and the input are kept.
 
     Raises:
         ValueError: if the model fails on the example input.
@@ -43,16 +43,17 @@ def record_calls(model: nn.Module, watched: Iterable[nn.Module], example_input: 
     def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if isinstance(module, nn.RNNBase):
             arguments.setdefault(id(module), (args, named))
-        if args and isinstance(args[0], Tensor):
+        x = args[0] if args else next(iter(named.values()), None)
+        if isinstance(x, Tensor):
             # Only shape, type and memory order matter: keep no activation alive. Nobody is to take it for a use.
             with without_functions():
-                inputs.setdefault(id(module), torch.empty_like(args[0], device="meta"))
+                inputs.setdefault(id(module), torch.empty_like(x, device="meta"))
         count[id(module)] = count.get(id(module), 0) + 1
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     try:
         with _evaluating(model), torch.no_grad():
-            output = run(model, example_input)
+            output = run(model, copied(example_input))
     finally:
         for hook in hooks:
             hook.remove()
@@ -63,7 +64,7 @@ def run_model(model: nn.Module, example_input: Any, mode: Literal["train", "infe
     """Run a model once, with ``"train"`` backwards too; nothing of the model changes, gradients included."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with _evaluating(model), torch.set_grad_enabled(mode == "train"):
-        output = call(model, example_input)
+        output = call(model, copied(example_input))
         parts = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if parts and parameters:
             torch.autograd.grad(parts, parameters, [torch.ones_like(t) for t in parts], allow_unused=True)
@@ -71,8 +72,8 @@ def run_model(model: nn.Module, example_input: Any, mode: Literal["train", "infe
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module's own mode and the random state come back."""
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    """Eval mode; every module's own mode, buffers and the random state come back."""
+    with evaluating(model), keeping_buffers(model), torch.random.fork_rng(devices=[]):
         yield
 
 

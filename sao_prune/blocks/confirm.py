@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -98,14 +98,26 @@ def _common(steps: Steps, others: Steps) -> Steps:
 
 def difference(new: Any, old: Any) -> str | None:
     """How outputs of a model differ from earlier ones by more than rounding, relative to their size."""
-    for number, (after, before) in enumerate(zip(tree_leaves(new), tree_leaves(old))):
-        if not isinstance(before, Tensor) or not before.is_floating_point():
+    found, wanted = list(_tensors(new)), list(_tensors(old))
+    if len(found) != len(wanted):
+        return f"number of outputs ({len(found)}, not {len(wanted)})"
+    for number, (after, before) in enumerate(zip(found, wanted)):
+        if not (before.is_floating_point() or before.is_complex()):
             continue
-        tolerance = 1e-3 * (1 if before.dtype in (torch.float32, torch.float64) else 30)
+        tolerance = 1e-3 * (30 if before.dtype in (torch.float16, torch.bfloat16) else 1)
         error = _relative_error(after, before)
         if not error <= tolerance:
             return f"output {number} (by {error:.3g} of its norm, {tolerance:.0e} is allowed)"
     return None
+
+
+def _tensors(output: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors in a model's output, those in attributes of objects too."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and isinstance(getattr(leaf, "__dict__", None), dict) and not isinstance(leaf, type | nn.Module):
+            yield from _tensors(vars(leaf), depth - 1)
 
 
 def _why_not_run(model: nn.Module) -> str:
@@ -150,14 +162,16 @@ def _below(path: str, steps: Steps) -> Steps:
     return Steps(named(steps.norm), named(steps.activation), between, named(steps.then), rest)
 
 
-def _relative_error(new: Any, old: Tensor) -> float:
+def _relative_error(new: Tensor, old: Tensor) -> float:
     """Norm of the difference over that of ``old``; NaN must stand where it stood, and infinities too."""
-    if not isinstance(new, Tensor) or new.shape != old.shape:
+    if new.shape != old.shape:
         return float("inf")
+    new, old = (t.to_dense() if t.layout is not torch.strided else t for t in (new, old))
     finite = torch.isfinite(old)
     if not torch.equal(finite, torch.isfinite(new)):
         return float("inf")
-    reference = torch.where(finite, old, 0).double()
-    difference = torch.where(finite, new, 0).double() - reference
+    kind = torch.complex128 if old.is_complex() else torch.float64
+    reference = torch.where(finite, old, 0).to(kind)
+    difference = torch.where(finite, new, 0).to(kind) - reference
     scale = float(reference.norm())
     return float(difference.norm()) / max(scale, _SMALL)

@@ -92,9 +92,12 @@ class Operator:
         _LIBRARY.define(f"{name}{schema}", tags=_TAGS)
         for device in _DEVICES:
             _LIBRARY.impl(name, lambda *arguments: _given(kernel(*arguments), arguments[0]), device)
-        torch.library.register_fake(
-            f"sao_prune::{name}", lambda *arguments: _given(fake(*arguments), arguments[0]), lib=_LIBRARY
-        )
+
+        def described(*arguments: Any) -> Any:
+            _check_devices(arguments[:tensors])
+            return _given(fake(*arguments), arguments[0])
+
+        torch.library.register_fake(f"sao_prune::{name}", described, lib=_LIBRARY)
         self.overload = getattr(torch.ops.sao_prune, name).default
 
     def differentiable(self, function: type[torch.autograd.Function]) -> Operator:
@@ -134,6 +137,17 @@ class Operator:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _check_devices(tensors: Sequence[Tensor | None]) -> None:
+    """Refuse operands on the meta device beside others: nobody would compute the result's values.
+
+    Raises:
+        RuntimeError: telling where they are.
+    """
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"expected all operands on one device, got some on {' and '.join(sorted(devices))}")
 
 
 def define(d: Definition) -> Operator:

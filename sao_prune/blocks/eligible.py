@@ -130,7 +130,10 @@ def _weights(
     for weight in weights_of(module):
         path = name if isinstance(form, LayerForm) else dotted(name, weight.tensor)
         try:
-            out.append(Eligible(path, module, form, weight, topologies(module, weight)))
+            found = topologies(module, weight)
+            if isinstance(form, CompositeForm) and form.apart and not all(t.groups for t in found):
+                raise Ineligible("nothing is left in one of its matrices")
+            out.append(Eligible(path, module, form, weight, found))
         except Ineligible as why:
             out.append(Eligible(path, module, form, weight, _bare(why)))
     return out

@@ -10,20 +10,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._torch import BatchNorm, has_global_hooks, version
+from .._torch import BatchNorm, decided_once, has_global_hooks, version
 from .absorbed import OWNERS, absorbed_class, activation_in, activation_name, is_activation, is_norm, kind_of
 from .backends import cpu
 
-# Storage, offset and version of a result; and how many are remembered, for passes that run again.
+# Storage, offset and version of a result; and how many are remembered, for passes that run again and other threads.
 _Result = tuple[StorageWeakRef, int, int | None]
 Homes = Mapping[int, Sequence[tuple[nn.Module, str]]]
-_MOST = 16
+_MOST = 64
 
 
 class Epilogue:
@@ -53,12 +54,18 @@ class Epilogue:
     ) -> None:
         self._present = norm is not None, activation is not None, then is not None, len(rest)
         self._refer([owner, norm, activation, then, *between, *rest], [])
-        self.fused = False
-        self._results: list[_Result] = []
+        self._idle()
 
     def _refer(self, modules: list[nn.Module | None], homes: list[tuple[nn.Module, str, nn.Module]]) -> None:
         self._modules = [None if m is None else weakref.ref(m) for m in modules]
         self._homes = [(weakref.ref(parent), name, weakref.ref(member)) for parent, name, member in homes]
+
+    def _idle(self) -> None:
+        # What a compiled program decides; the threads in which the others wait for the owner's result; its results by
+        # their storages. No step of one thread relies on what it has found before, as others go on meanwhile.
+        self.fused = False
+        self._waiting: set[int] = set()
+        self._results: dict[int, _Result] = {}
 
     def settle(self, homes: Homes) -> None:
         """Note where in a model the members are: once one is somewhere else, or in a wrapper, the owner runs alone."""
@@ -105,8 +112,10 @@ class Epilogue:
 
     def begin(self, x: Tensor, plain: bool) -> bool:
         """Decide whether the owner computes all in this call, and let the others know."""
-        self.fused = not plain and self._suits(x)
-        return self.fused
+        self.fused = fused = not plain and self._suits(x)
+        if not torch.compiler.is_compiling():
+            (self._waiting.add if fused else self._waiting.discard)(get_ident())
+        return fused
 
     def _suits(self, x: Tensor) -> bool:
         owner, norm, activation, then, *others = members = self.members()
@@ -115,10 +124,10 @@ class Epilogue:
         if x.is_meta or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or has_global_hooks():
             return False
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self._is_at_home():
+        if not self._is_at_home():
             return False
         for m in members:
-            if m is not None and is_watched(m):
+            if m is not None and (is_watched(m) or m.__dict__.get("approximate", "none") != "none"):
                 return False
         tensors: list[Any] = []
         for m in others:
@@ -143,6 +152,7 @@ class Epilogue:
                 return False
         return compiling or not x.is_cpu or cpu.ready(x, *tensors)
 
+    @decided_once
     def _is_at_home(self) -> bool:
         for home, name, ref in self._homes:
             parent = home()
@@ -154,8 +164,12 @@ class Epilogue:
         """Note the result that the absorbed modules are to be given."""
         if not torch.compiler.is_compiling():
             if len(self._results) >= _MOST:
-                self._results = [r for r in self._results if not r[0].expired()][-_MOST + 1 :]
-            self._results.append((StorageWeakRef(y.untyped_storage()), int(y.storage_offset()), version(y)))
+                for key in [k for k, r in list(self._results.items()) if r[0].expired()]:
+                    self._results.pop(key, None)
+                for key in list(self._results)[: -_MOST // 2]:
+                    self._results.pop(key, None)
+            storage = StorageWeakRef(y.untyped_storage())
+            self._results[storage.cdata] = storage, int(y.storage_offset()), version(y)
         return y
 
     def given(self, x: Tensor, module: nn.Module) -> bool:
@@ -164,24 +178,25 @@ class Epilogue:
         Raises:
             RuntimeError: if it is given anything else while its owner computes it.
         """
-        if torch.compiler.is_compiling():
-            return self.fused
-        if not self._results:
+        compiling = torch.compiler.is_compiling()
+        if not (self.fused if compiling else self._is_result(x)):
+            # An owner that ran compiled has left no result; then no thread waits.
+            waits = not compiling and (get_ident() in self._waiting or (self.fused and not self._waiting))
+            if waits:
+                raise RuntimeError(
+                    "this module is computed by the block layer before it, and was given something else than that "
+                    "layer's result: the model runs otherwise than when it was made compact. Make it compact anew "
+                    "(expand, then compact) for the way it runs now, or with fuse=False"
+                )
             return False
-        if self._is_result(x):
-            _, norm, activation, then = self._modules[:4]
-            last = self._modules[-1] if self.is_stack else then or activation or norm
-            # An activation may be part of the norm, which is given the result in its place.
-            if last is not None and (last() is module or (norm is not None and last() is activation_in(module))):
-                self.fused = False
-            return True
-        if self.fused:
-            raise RuntimeError(
-                "this module is computed by the block layer before it, and was given something else than that layer's "
-                "result: the model runs otherwise than when it was made compact. Make it compact anew (expand, then "
-                "compact) for the way it runs now, or with fuse=False"
-            )
-        return False
+        _, norm, activation, then = self._modules[:4]
+        last = self._modules[-1] if self.is_stack else then or activation or norm
+        # An activation may be part of the norm, which is given the result in its place.
+        if last is not None and (last() is module or (norm is not None and last() is activation_in(module))):
+            self.fused = False
+            if not compiling:
+                self._waiting.discard(get_ident())
+        return True
 
     def _is_result(self, x: Tensor) -> bool:
         try:
@@ -189,29 +204,27 @@ class Epilogue:
         except NotImplementedError:
             # Within a function transform, where owners run alone: no result of theirs.
             return False
-        offset, written = int(x.storage_offset()), version(x)
-        for result in reversed(self._results):
-            if result[0].cdata == storage and (result[1:] == (offset, written) or written == -1):
-                return True
-        return False
+        known, written = self._results.get(storage), version(x)
+        return known is not None and (known[1:] == (int(x.storage_offset()), written) or written == -1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Epilogue:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         copies = [None if m is None else deepcopy(m, memo) for m in self.members()]
-        new.__setstate__({"present": self._present, "modules": copies})
-        homes = [(memo.get(id(parent())), name, memo.get(id(member()))) for parent, name, member in self._homes]
         # Of a layer that is copied alone nobody holds the copies of the others, so that it runs alone.
-        new._refer(copies, [(p, name, m) for p, name, m in homes if p is not None and m is not None])
+        homes = [(memo.get(id(parent())), name, memo.get(id(member()))) for parent, name, member in self._homes]
+        new.__setstate__({"present": self._present, "modules": copies, "homes": homes})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"present": self._present, "modules": self.members()}
+        homes = [(parent(), name, member()) for parent, name, member in self._homes]
+        return {"present": self._present, "modules": self.members(), "homes": homes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._present = state["present"]
-        self._refer(state["modules"], [])
-        self.fused, self._results = False, []
+        homes = [home for home in state.get("homes", ()) if home[0] is not None and home[2] is not None]
+        self._refer(state["modules"], homes)
+        self._idle()
 
 
 def step_names(norm: nn.Module | None, activation: nn.Module | None, then: nn.Module | None) -> tuple[str, ...]:
@@ -221,10 +234,10 @@ def step_names(norm: nn.Module | None, activation: nn.Module | None, then: nn.Mo
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether anyone sees what goes into or comes out of a module, or runs it compiled by itself."""
+    """Whether anyone sees what goes into or comes out of a module, replaces that, or runs it compiled by itself."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     hooks = before or after or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or module._compiled_call_impl is not None
+    return bool(hooks) or module._compiled_call_impl is not None or "forward" in module.__dict__
 
 
 def homes_of(model: nn.Module) -> Homes:

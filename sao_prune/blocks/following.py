@@ -99,18 +99,18 @@ class Watch(TorchFunctionMode):
         return calls
 
     def _entered(self, module: nn.Module, args: Any) -> None:
-        """A module is called; layers and steps are seen from outside."""
+        """A module is called; layers and steps are seen from outside, unless they are given their input by name, of
+        which hooks on all modules are not told."""
         self.calls[id(module)] = self.calls.get(id(module), 0) + 1
-        if self._inside:
+        if self._inside or not args:
             return
         flow = self._of.get(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
         is_layer = id(module) in self.layers
         if is_layer or (flow is not None and self.follows(flow, module, args[0])):
             self._inside.append(module)
-            if flow is not None:
-                flow.uses += 1
-                if is_layer:
-                    self.flows.append(Flow(flow.owner, flow.steps, module, flow))
+            self._used(args)
+            if flow is not None and is_layer:
+                self.flows.append(Flow(flow.owner, flow.steps, module, flow))
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         """A module is done."""

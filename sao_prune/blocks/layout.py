@@ -173,12 +173,17 @@ class Layout:
 def layout_of_topology(topology: BlockTopology, merge: int = 1) -> Layout:
     """Lay a topology's blocks out, ``merge`` to a matrix.
 
+    Raises:
+        RuntimeError: if that is none.
+
     Example:
         >>> from sao_prune.topology import interleaved
         >>> p = layout_of_topology(interleaved(8, 8, 4), merge=2)
         >>> (p.groups, p.rows, p.cols), p.inputs.kind.value, p.outputs.kind.value
         ((2, 4, 4), 'strided', 'identity')
     """
+    if merge < 1:
+        raise RuntimeError(f"expected merge of at least 1, got {merge}")
     # Plain index arithmetic, whatever function transform or fake mode is on where it is first needed.
     with without_transforms():
         groups = -(-topology.groups // merge)
@@ -263,7 +268,12 @@ def layout_of(row_set: Tensor, col_set: Tensor, merge: int = 1) -> Layout:
 
     On the CPU the contents are compared at every call; on other devices, where that would wait for the device, the
     tensors' version counters.
+
+    Raises:
+        RuntimeError: if their memory has been freed, which torch itself would read.
     """
+    if not (row_set.data_ptr() and col_set.data_ptr()):
+        raise RuntimeError("row_set or col_set has no memory: it has been freed, or there are no channels")
     key = id(row_set), id(col_set), merge
     known = _KNOWN.get(key)
     if known is not None and known.holds(row_set, col_set):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import cpu
-from .functional import MATRIX, Geometry
+from .functional import ACTIVATIONS, MATRIX, Geometry
 from .layout import Layout
 
 
@@ -32,6 +32,16 @@ def check_averages(mean: Tensor | None, variance: Tensor | None) -> None:
         raise RuntimeError(
             f"expected mean and variance of a norm, or none, got no {'mean' if mean is None else 'variance'}"
         )
+
+
+def check_activation(name: str) -> None:
+    """Refuse an activation that operators do not have.
+
+    Raises:
+        RuntimeError: telling which there are.
+    """
+    if name not in ACTIVATIONS:
+        raise RuntimeError(f"expected one of the activations {', '.join(map(repr, ACTIVATIONS))}, got {name!r}")
 
 
 def packed(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, where: Geometry) -> Tensor:

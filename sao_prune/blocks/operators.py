@@ -18,7 +18,15 @@ from .backends import torch as plain
 from .dispatch import Definition, Operator, define
 from .functional import MATRIX, Geometry, keeps_derivative
 from .layout import Layout, layout_of
-from .operands import check_averages, check_memory, check_results, packed, packed_behind, unpacked
+from .operands import (
+    check_activation,
+    check_averages,
+    check_memory,
+    check_results,
+    packed,
+    packed_behind,
+    unpacked,
+)
 from .permutation import is_channels_last, is_column_major
 
 Found = Sequence[Tensor | None]
@@ -55,6 +63,7 @@ def _where(sets: Any, options: Sequence[Any]) -> tuple[Layout, Geometry]:
 
 def _product(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, blocks, bias), (activation, backend, *options) = inputs, attributes
+    check_activation(activation)
     layout, where = _where(sets, options)
     weight = packed(layout, x, blocks, bias, where)
     room = backend_for(backend, x, weight, where, bias)
@@ -139,6 +148,7 @@ def _normed_operands(inputs: Any, constants: Any, options: Any) -> tuple[Layout,
 def _norm(inputs: Any, constants: Any, attributes: Any, keep: bool) -> Found:
     (x, _, bias, gain, offset), (*_, mean, variance) = inputs, constants
     activation, backend, eps, *options = attributes
+    check_activation(activation)
     layout, where, weight = _normed_operands(inputs, constants, options)
     room = backend_for(backend, x, weight, where, bias, gain, offset, mean, variance)
     if mean is not None and not keep:
@@ -234,6 +244,7 @@ def _is_fused(backend: str, x: Tensor, w1: Tensor, layout1: Layout, w2: Tensor, 
 
 def _mlp(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, _, bias1, _, bias2), (activation, backend) = inputs, attributes
+    check_activation(activation)
     layout1, w1, layout2, w2 = _two(inputs, sets)
     if _is_fused(backend, x, w1, layout1, w2, bias1, bias2):
         return (cpu.mlp_forward(x, w1, bias1, layout1, w2, bias2, layout2, activation),)

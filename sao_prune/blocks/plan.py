@@ -87,7 +87,7 @@ class Plan:
             choices = {str(name): _choice(entry) for name, entry in whole["layers"].items()}
             examples = {str(path): Example.from_data(data) for path, data in whole.get("examples", {}).items()}
             return cls(choices, bool(whole["channels_last"]), str(whole["machine"]), examples)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a plan of block layers: {error}") from None
 
 
@@ -102,8 +102,11 @@ def _choice(entry: dict[str, Any]) -> Choice:
         execution = Execution(bool(run["dense"]), int(run["merge"]), bool(run["channels_last"]), bool(run["native"]))
         if not 1 <= execution.merge <= 1 << 16:
             raise ValueError(f"merge={execution.merge}")
+    ratio, reason = entry["ratio"], entry["reason"]
+    if not isinstance(ratio, float | int | None) or not isinstance(reason, str | None):
+        raise ValueError(f"ratio={ratio!r}, reason={reason!r}")
     read = Steps(steps["norm"], steps["activation"], tuple(steps["between"]), steps["then"], tuple(rest))
-    return Choice(execution, entry["ratio"], entry["reason"], read)
+    return Choice(execution, ratio, reason, read)
 
 
 def plan_of(model: nn.Module, machine: str = "") -> Plan:

@@ -30,8 +30,11 @@ def _layouts(sets: Sequence[Tensor]) -> Iterator[Layout]:
         yield layout_of(row_set, col_set)
 
 
-def _packed(x: Tensor, values: Sequence[Any], layouts: Sequence[Layout]) -> list[Tensor]:
+def _packed(x: Tensor, values: Sequence[Any], layouts: Sequence[Layout], activations: Sequence[str]) -> list[Tensor]:
     """The matrices of every layer, once it is sure that the layers belong together."""
+    if len(activations) != len(layouts) or not all(a in ("", *ACTIVATIONS) for a in activations):
+        known = " and ".join(map(repr, ACTIVATIONS))
+        raise RuntimeError(f"expected {len(layouts)} activations, each {known} or '', got {activations}")
     first, *rest = layouts
     weights = [packed(first, x, values[0], values[1], MATRIX)]
     for before, layout, blocks, bias in zip(layouts, rest, values[2::2], values[3::2]):
@@ -47,7 +50,7 @@ def _is_native(backend: str, x: Tensor, *others: Tensor | None) -> bool:
 def _stack(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
     (x, *values), (activations, backend) = inputs, attributes
     layouts = list(_layouts(sets))
-    weights = _packed(x, values, layouts)
+    weights = _packed(x, values, layouts, activations)
     if _is_native(backend, x, *weights, *values[1::2]):
         *others, y = cpu.stack_forward(x, weights, values[1::2], layouts, activations, keep)
         return y, *others
@@ -63,7 +66,7 @@ def _stack(inputs: Any, sets: Any, attributes: Any, keep: bool) -> Found:
 def _stack_backward(grad: Tensor, inputs: Any, sets: Any, kept: Any, attributes: Any, mask: tuple[bool, ...]) -> Found:
     (x, *values), (activations, backend), (y, *inner) = inputs, attributes, kept
     layouts, results = list(_layouts(sets)), [*inner, y]
-    weights = _packed(x, values, layouts)
+    weights = _packed(x, values, layouts, activations)
     for layout, weight, result in zip(layouts, weights, results):
         check_results(x, layout, weight, MATRIX, result)
     check_results(x, layouts[-1], weights[-1], MATRIX, grad)

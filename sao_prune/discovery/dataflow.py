@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_leaves, tree_map
-from .trace import looking, run
+from .trace import copied, looking, run
 
 Values = Mapping[str, Tensor]
 Override = Callable[["Node", tuple[Any, ...], Values], Mapping[str, Tensor]]
@@ -195,7 +195,7 @@ def record(model: nn.Module, example_input: Any) -> Graph:
         [('input', (), ()), ('linear', (0,), ('0.weight', '0.bias')), ('relu', (1,), ())]
     """
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    moved = tree_map(lambda t: t.detach().to(device) if isinstance(t, Tensor) else t, example_input)
+    moved = tree_map(lambda t: t.detach().to(device) if isinstance(t, Tensor) else t, copied(example_input))
     inputs = tuple(t for t in tree_leaves(moved) if isinstance(t, Tensor))
     held = [*model.named_buffers(), *model.named_parameters()]
     names = {id(t): name for name, t in held}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .trace import evaluating, run
+from .trace import copied, evaluating, run
 
 
 def _is_lazy(model: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def initialise_(model: nn.Module, example_input: Any) -> None:
 
     Args:
         model: any module, changed in place.
-        example_input: as for `call`.
+        example_input: as for `call`; without one nothing is done.
 
     Raises:
         ValueError: if the model fails on the example input.
@@ -67,6 +67,6 @@ def initialise_(model: nn.Module, example_input: Any) -> None:
         >>> _is_lazy(net)
         False
     """
-    if _is_lazy(model):
+    if example_input is not None and _is_lazy(model):
         with evaluating(model), torch.no_grad():
-            run(model, example_input)
+            run(model, copied(example_input))

@@ -123,6 +123,17 @@ def looking(model: nn.Module, devices: Sequence[int] = ()) -> Iterator[None]:
         yield
 
 
+def copied(example_input: Any) -> Any:
+    """The same nest with tensors of its own, as a model may write to what it is given; one tensor in several places
+    stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), value.clone()) if isinstance(value, Tensor) else value
+
+    return tree_map(own, example_input)
+
+
 def run(model: nn.Module, example_input: Any) -> Any:
     """`call`, with an error that says that the input is at fault.
 
@@ -146,7 +157,7 @@ def first_uses(
         ValueError: if the model fails on the example input.
     """
     devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
-    recorder = _UseRecorder(parameters, embeddings, model)
+    recorder, inputs = _UseRecorder(parameters, embeddings, model), copied(example_input)
     with looking(model, devices), recorder:
-        run(model, example_input)
+        run(model, inputs)
     return recorder.uses

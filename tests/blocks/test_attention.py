@@ -189,6 +189,19 @@ def test_subclasses_with_a_forward_of_their_own_stay_as_they_are():
     assert "Own reads its weight" in {r.name: r.reason for r in report.layers}["1.out_proj"]
 
 
+def test_a_projection_of_which_nothing_is_left():
+    model = pruned(nn.MultiheadAttention(8, 2), groups=2)
+    model.layer.in_proj_weight_mask[:8] = 0
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    y = model(x, x, x)
+    report = sao_prune.compact(model, example_input=(x, x, x))
+    assert {r.name: r.reason for r in report.layers} == {
+        "layer.in_proj_weight": "nothing is left in one of its matrices",
+        "layer.out_proj": None,
+    }
+    torch.testing.assert_close(model(x, x, x), y)
+
+
 def test_refusals():
     model = pruned(nn.MultiheadAttention(8, 2), groups=2)
     sao_prune.compact(model)
@@ -200,6 +213,54 @@ def test_refusals():
     nested = torch.nested.nested_tensor([x[0], x[1]])
     with pytest.raises(RuntimeError, match="nested"):
         model(nested, nested, nested)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True}, {"kdim": 6, "vdim": 10}])
+def test_what_torch_refuses_is_refused_and_nothing_is_spread_over_a_batch(batch_first, extra):
+    model = pruned(nn.MultiheadAttention(8, 2, batch_first=batch_first, **extra), groups=2).eval()
+    masked = copy.deepcopy(model)
+    sao_prune.compact(model)
+
+    def inputs(batch=3, keys=4):
+        sizes = (3, 5, 8), (batch, keys, model.layer.kdim), (batch, keys, model.layer.vdim)
+        found = [torch.randn(size, dtype=torch.float64) for size in sizes]
+        return found if batch_first else [x.transpose(0, 1) for x in found]
+
+    shapes = [(5, 4), (6, 5, 4), (1, 4), (5, 1), (4,), (1, 1, 5, 4), (3, 5, 4), (1, 5, 4), (6, 1, 4), (4, 5), (5, 5)]
+    calls = [(inputs(), {"attn_mask": torch.zeros(shape, dtype=torch.bool)}) for shape in shapes]
+    shapes = [(3, 4), (1, 4), (3, 1), (4,), (3, 5), (4, 3), (1, 3, 4)]
+    calls += [(inputs(), {"key_padding_mask": torch.zeros(shape, dtype=torch.bool)}) for shape in shapes]
+    calls += [(inputs(batch), {}) for batch in (1, 2, 3, 6)]
+    taken = 0
+    for tensors, options in calls:
+        for options["need_weights"] in (True, False):
+            try:
+                wanted = masked(*tensors, **options)
+            except (RuntimeError, AssertionError):
+                with pytest.raises(RuntimeError, match=r"do not fit each other|_mask of shape"):
+                    model(*tensors, **options)
+            else:
+                taken += 1
+                torch.testing.assert_close(model(*tensors, **options), wanted)
+    assert taken == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 6, "vdim": 10}])
+def test_programs_for_batches_of_any_size(options):
+    model = pruned(nn.MultiheadAttention(8, 2, batch_first=True, **options), groups=2).eval()
+    sao_prune.compact(model)
+
+    def inputs(batch):
+        sizes = (5, 8), (4, model.layer.kdim), (4, model.layer.vdim)
+        masks = torch.rand(batch, 4) > 0.9, True, torch.rand(2 * batch, 5, 4) > 0.9
+        return *(torch.randn(batch, *size, dtype=torch.float64) for size in sizes), *masks
+
+    batch = torch.export.Dim("batch", min=2)
+    shapes = *({0: batch},) * 4, None, {0: 2 * batch}
+    program = torch.export.export(model.layer, inputs(3), dynamic_shapes=shapes, strict=False)
+    tensors = inputs(5)
+    torch.testing.assert_close(program.module()(*tensors), model(*tensors), equal_nan=True)
 
 
 def test_submodules_are_found_by_their_names():

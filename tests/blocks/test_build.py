@@ -99,6 +99,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
         ("CC", " ", "no C compiler: CC is empty is not on the path"),
         ("CC", "false", "false --version failed"),
         ("CC", "true -x", ""),
+        ("CC", "gcc '", "No closing quotation"),
     ],
 )
 def test_why_there_are_no_kernels(fresh, monkeypatch, caplog, variable, value, reason):

@@ -192,6 +192,25 @@ def _spoilt(call: Call) -> dict[str, tuple[tuple[Tensor | None, ...], tuple]]:
     if len(inputs) == 5 and call.operator is operators.block_conv_norm:
         found["gain"] = (*inputs[:3], inputs[3][:1], inputs[4]), tuple(rest)
         found["geometry"] = tuple(inputs), (*rest[:-4], [], [], [], 1)
+    whole, count = [*inputs, *rest], len(inputs)
+    for i, value in enumerate(whole):
+        instead: dict[str, object] = {}
+        if isinstance(value, Tensor):
+            instead["meta"] = value.to("meta")
+            if i >= count:
+                gone = value.clone()
+                gone.untyped_storage().resize_(0)
+                instead["freed"] = gone
+        elif isinstance(value, str) and value and value in ACTS:
+            instead["activation"] = "softmax"
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            several = value[:-1], [*value, ""], ["gelu", *value[1:]], [*value[:-1], "softmax"]
+            instead = {f"activations {names}": names for names in several}
+        elif isinstance(value, int) and i == len(whole) - 1:
+            instead = {"no merge": 0, "negative merge": -1}
+        for what, spoilt in instead.items():
+            own = [*whole[:i], spoilt, *whole[i + 1 :]]
+            found[f"{what} {i}"] = tuple(own[:count]), tuple(own[count:])
     return found
 
 

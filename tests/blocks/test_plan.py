@@ -115,6 +115,9 @@ def test_what_does_not_fit_a_plan_runs_by_the_default_rule():
         lambda w: {**w, "layers": {"5": {}}}, lambda w: {**w, "layers": {"5": 3}},
         lambda w: {**w, "layers": {"5": {**w["layers"]["5"], "execution": {"merge": 0}}}},
         lambda w: {**w, "layers": {"5": {**w["layers"]["5"], "steps": {**w["layers"]["5"]["steps"], "norm": 3}}}},
+        lambda w: {**w, "layers": {"5": {**w["layers"]["5"], "ratio": "fast"}}},
+        lambda w: {**w, "layers": {"5": {**w["layers"]["5"], "reason": 3}}},
+        lambda w: json.dumps(w).replace('"merge": 1', '"merge": 1e999'), lambda w: "[" * 100_000,
     ],
 )  # fmt: skip
 def test_bad_json_is_refused(change):

@@ -225,3 +225,34 @@ def test_gates_that_share_blocks_are_not_held_as_one_matrix():
     with pytest.raises(ValueError, match="several gates"):
         sao_prune.hold(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_models_ask_of_torchs_layers(kind):
+    model = pruned(kind(8, 8, bidirectional=True, batch_first=True), groups=2).eval()
+    sao_prune.compact(model)
+    model.layer.flatten_parameters()
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model.layer, (x,), dynamic_shapes=({0: batch},), strict=False)
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("small", [0, 1 << 18])
+def test_sequences_without_a_step_are_refused(small, monkeypatch):
+    monkeypatch.setattr(steps, "_SMALL_STEP", small)
+    model = pruned(nn.LSTM(8, 8), groups=2)
+    sao_prune.compact(model)
+    with pytest.raises(RuntimeError, match=r"at least one step|larger than 0"):
+        model(torch.randn(0, 2, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.RNN])
+def test_autocast_gives_the_type_that_torchs_layers_give(kind, monkeypatch):
+    monkeypatch.setattr(steps, "_SMALL_STEP", 0)
+    model = pruned(kind(8, 8), groups=2).float()
+    masked, x = copy.deepcopy(model), torch.randn(3, 2, 8)
+    sao_prune.compact(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x)[0], masked(x)[0], rtol=0.1, atol=0.1)

@@ -272,3 +272,26 @@ def test_kernels_are_given_no_tables_of_another_device():
     assert layout.addresses == tuple(table.data_ptr() for table in layout.tables)
     with pytest.raises(RuntimeError, match="the sets are on meta"):
         _ = layout.to(torch.device("meta")).addresses
+
+
+@pytest.mark.parametrize("kind", ["layer", "rnn.weight_hh_l0", "attention.in_proj.1", "attention.out_proj"])
+@pytest.mark.parametrize("change", ["none", "empty", "elsewhere"])
+def test_checkpoints_whose_sets_have_no_block(kind, change, tmp_path):
+    def make():
+        parts = {"layer": nn.Linear(8, 8), "rnn": nn.LSTM(8, 8), "attention": nn.MultiheadAttention(8, 2)}
+        return nn.ModuleDict(parts)
+
+    model = make()
+    sao_prune.apply(model, groups=2, seed=0, form="compact", skip_first=False, skip_last=False)
+    state = model.state_dict()
+    sets = state[f"{kind}.row_set"]
+    changes = {"none": torch.full_like(sets, 255), "empty": sets[:0], "elsewhere": sets.int() + 1000}
+    state[f"{kind}.row_set"] = changes[change]
+    torch.save(state, tmp_path / "state.pt")
+    for target in (make(), model):
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(sao_prune.CheckpointError, match=rf"{kind}: row_set and col_set .* have no block"):
+            sao_prune.load(target, tmp_path / "state.pt")
+        after = target.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[key], before[key]) for key in before)

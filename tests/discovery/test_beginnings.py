@@ -101,6 +101,14 @@ def test_lazy_layers_get_their_shapes_from_the_example_input():
     assert all(module.training for module in net.modules())
     assert net[1].num_batches_tracked == 0
     net(x).sum().backward()
+    calls = []
+    unknown = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)), nn.LazyLinear(8), nn.Linear(8, 4))
+    unknown.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert len(sao_prune.apply(unknown, groups=4, seed=0).pruned) == 2
+    assert isinstance(unknown[3], nn.LazyLinear)
+    reasons = {r.name: r.reason for r in sao_prune.compact(unknown).skipped}
+    assert "lazy" in reasons["3"]
+    assert not calls
     broken = lazy()
     with pytest.raises(ValueError, match="does not run on the example input"):
         sao_prune.apply(broken, 0.5, example_input=torch.randn(2, 3, 1, 1))
@@ -108,3 +116,19 @@ def test_lazy_layers_get_their_shapes_from_the_example_input():
         sao_prune.apply(broken, 0.5, example_input=x, exclude=["nothing"])
     assert isinstance(broken[0], nn.LazyConv2d)
     assert isinstance(broken[3], nn.LazyLinear)
+
+
+class _Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+
+    def forward(self, x):
+        return self.layers(x.mul_(2))
+
+
+def test_an_example_that_the_model_writes_to_stays():
+    model, x = _Writing(), torch.ones(2, 16)
+    sao_prune.plan(model, groups=4, example_input=x)
+    sao_prune.apply(model, groups=4, example_input=x, seed=0)
+    assert torch.equal(x, torch.ones(2, 16))

@@ -119,6 +119,8 @@ def _check_state(module: nn.Module, tensors: set[str], meta: bool = False) -> No
     Raises:
         Ineligible: if a weight is more than a parameter and at most a mask.
     """
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+        raise Ineligible("not initialised yet (lazy): run the model once first")
     if parametrize.is_parametrized(module):
         raise Ineligible("its weight is parametrized")
     ours = (RefreshAll, RefreshChildren, Centring)
@@ -128,8 +130,6 @@ def _check_state(module: nn.Module, tensors: set[str], meta: bool = False) -> No
     if foreign:
         raise Ineligible(f"it has a hook: {getattr(foreign[0], '__name__', type(foreign[0]).__name__)}")
     pruned = {h._tensor_name for h in hooks if isinstance(h, BasePruningMethod)}
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
-        raise Ineligible("not initialised yet (lazy): run the model once first")
     if not tensors:
         raise Ineligible("its weight is not a parameter")
     if not pruned <= tensors:

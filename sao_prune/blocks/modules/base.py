@@ -262,7 +262,13 @@ def is_batched(t: Tensor) -> bool:
 
 
 def stack_blocks(topology: BlockTopology, values: Sequence[Tensor]) -> Tensor:
-    """The ``blocks`` parameter's tensor from one ``(blocks, r, c, *kernel)`` tensor a bucket."""
+    """The ``blocks`` parameter's tensor from one ``(blocks, r, c, *kernel)`` tensor a bucket.
+
+    Raises:
+        ValueError: if the topology has no block.
+    """
+    if not values:
+        raise ValueError(f"{topology} has no block for a layer to hold")
     if len(values) == 1:
         return values[0]
     return torch.cat([v.flatten(0, 2).unsqueeze(1) for v in values])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from ...discovery import PrunableWeight
@@ -46,6 +47,11 @@ class BlockComposite(nn.Module):
     own names, masks included.
     """
 
+    def step(self, first: Proxy, *inputs: Any) -> Any:
+        """A call as one step of a traced graph, as calls of torch's own layers are."""
+        tracer = first.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (first, *inputs), {})  # type: ignore
+
     def matrices(self) -> Iterator[Matrix]:
         """Its block layers, in the order of the dense layer's parameters."""
         for tensor in self.compact_weights:
@@ -83,8 +89,9 @@ class BlockComposite(nn.Module):
             weight = self.dense_weight(name)
             assert weight is not None
             return F.linear(x, weight, bias)
+        # In autocast the product has its type.
         y: Tensor = child(x)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """What is dense."""

@@ -127,9 +127,9 @@ class BlockConv(BlockConvNd):
         options = geometry.stride, geometry.padding, geometry.dilation, self.groups
         return type(self).convolve(self._formatted(x), weight, None, *options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Shape ``(batch, n, *space)``, or without the batch, to ``(batch, m, *space)``."""
-        plain = is_plain(x)
+        x, plain = input, is_plain(input)
         if not isinstance(x, Proxy) and x.dim() == len(self.kernel_size) + 1:
             if self.epilogue is not None:
                 self.epilogue.begin(x, True)

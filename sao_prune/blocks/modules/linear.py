@@ -85,8 +85,9 @@ class BlockLinear(BlockModule):
         """What the layer would compute with a dense weight, without its bias."""
         return F.linear(x, weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Shape ``(..., n)`` to ``(..., m)``."""
+        x = input
         if self.absorbed is not None and not isinstance(x, Proxy) and self.absorbed.given(x, self):
             return x
         run = self.execution

@@ -50,9 +50,9 @@ class NormedConv2d(nn.Conv2d):
             encode_sets(torch.zeros(n, dtype=torch.long, device="cpu")) for n in weight.shape[:2]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As of any convolution."""
-        plain = is_plain(x) or not x.is_cpu
+        x, plain = input, is_plain(input) or not input.is_cpu
         epilogue = self.epilogue
         if epilogue is None or not epilogue.begin(x, plain):
             return super().forward(x)

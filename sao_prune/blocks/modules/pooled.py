@@ -25,8 +25,9 @@ class NativeMaxPool2d(nn.MaxPool2d):
             return False
         return _options(module) is not None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As of any max pooling."""
+        x = input
         # Asked for at every call: options can be changed at any time, to any.
         options = None if is_plain(x) or not _is_taken(x) else _options(self)
         if options is None or any(n + 2 * p < k for n, k, p in zip(x.shape[2:], options[0], options[2])):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,15 +21,23 @@ _SMALL_STEP = 1 << 18
 State = tuple[Tensor, ...]
 
 
-class BlockRNNBase(BlockComposite):
+class _Recurrent(BlockComposite):
+    input_size: int
+    hidden_size: int
+
+    def reset_parameters(self) -> None:
+        """Draw the weights that are not blocks, and the biases, as torch does."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+
+class BlockRNNBase(_Recurrent):
     """Base of `BlockLSTM`, `BlockGRU` and `BlockRNN`; inputs, states and results are those of torch's layers.
 
     The biases and the options (layers, directions, projection, dropout, ``batch_first``) are the dense layer's own.
     """
 
     mode: str
-    input_size: int
-    hidden_size: int
     num_layers: int
     bias: bool
     batch_first: bool
@@ -42,6 +51,8 @@ class BlockRNNBase(BlockComposite):
         Raises:
             RuntimeError: for shapes that are not those of the layer.
         """
+        if isinstance(input, Proxy):
+            return self.step(input, hx)  # type: ignore[no-any-return]
         if self._runs_dense(input):
             return self._dense_view().forward(input, hx)  # type: ignore[operator,no-any-return]
         if isinstance(input, PackedSequence):
@@ -56,6 +67,8 @@ class BlockRNNBase(BlockComposite):
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if batched and self.batch_first else x
         steps, batch, _ = x.shape
+        if not steps:
+            raise RuntimeError(f"{type(self).__name__}: expected at least one step, got input {tuple(input.shape)}")
         if not batched and hx is not None:
             given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
             hx = tuple(h.unsqueeze(1) for h in given)
@@ -129,14 +142,14 @@ class BlockRNNBase(BlockComposite):
         inner = getattr(self, f"bias_hh_{name}", None)
         inputs = self.product(f"weight_ih_{name}", x, getattr(self, f"bias_ih_{name}", None))
         if inner is not None and self.mode != "GRU":
-            inputs, inner = inputs + inner, None
+            inputs, inner = inputs + inner.to(inputs.dtype), None
         start = tuple(s.to(inputs.dtype) for s in start)
         pieces = inputs.split(sizes)
         results: list[Tensor] = [inputs] * len(sizes)
         ended: list[State] = []
         state = tuple(s[: sizes[-1]] for s in start) if backwards else start
         for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
-            here, size = len(state[0]), sizes[t]
+            here, size = state[0].shape[0], sizes[t]
             if backwards and size > here:
                 state = tuple(torch.cat([s, first[here:size]]) for s, first in zip(state, start))
             elif size < here:
@@ -150,9 +163,8 @@ class BlockRNNBase(BlockComposite):
             state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended)))
         return torch.cat(results), state
 
-    def reset_parameters(self) -> None:
-        """Draw the weights that are not blocks, and the biases, as torch does."""
-        _reset(self, self.hidden_size)
+    def flatten_parameters(self) -> None:
+        """Nothing: models call it before they run, for torch's layers on a GPU."""
 
     def extra_repr(self) -> str:
         """Sizes and options."""
@@ -179,11 +191,6 @@ def _step(layer: BlockComposite, mode: str, name: str, inputs: Tensor, bias: Ten
     return (torch.relu(gates) if mode == "RNN_RELU" else torch.tanh(gates),)
 
 
-def _reset(layer: BlockComposite, size: int) -> None:
-    for parameter in layer.parameters(recurse=False):
-        nn.init.uniform_(parameter, -(size**-0.5), size**-0.5)
-
-
 def _permuted(states: Tensor, order: Tensor | None) -> Tensor:
     return states if order is None else states.index_select(1, order)
 
@@ -200,11 +207,9 @@ class BlockRNN(BlockRNNBase):
     """`torch.nn.RNN` with block weights; made by `sao_prune.compact`."""
 
 
-class BlockCell(BlockComposite):
+class BlockCell(_Recurrent):
     """Base of the block cells: one step, inputs and results those of torch's cells."""
 
-    input_size: int
-    hidden_size: int
     bias_ih: Tensor | None
     bias_hh: Tensor | None
     nonlinearity: str
@@ -220,6 +225,8 @@ class BlockCell(BlockComposite):
         Raises:
             RuntimeError: for shapes that are not those of the layer.
         """
+        if isinstance(input, Proxy):
+            return self.step(input, hx)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"{type(self).__name__}: expected input (batch, {self.input_size}), got {tuple(input.shape)}"
@@ -233,10 +240,6 @@ class BlockCell(BlockComposite):
         inputs = self.product("weight_ih", input, self.bias_ih)
         after = _step(self, self.mode, "weight_hh", inputs, self.bias_hh, state)
         return after if count > 1 else after[0]
-
-    def reset_parameters(self) -> None:
-        """Draw the weights that are not blocks, and the biases, as torch does."""
-        _reset(self, self.hidden_size)
 
 
 class BlockLSTMCell(BlockCell):

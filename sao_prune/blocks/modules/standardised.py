@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import wrap
 from torch.nn import functional as F
 
 from ..functional import each
@@ -35,6 +36,10 @@ class BlockStdConv2d(BlockConv2d):
     same_pad: bool = False
     pad: nn.Module | None
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As of any block convolution; its libraries name the input so."""
+        return super().forward(x)
+
     def values(self) -> Tensor:
         """The standardised blocks."""
         blocks, fan_in = self.blocks, self.in_channels // self.groups
@@ -44,14 +49,16 @@ class BlockStdConv2d(BlockConv2d):
         buckets = self.topology.buckets
         if len(buckets) == 1:
             return self._standardised(blocks, fan_in, gain, buckets[0].rows)
-        parts = []
-        for bucket, values in zip(buckets, blocks.split([b.rows.numel() * b.cols.shape[1] for b in buckets])):
-            own = values.reshape(*bucket.shape, *self.kernel_size)
+        parts, first = [], 0
+        for bucket in buckets:
+            count = bucket.rows.numel() * bucket.cols.shape[1]
+            own = blocks.narrow(0, first, count).reshape(*bucket.shape, *self.kernel_size)
+            first += count
             parts.append(self._standardised(own, fan_in, gain, bucket.rows).flatten(0, 2))
         return torch.cat(parts).view_as(blocks)
 
     def _standardised(self, blocks: Tensor, fan_in: int, gain: Tensor | None, rows: Tensor) -> Tensor:
-        over = tuple(range(2, blocks.dim()))
+        over = tuple(range(2, 3 + len(self.kernel_size)))
         centred = blocks - blocks.mean(over, keepdim=True)
         scale = (centred.square().sum(over, keepdim=True) / fan_in + self.eps).rsqrt()
         if gain is not None:
@@ -66,6 +73,7 @@ class BlockStdConv2d(BlockConv2d):
         return super()._formatted(x if pad is None else pad(x))
 
 
+@wrap
 def _same_padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
     """Zeros around an image, one more behind than before where their number is odd, as TensorFlow's "same" has them."""
     sides: list[int] = []

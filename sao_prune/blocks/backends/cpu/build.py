@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL | None:
     global _reason
     try:
         return _built()
-    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+    except (Unavailable, OSError, ValueError, subprocess.SubprocessError) as error:
         _reason = str(error)
         _log.info("no native kernels: %s", error)
         return None

@@ -76,6 +76,7 @@ def test_options_that_are_changed_later_and_sizes_that_are_asked_for(dims):
     layer, dense = _pair(dims, interleaved(8, 12, 4), 3, stride=2)
     x, size = torch.randn(2, 12, *(5, 4, 3)[:dims], dtype=torch.float64), [12, 10, 8][:dims]
     _assert_same(layer, dense, x, output_size=size)
+    assert_all_close([layer(input=x)], [layer(x)])
     _assert_same(layer, dense, x, output_size=(2, 8, *size))
     with pytest.raises(ValueError, match=r"output_size must be from \[11.* to \[12.*, got \[99"):
         layer(x, [99] * dims)

@@ -52,13 +52,13 @@ class BlockConvTranspose(BlockConvNd):
         """What the layer would compute with a dense weight ``(m, n / groups, *kernel)``, without its bias."""
         return self._convolve(x, weight, None, each(self.output_padding, len(self.kernel_size)))
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Shape ``(batch, n, *space)``, or without the batch, to ``(batch, m, *space)``.
 
         Raises:
             ValueError: for an output size that this geometry cannot have.
         """
-        bias: Tensor | None = self.bias
+        x, bias = input, self.bias
         where, sets, dims = self.geometry, (self.row_set, self.col_set), len(self.kernel_size)
         blocks, padding = self.values(), each(self.output_padding, dims)
         if isinstance(x, Proxy):

@@ -195,8 +195,9 @@ def _is_irregular(layer: BlockModule) -> bool:
 
 def _channels_first(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Tokens as they lie in a mixing layer: rows of tokens are gathered several times as fast as channels."""
-    x, *rest = args
-    return (x.mT.contiguous().mT if x.dim() > 2 else x, *rest)
+    if not args or args[0].dim() < 3:
+        return args
+    return (args[0].mT.contiguous().mT, *args[1:])
 
 
 def _replaced(path: Path, write: Callable[[Path], None], example_input: Any, expected: Any) -> float | None:

@@ -28,7 +28,7 @@ def reports() -> dict[str, TableReport]:
     found["remove"] = sao_prune.remove(model)
     images = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
     found["convert_eco"] = sao_prune.nn.convert_eco(images, torch.zeros(1, 3, 9, 9), seed=0)
-    found["export_onnx"] = ExportReport(Path("net.onnx"), 10, {"MatMul": 2, "Add": 3}, 2, 0, 1e-7)
+    found["export_onnx"] = ExportReport(Path("net.onnx"), 10, {"MatMul": 2, "Add": 3}, 2, 0, 1, 1e-7)
     return found
 
 

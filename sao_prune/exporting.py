@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ._torch import is_draft, tree_leaves, tree_map, without_autocast
 from .blocks import BlockLinear, BlockModule, Execution
+from .blocks.calls import record_calls
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
 from .blocks.norm_folding import fold_norms
@@ -143,8 +144,9 @@ def export_onnx(
     layers = [m for m in own.modules() if isinstance(m, BlockModule)]
     for layer in layers:
         layer.run_as(Execution())
+    calls = record_calls(own, layers, example_input)
+    expected = calls.output
     with torch.no_grad():
-        expected = own(*inputs)
         norms = fold_norms(own, example_input) if fold else 0
         folded = fold_model(own, example_input) if fold else 0
     shapes = None
@@ -158,7 +160,8 @@ def export_onnx(
     with nullcontext(target) if size >= _LARGEST else replacing(target) as written:
         _write(own, inputs, shapes, written, size)
         difference = _error(written, example_input, expected)
-        irregular = [m for m in layers if isinstance(m, BlockLinear) and _is_irregular(m)]
+        tokens = [m for m in layers if isinstance(m, BlockLinear) and id(m) in calls.inputs]
+        irregular = [m for m in tokens if calls.inputs[id(m)].dim() > 2 and _is_irregular(m)]
         if runtime == "onnxruntime" and irregular and difference is not None and size < _LARGEST:
             for layer in irregular:
                 layer.register_forward_pre_hook(_channels_first)
@@ -195,9 +198,7 @@ def _is_irregular(layer: BlockModule) -> bool:
 
 def _channels_first(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Tokens as they lie in a mixing layer: rows of tokens are gathered several times as fast as channels."""
-    if not args or args[0].dim() < 3:
-        return args
-    return (args[0].mT.contiguous().mT, *args[1:])
+    return (args[0].mT.contiguous().mT, *args[1:]) if args and args[0].dim() > 2 else args
 
 
 def _replaced(path: Path, write: Callable[[Path], None], example_input: Any, expected: Any) -> float | None:

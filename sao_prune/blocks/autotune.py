@@ -122,9 +122,10 @@ def executions(block: BlockModule) -> list[Execution]:
     """The ways a layer can run, likely good ones first."""
     layouts = [True, False] if isinstance(block, _OF_IMAGES) else [False]
     native = [Execution(native=True, channels_last=layout) for layout in layouts if suits_native(block, layout)]
-    first = _merge_to(block, _NARROWEST) if isinstance(block, BlockConv) else 1
-    several = (first, first * 2, first * 4) if isinstance(block, BlockConv) else (1,)
-    merges = [m for m in several if m <= max(1, block.topology.groups)]
+    merges = [1]
+    if isinstance(block, BlockConv):
+        first = _merge_to(block, _NARROWEST)
+        merges = [m for m in (first, first * 2, first * 4) if m <= block.topology.groups]
     found = [Execution(merge=m, channels_last=layout) for layout in layouts for m in dict.fromkeys(merges)]
     return native + found + [Execution(dense=True, channels_last=layout) for layout in layouts]
 

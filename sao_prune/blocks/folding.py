@@ -15,9 +15,9 @@ from .eligible import tied
 from .following import Flow, Watch
 from .layout import layout_of_topology
 from .modules import BlockConv, BlockLinear, BlockModule, NativeMaxPool2d
+from .norm_folding import NORMS
 from .permutation import Kind
 
-_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Elementwise, and the same for all channels.
 _STEPS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh,
@@ -107,7 +107,7 @@ def _keeps_channels(flow: Flow, module: nn.Module, x: Tensor) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm, with an activation in it or without."""
     kind: Any = type(module)
-    return kind in _NORMS or (kind in with_activation() and all(type(m) in _STEPS for m in (module.drop, module.act)))
+    return kind in NORMS or (kind in with_activation() and all(type(m) in _STEPS for m in (module.drop, module.act)))
 
 
 def _is_depthwise(module: nn.Module) -> bool:

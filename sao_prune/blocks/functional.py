@@ -190,7 +190,11 @@ def block_conv_transpose(
 
     Returns:
         Shape ``(batch, m, *space)``.
+
+    Raises:
+        RuntimeError: for an input or a bias of another number of channels.
     """
+    layout.check(x, 1, bias)
     x, weight = layout.inputs.plain(x, 1), layout.pack(blocks)
     return layout.outputs.plain(_convolve_transposed(x, weight, layout.inner_bias(bias), geometry, output_padding), 1)
 

@@ -159,9 +159,11 @@ class Layout:
             raise RuntimeError(f"expected a bias of shape ({self.channels},), got {tuple(bias.shape)}")
 
     def inner_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The same, or nothing; as it is where channels stand in the order of their positions."""
-        if bias is None or self.channels != self.groups * self.rows:
-            return None if bias is None else self.bias(bias)
+        """A bias ``(m,)`` as a convolution of the blocks adds it, by positions; ``None`` for none."""
+        if bias is None:
+            return None
+        if self.channels != self.groups * self.rows:
+            return self.bias(bias)
         return bias if self.outputs.kind is Kind.IDENTITY else bias.index_select(0, self.outputs.inverse)
 
     def bias(self, bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .eligible import tied
 from .following import Flow, Watch
 from .modules import BlockLinear, BlockModule
 
-_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_norms(model: nn.Module, example_input: Any) -> int:
@@ -75,7 +75,7 @@ def _follows(flow: Flow, module: nn.Module, x: Tensor) -> bool:
     if kind in with_activation():
         known = type(module.drop) is nn.Identity and isinstance(module.act, nn.Module)
     else:
-        known = kind in _NORMS
+        known = kind in NORMS
     # A linear layer has its channels last, a batch norm takes dimension 1 for them.
     return known and module.running_mean is not None and (x.dim() == 2 or not isinstance(flow.owner, BlockLinear))
 

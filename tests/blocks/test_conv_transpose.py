@@ -87,6 +87,14 @@ def test_options_that_are_changed_later_and_sizes_that_are_asked_for(dims):
     _assert_same(layer, dense, x)
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("channels", [4, 11, 13, 24])
+def test_inputs_of_other_channels_are_refused(layout, channels):
+    layer = BlockConvTranspose2d(LAYOUTS[layout](8, 12, 4), 2, stride=2)
+    with pytest.raises(RuntimeError, match="expected an input of 12 channels in dimension 1"):
+        layer(torch.randn(2, channels, 4, 4))
+
+
 class _UNet(nn.Module):
     def __init__(self, up: nn.Module) -> None:
         super().__init__()

@@ -105,7 +105,7 @@ def _runtimes(wanted: Sequence[str]) -> dict[str, Callable[[Path], Run]]:
 
 def _rows(name: str, forms: Sequence[str], options: argparse.Namespace, folder: Path) -> list[str]:
     x = torch.randn(8, 3, 224, 224)
-    files, wanted = {}, {}
+    files, for_openvino, wanted = {}, {}, {}
     for form in ("dense", *forms):
         model = _network(name, None if form == "dense" else form)
         files[form] = folder / f"{name}-{form}.onnx"
@@ -117,6 +117,9 @@ def _rows(name: str, forms: Sequence[str], options: argparse.Namespace, folder: 
             plain = f"{form}, by channels"
             files[plain], wanted[plain] = folder / f"{name}-channels.onnx", wanted[form]
             sao_prune.export_onnx(model, x[:2], files[plain], runtime="openvino")
+        elif form == "interleaved":
+            for_openvino[form] = folder / f"{name}-openvino.onnx"
+            sao_prune.export_onnx(model, x[:2], for_openvino[form], runtime="openvino")
     if options.int8:
         for form in list(files):
             files[f"{form}, int8"], wanted[f"{form}, int8"] = _int8(files[form]), wanted[form]
@@ -124,6 +127,7 @@ def _rows(name: str, forms: Sequence[str], options: argparse.Namespace, folder: 
     for runtime, load in _runtimes(options.runtime).items():
         # Quantized operators are ONNX Runtime's own.
         own = {f: p for f, p in files.items() if "int8" not in f or runtime == "ONNX Runtime"}
+        own = {**own, **for_openvino} if runtime == "OpenVINO" else own
         runs = {form: load(path) for form, path in own.items()}
         for batch in options.batch:
             given = x[:batch].numpy()

@@ -25,7 +25,6 @@ from .blocks.calls import record_calls
 from .blocks.epilogue import detach
 from .blocks.folding import fold as fold_model
 from .blocks.norm_folding import fold_norms
-from .blocks.permutation import Kind
 from .files import replacing
 from .orthogonality import release
 from .tables import Column, Line, TableReport
@@ -109,9 +108,8 @@ def export_onnx(
         fold: move channel permutations into neighbouring layers (see `sao_prune.blocks.folding.fold`), and batch
             norms into the block layers before them.
         dynamic_batch: whether the exported model takes batches of any size.
-        runtime: which one the form is chosen for. For ``"onnxruntime"`` irregular permutations of tokens are written
-            in two ways, and that which runs the example faster here is kept; for ``"openvino"`` in one. Both run
-            either.
+        runtime: which one the form is chosen for. For ``"onnxruntime"`` linear layers of tokens are written in two
+            ways, and that which runs the example faster here is kept; for ``"openvino"`` in one. Both run either.
 
     Returns:
         An `ExportReport`.
@@ -161,9 +159,9 @@ def export_onnx(
         _write(own, inputs, shapes, written, size)
         difference = _error(written, example_input, expected)
         tokens = [m for m in layers if isinstance(m, BlockLinear) and id(m) in calls.inputs]
-        irregular = [m for m in tokens if calls.inputs[id(m)].dim() > 2 and _is_irregular(m)]
-        if runtime == "onnxruntime" and irregular and difference is not None and size < _LARGEST:
-            for layer in irregular:
+        tokens = [m for m in tokens if calls.inputs[id(m)].dim() > 2]
+        if runtime == "onnxruntime" and tokens and difference is not None and size < _LARGEST:
+            for layer in tokens:
                 layer.register_forward_pre_hook(_channels_first)
             write = partial(_write, own, inputs, shapes, size=size)
             difference = _replaced(written, write, example_input, expected) or difference
@@ -190,10 +188,6 @@ def _write(model: nn.Module, inputs: tuple[Any, ...], shapes: Any, path: Path, s
             "what it does with the example could be written"
         )
     program.save(str(path), external_data=size >= _LARGEST)
-
-
-def _is_irregular(layer: BlockModule) -> bool:
-    return Kind.INDEX in (layer.layout.inputs.kind, layer.layout.outputs.kind)
 
 
 def _channels_first(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

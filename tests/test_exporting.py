@@ -73,8 +73,8 @@ def test_outputs_are_the_models_for_any_batch(case, topology, tmp_path):
 
 
 @pytest.mark.parametrize("faster", [0, 1])
-def test_irregular_permutations_of_tokens_in_the_form_that_runs_faster(faster, tmp_path, monkeypatch):
-    model, x = compact_model("tokens", "ramanujan")
+def test_layers_of_tokens_in_the_form_that_runs_faster(faster, tmp_path, monkeypatch):
+    model, x = compact_model("tokens", ["interleaved", "ramanujan"][faster])
     forms = []
 
     def timed(paths, example_input):
